@@ -1,0 +1,1 @@
+"""Triton attention kernels and the element-wise kernels of a decoder layer (needs torch and triton)."""

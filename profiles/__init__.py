@@ -1,0 +1,1 @@
+"""Fitted kernel profiles, shipped as package data."""

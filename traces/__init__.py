@@ -1,0 +1,1 @@
+"""Small request traces, shipped as package data."""
