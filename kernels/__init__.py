@@ -1,1 +1,1 @@
-"""Triton attention kernels and the element-wise kernels of a decoder layer (needs torch and triton)."""
+"""Triton kernels of a decoder layer: attention and the element-wise ones (needs torch, triton)."""

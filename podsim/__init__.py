@@ -1,1 +1,40 @@
-"""podsim."""
+"""Simulate LLM inference clusters with costs measured on a real GPU.
+
+import podsim
+
+trace = podsim.load_trace("azure-conv-like")
+result = podsim.simulate(trace, podsim.Deployment(attention="pod", token_budget=1024))
+print(result.summary()["median_ttft_ms"], result.requests)
+"""
+
+from podsim.batch import Batch, BatchShape, Chunk, PrefillShape
+from podsim.config import Deployment, Workload
+from podsim.errors import InputError
+from podsim.kv_cache import PagedKVCache
+from podsim.latency import ConstantLatency, LatencyModel, ProfiledLatency
+from podsim.request import Request
+from podsim.scheduler import SarathiScheduler, Scheduler
+from podsim.simulation import Result, simulate
+from podsim.workload import Trace, load_trace, synthetic_trace
+
+__all__ = [
+    "Batch",
+    "BatchShape",
+    "Chunk",
+    "ConstantLatency",
+    "Deployment",
+    "InputError",
+    "LatencyModel",
+    "PagedKVCache",
+    "PrefillShape",
+    "ProfiledLatency",
+    "Request",
+    "Result",
+    "SarathiScheduler",
+    "Scheduler",
+    "Trace",
+    "Workload",
+    "load_trace",
+    "simulate",
+    "synthetic_trace",
+]

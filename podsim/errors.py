@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave (a trace, a profile, an option) is wrong; the message says what to do."""
+    """A trace, a profile or an option that the user gave is wrong; the message says what to do."""

@@ -1,0 +1,102 @@
+"""Attention of a batch of prefill chunks and decodes, by one of four strategies.
+
+serial    the prefill launch, then the decode launch
+streams   the two launches on two CUDA streams
+unified   one variable-length launch in which a decode is a chunk of one token
+pod       one launch that runs both operations on each SM
+
+q, out            [num_tokens, num_q_heads, head_dim]: the chunks' tokens, then the decodes'
+k_cache, v_cache  [num_slots, max_len, num_kv_heads, head_dim]: one slot a request
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from .config import STRATEGIES
+from .decode import decode_attention
+from .plan import AttentionPlan, Decode, PrefillChunk
+from .pod import pod_attention
+from .prefill import prefill_attention
+from .unified import unified_attention
+
+
+def attention(
+    strategy: str,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    plan: AttentionPlan,
+    policy: str = "proportional",
+) -> None:
+    """Write the attention of the plan's batch to out; the plan's config must suit the strategy."""
+    if strategy == "serial":
+        prefill_attention(q, k_cache, v_cache, out, plan)
+        decode_attention(q, k_cache, v_cache, out, plan)
+    elif strategy == "streams":
+        _streams_attention(q, k_cache, v_cache, out, plan)
+    elif strategy == "unified":
+        unified_attention(q, k_cache, v_cache, out, plan)
+    elif strategy == "pod":
+        pod_attention(q, k_cache, v_cache, out, plan, policy)
+    else:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+
+
+def _streams_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    plan: AttentionPlan,
+) -> None:
+    """Fork from the current stream and join it again, which a CUDA graph can capture."""
+    if q.device.type != "cuda":  # interpreted: there are no streams, the order is the only one
+        prefill_attention(q, k_cache, v_cache, out, plan)
+        decode_attention(q, k_cache, v_cache, out, plan)
+        return
+    current = torch.cuda.current_stream(q.device)
+    side = next(stream for stream in _side_streams(q.device) if stream != current)
+    side.wait_stream(current)
+    prefill_attention(q, k_cache, v_cache, out, plan)
+    with torch.cuda.stream(side):
+        decode_attention(q, k_cache, v_cache, out, plan)
+    current.wait_stream(side)
+
+
+@cache
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Return two streams: torch hands out 32 in turn, and one may be the current one."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    chunks: Sequence[PrefillChunk],
+    decodes: Sequence[Decode],
+) -> torch.Tensor:
+    """Return the attention of a batch in float64, request by request."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    num_q_heads, head_dim = q.shape[1:]
+    group = num_q_heads // k_cache.shape[2]
+    start = 0
+    for request in (*chunks, *decodes):
+        num_tokens = request.num_tokens if isinstance(request, PrefillChunk) else 1
+        queries = q[start : start + num_tokens].double()  # [tokens, q heads, head_dim]
+        keys = k_cache[
+            request.slot, : request.context_len
+        ].double()  # [context, kv heads, head_dim]
+        values = v_cache[request.slot, : request.context_len].double()
+        keys = keys.repeat_interleave(group, dim=1)  # [context, q heads, head_dim]
+        values = values.repeat_interleave(group, dim=1)
+        scores = torch.einsum("thd,chd->htc", queries, keys) / head_dim**0.5
+        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+        future = future.triu(request.context_len - num_tokens + 1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        out[start : start + num_tokens] = torch.einsum("htc,chd->thd", weights, values)
+        start += num_tokens
+    return out

@@ -1,0 +1,247 @@
+"""The work of one batch as lists in device memory.
+
+A batch is a sequence of prefill chunks and a sequence of decodes. The tokens of the chunks come
+first in q and out, in order, then one token a decode; requests are numbered in the same order.
+With G query heads to a KV head, the queries of a request that share a KV head are packed into
+num_tokens * G rows: row r is token r // G, head r % G of the group. Work is listed once and holds
+for each KV head:
+
+    requests  [R, 4]  query_start, num_tokens, context_len, slot
+    tiles     [T, 2]  request, row tile: block_m packed rows of a chunk, the longest first
+    splits    [S, 4]  request, first key, end of keys, partial (-1: the only split, which writes
+                      its result), the longest first
+    combines  [C, 3]  request, first partial, number of partials: the decodes with several splits
+    counts    [4]     T, S, C, 0
+
+The kernels read everything that depends on the batch from these lists, the counts included, and
+CTAs past a count leave: a captured launch of a large enough grid stays valid when the lists are
+refilled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .checks import require_heads, require_runnable, require_tensor
+from .config import AttentionConfig
+
+NUM_COUNTERS = 260  # POD tickets: 256 SMs, prefill, decode, done, unused; see pod.py
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Causal queries at the end of a context; their keys and values are in the cache."""
+
+    num_tokens: int
+    context_len: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One query at the end of a context; its key and value are in the cache."""
+
+    context_len: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkLists:
+    """The lists of the module docstring on the host, int32."""
+
+    requests: np.ndarray
+    tiles: np.ndarray
+    splits: np.ndarray
+    combines: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.array([len(self.tiles), len(self.splits), len(self.combines), 0], np.int32)
+
+    @property
+    def num_partials(self) -> int:
+        return int(self.combines[:, 2].sum())
+
+
+def work_lists(
+    chunks: Sequence[PrefillChunk],
+    decodes: Sequence[Decode],
+    *,
+    group: int,
+    num_kv_heads: int,
+    num_sms: int,
+    config: AttentionConfig,
+) -> WorkLists:
+    """Cut a batch into work items."""
+    num_tokens = np.array([chunk.num_tokens for chunk in chunks] + [1] * len(decodes), np.int64)
+    context = np.array([request.context_len for request in (*chunks, *decodes)], np.int64)
+    slot = np.array([request.slot for request in (*chunks, *decodes)], np.int64)
+    query_start = np.cumsum(num_tokens) - num_tokens
+    requests = np.stack([query_start, num_tokens, context, slot], axis=1)
+
+    num_tiled = len(chunks) if config.decode else len(context)
+    tiles = _row_tiles(num_tokens[:num_tiled], context[:num_tiled], group, config.prefill.block_m)
+    splits, combines = _kv_splits(context, num_tiled, num_kv_heads, num_sms, config)
+    return WorkLists(*(part.astype(np.int32) for part in (requests, tiles, splits, combines)))
+
+
+def _row_tiles(num_tokens: np.ndarray, context: np.ndarray, group: int, block_m: int) -> np.ndarray:
+    """Return (request, row tile) of all packed rows; the tiles with the most keys come first."""
+    num_rows = num_tokens * group
+    request, tile = _enumerate_parts(-(-num_rows // block_m))
+    last_row = np.minimum((tile + 1) * block_m, num_rows[request]) - 1
+    num_keys = context[request] - num_tokens[request] + last_row // group + 1
+    return np.stack([request, tile], axis=1)[np.argsort(-num_keys, kind="stable")]
+
+
+def _kv_splits(
+    context: np.ndarray, first: int, num_kv_heads: int, num_sms: int, config: AttentionConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the splits and the combines of the requests from `first` on.
+
+    One length of split is chosen for the batch: the longest that still makes decode_items_per_sm
+    items for each SM, but at least min_split_len. Each request is then cut evenly, at whole blocks.
+    """
+    if config.decode is None or first == len(context):
+        return np.empty((0, 4), np.int64), np.empty((0, 3), np.int64)
+    context = context[first:]
+    block_n = config.decode.block_n
+    filling = -(-context.sum() * num_kv_heads // (num_sms * config.decode_items_per_sm))
+    longest = _round_up(max(filling, config.min_split_len), block_n)
+    length = _round_up(-(-context // -(-context // longest)), block_n)
+    num_splits = -(-context // length)
+
+    decode, split = _enumerate_parts(num_splits)
+    low = split * length[decode]
+    high = np.minimum(low + length[decode], context[decode])
+    num_partials = np.where(num_splits > 1, num_splits, 0)
+    first_partial = np.cumsum(num_partials) - num_partials
+    partial = np.where(num_partials[decode] > 0, first_partial[decode] + split, -1)
+    splits = np.stack([decode + first, low, high, partial], axis=1)
+    splits = splits[np.argsort(low - high, kind="stable")]
+
+    (split_decodes,) = np.nonzero(num_partials)
+    combines = [split_decodes + first, first_partial[split_decodes], num_partials[split_decodes]]
+    return splits, np.stack(combines, axis=1)
+
+
+def _enumerate_parts(num_parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return owner and index of each part: [2, 3] gives [0, 0, 1, 1, 1] and [0, 1, 0, 1, 2]."""
+    owner = np.repeat(np.arange(len(num_parts)), num_parts)
+    first = np.cumsum(num_parts) - num_parts
+    return owner, np.arange(len(owner)) - first[owner]
+
+
+def _round_up(value: np.ndarray | int, multiple: int) -> np.ndarray | int:
+    return -(-value // multiple) * multiple
+
+
+class AttentionPlan:
+    """The work lists of one batch on a device, and the workspaces that its launches write.
+
+    The lists are copied on the stream that is current when the plan is made. A plan serves one call
+    at a time, as it owns the workspaces: calls that may overlap need a plan each.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[PrefillChunk],
+        decodes: Sequence[Decode],
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_slots: int,
+        max_len: int,
+        num_sms: int,
+        config: AttentionConfig,
+        device: torch.device | str,
+    ) -> None:
+        require_heads(num_q_heads, num_kv_heads, head_dim)
+        _require_batch(chunks, decodes, num_slots, max_len)
+        if num_sms < 1:
+            raise ValueError(f"num_sms must be at least 1, got {num_sms}")
+        group = num_q_heads // num_kv_heads
+        if config.decode and config.decode.block_m < group:
+            raise ValueError(f"the decode tile has {config.decode.block_m} rows for {group} heads")
+        self.num_q_heads = num_q_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_slots = num_slots
+        self.max_len = max_len
+        self.num_sms = num_sms
+        self.config = config
+        self.num_tokens = sum(chunk.num_tokens for chunk in chunks) + len(decodes)
+        self.work = work_lists(
+            chunks,
+            decodes,
+            group=group,
+            num_kv_heads=num_kv_heads,
+            num_sms=num_sms,
+            config=config,
+        )
+        self._to_device(torch.device(device))
+
+    def require_tensors(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Refuse tensors that are not those the plan was made for."""
+        queries = (self.num_tokens, self.num_q_heads, self.head_dim)
+        cache = (self.num_slots, self.max_len, self.num_kv_heads, self.head_dim)
+        require_tensor("q", q, queries)
+        require_tensor("k_cache", k_cache, cache, like=q)
+        require_tensor("v_cache", v_cache, cache, like=q)
+        require_tensor("out", out, queries, like=q)
+        if self.counts.device != q.device:
+            raise ValueError(f"the plan is on {self.counts.device}, q on {q.device}")
+
+    @property
+    def num_prefill_items(self) -> int:
+        return len(self.work.tiles) * self.num_kv_heads
+
+    @property
+    def num_decode_items(self) -> int:
+        return len(self.work.splits) * self.num_kv_heads
+
+    def _to_device(self, device: torch.device) -> None:
+        require_runnable(device)
+        work = self.work
+        counters = np.zeros(NUM_COUNTERS, np.int32)
+        sections = [work.counts, work.requests, work.tiles, work.splits, work.combines, counters]
+        # Lists start at multiples of 16 bytes: Triton compiles a kernel anew for each alignment.
+        sizes = [max(4, int(_round_up(section.size, 4))) for section in sections]
+        host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        for part, section in zip(host.split(sizes), sections, strict=True):
+            part[: section.size] = torch.from_numpy(section.reshape(-1))
+        lists = host.to(device, non_blocking=True)
+        self.counts, self.requests, self.tiles, self.splits, *rest = lists.split(sizes)
+        self.combines, self.counters = rest
+
+        num_partials = max(1, work.num_partials)
+        shape = (num_partials, self.num_q_heads, self.head_dim)
+        self.partial_out = torch.empty(shape, dtype=torch.float32, device=device)
+        self.partial_lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+
+
+def _require_batch(
+    chunks: Sequence[PrefillChunk], decodes: Sequence[Decode], num_slots: int, max_len: int
+) -> None:
+    """Refuse a batch that the kernels would read out of bounds."""
+    if not chunks and not decodes:
+        raise ValueError("the batch is empty: no chunks and no decodes")
+    for chunk in chunks:
+        if chunk.num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {chunk}")
+        if chunk.context_len < chunk.num_tokens:
+            raise ValueError(f"context_len includes the chunk's own tokens, got {chunk}")
+    slots = set()
+    for request in (*chunks, *decodes):
+        if not 1 <= request.context_len <= max_len:
+            raise ValueError(f"context_len must be in 1..{max_len}, got {request}")
+        if not 0 <= request.slot < num_slots:
+            raise ValueError(f"slot must be in 0..{num_slots - 1}, got {request}")
+        if request.slot in slots:
+            raise ValueError(f"slot {request.slot} is used twice, the second time by {request}")
+        slots.add(request.slot)

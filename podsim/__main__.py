@@ -1,0 +1,5 @@
+"""`python -m podsim` is the `podsim` command."""
+
+from podsim.cli import main
+
+main()

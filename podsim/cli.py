@@ -1,0 +1,243 @@
+"""The command line: each command parses its options, calls the library and prints."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+from podsim import calibration, config, report
+from podsim.config import Deployment, Workload
+from podsim.errors import InputError
+from podsim.hardware import Gpu, gpu_named
+from podsim.model import Model, model_named
+from podsim.profile import PROFILE_FILE, Profile
+from podsim.simulation import Result, simulate, workload_trace
+from podsim.workload import Trace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
+)
+console = Console()
+messages = Console(stderr=True)
+
+TraceArgument = Annotated[
+    str | None,
+    typer.Argument(help="Trace file (Azure, Mooncake, Vidur or podsim) or name of a shipped one."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file of options; those on the command line win."),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to leave the results in.")]
+
+
+def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every option of Workload and Deployment, as declared there.
+
+    The command receives them as keyword arguments, None where not given; with `lists` as text,
+    to be split at commas.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = []
+        for options in (Workload, Deployment):
+            kinds = config.option_types(options)
+            for option in fields(options):
+                if option.name == "trace":
+                    continue
+                kind: Any = str if lists and options is Deployment else kinds[option.name]
+                annotation = Annotated[
+                    kind | None,
+                    typer.Option(
+                        help=option.metadata["help"],
+                        show_default=False if option.default is None else str(option.default),
+                        rich_help_panel=options.__name__,
+                    ),
+                ]
+                added.append(
+                    inspect.Parameter(
+                        option.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=None,
+                        annotation=annotation,
+                    )
+                )
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+@app.command("simulate")
+@with_options(lists=False)
+def simulate_command(
+    trace: TraceArgument = None,
+    config_file: ConfigOption = None,
+    out: OutOption = None,
+    **options: Any,
+) -> None:
+    """Serve a trace on a simulated deployment; report TTFT, TBT, TPOT and throughput."""
+    given = _given(trace, config_file, options)
+    workload = config.options_from(Workload, given)
+    deployment = config.options_from(Deployment, given)
+    with ExitStack() as stack:
+        folder = stack.enter_context(report.result_folder(out)) if out else None
+        result = _run(workload_trace(workload), deployment)
+        if folder is not None:
+            report.save(result, workload, folder)
+    console.print(report.summary_table(result))
+    console.print("\n".join(report.summary_lines(result)), highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+@app.command("compare")
+@with_options(lists=True)
+def compare_command(
+    trace: TraceArgument = None,
+    config_file: ConfigOption = None,
+    out: OutOption = None,
+    **options: Any,
+) -> None:
+    """Serve the same requests under each variant: give any deployment option a comma list.
+
+    Example: podsim compare azure-conv-like --attention serial,pod --token-budget 512,1024
+    """
+    given = _given(trace, config_file, options)
+    workload = config.options_from(Workload, given)
+    variants = _variants(given)
+    with ExitStack() as stack:
+        folder = stack.enter_context(report.result_folder(out)) if out else None
+        loaded = workload_trace(workload)
+        results = {name: _run(loaded, variant, name) for name, variant in variants.items()}
+        compared = report.comparison(results)
+        if folder is not None:
+            report.save_comparison(compared, results, folder)
+            for name, result in results.items():
+                (folder / name).mkdir()
+                report.save(result, workload, folder / name)
+    title = f"{loaded.name}: {len(loaded)} requests, {loaded.qps:.2f} req/s"
+    console.print(report.comparison_table(compared, title))
+    if out is not None:
+        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+@app.command("profile")
+def profile_command(
+    model: Annotated[str, typer.Option(help="Model whose layers are timed.")] = "llama-3-8b",
+    gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
+    out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
+    refit: Annotated[
+        Path | None,
+        typer.Option(help="Fit the rows of this profile folder again; needs no GPU."),
+    ] = None,
+) -> None:
+    """Time the kernels and layers on this machine's GPU, fit the cost models, leave a profile.
+
+    The folder gets measurements.csv (every timed row) and profile.json (the fitted models, their
+    error on held-out points, and what they were measured on). Needs torch and triton.
+    """
+    if refit is not None:
+        profile = calibration.refit(refit)
+    else:
+        folder = out or Path("profiles") / gpu / model
+        with report.result_folder(folder, made_by=PROFILE_FILE) as scratch:
+            profile = _measured_profile(model_named(model), gpu_named(gpu), scratch)
+    console.print(report.error_table(profile))
+
+
+def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
+    try:
+        from podsim import measure
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"podsim profile needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine"
+        ) from None
+    measure.require_gpu(gpu)
+    columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
+    with Progress(*columns, console=messages) as progress:
+        task = progress.add_task(f"timing {model.name} on {gpu.name}", total=None)
+        rows = list(
+            measure.measure_profile(
+                model, lambda done, total: progress.update(task, completed=done, total=total)
+            )
+        )
+    command = "podsim " + " ".join(sys.argv[1:])
+    return calibration.write(folder, rows, model, gpu, measure.provenance() | {"command": command})
+
+
+def _given(
+    trace: str | None, config_file: Path | None, options: dict[str, object]
+) -> dict[str, object]:
+    """The options of the file, overridden by those of the command line."""
+    from_file = config.read_toml(config_file) if config_file else {}
+    return from_file | {k: v for k, v in {"trace": trace, **options}.items() if v is not None}
+
+
+def _variants(given: dict[str, object]) -> dict[str, Deployment]:
+    """Every combination of the deployment options that hold a comma list, by name."""
+    names = [option.name for option in fields(Deployment) if option.name in given]
+    choices = {name: _split(given[name]) for name in names}
+    varied = [name for name, values in choices.items() if len(values) > 1]
+    if not varied:
+        raise InputError("nothing to compare: give an option a comma list: --attention serial,pod")
+    variants = {}
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(names, values, strict=True))
+        label = ",".join(_label(name, chosen[name]) for name in varied)
+        variants[label] = config.options_from(Deployment, chosen)
+    return variants
+
+
+def _split(value: object) -> list[object]:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _label(name: str, value: object) -> str:
+    """Strategies and routers speak for themselves; a number needs its option's name."""
+    text = str(value)
+    return text if text[:1].isalpha() else f"{name}={text}"
+
+
+def _run(trace: Trace, deployment: Deployment, label: str = "simulating") -> Result:
+    with Progress(console=messages, transient=True) as progress:
+        task = progress.add_task(label, total=len(trace))
+        return simulate(
+            trace,
+            deployment,
+            on_progress=lambda arrived: progress.update(task, completed=arrived),
+        )
+
+
+def main() -> None:
+    """Run the command line: user errors are one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"podsim: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Every option of a simulation, declared once: for Python, the command line and TOML files."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from podsim.errors import InputError
+
+STRATEGIES = ("serial", "streams", "unified", "pod")
+"""How the attention of a mixed batch runs; each is measured for itself."""
+
+ROUTERS = ("round_robin", "least_outstanding_tokens")
+SCHEDULERS = ("sarathi",)
+ARRIVALS = ("poisson", "gamma", "uniform", "static")
+ZERO_LENGTH = ("error", "drop")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What serves the requests. Raises InputError for values that cannot be."""
+
+    model: str = _option("llama-3-8b", "Model served.")
+    gpu: str = _option("h200", "GPU of each replica.")
+    profile: str | None = _option(
+        None, "Profile folder to take costs from, instead of the one shipped for GPU and model."
+    )
+    attention: str = _option("serial", f"Attention of a mixed batch: {', '.join(STRATEGIES)}.")
+    replicas: int = _option(1, "Model replicas, one GPU each.")
+    router: str = _option("round_robin", f"Spreads requests over replicas: {', '.join(ROUTERS)}.")
+    scheduler: str = _option("sarathi", f"Builds the batch of each step: {', '.join(SCHEDULERS)}.")
+    token_budget: int = _option(1024, "Most tokens computed in one step.")
+    max_num_seqs: int = _option(256, "Most requests running on a replica.")
+    max_model_len: int | None = _option(
+        None, "Longest prompt plus output served, in tokens; default: the model's own."
+    )
+    block_size: int = _option(16, "Tokens of a KV block.")
+    num_blocks: int | None = _option(
+        None, "KV blocks of a replica; default: what the GPU's memory leaves after the weights."
+    )
+    gpu_memory_utilization: float = _option(
+        0.9, "Share of GPU memory for weights, activations and KV cache."
+    )
+    watermark: float = _option(
+        0.01, "Share of the KV blocks that admission leaves free for running requests to grow."
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("attention", self.attention, STRATEGIES)
+        _check_choice("router", self.router, ROUTERS)
+        _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        for name in ("replicas", "token_budget", "max_num_seqs", "block_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("max_model_len", "num_blocks"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "at least 1")
+        utilization = self.gpu_memory_utilization
+        _check(0 < utilization <= 1, "gpu_memory_utilization", utilization, "over 0, at most 1")
+        _check(0 <= self.watermark < 1, "watermark", self.watermark, "at least 0, below 1")
+        _check(
+            self.token_budget >= self.max_num_seqs,
+            "token_budget",
+            self.token_budget,
+            f"at least max_num_seqs ({self.max_num_seqs}): each decode takes one token of it",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Which requests arrive, and when. Raises InputError for values that cannot be."""
+
+    trace: str | None = _option(None, "Trace file or shipped trace; none: synthetic requests.")
+    arrivals: str | None = _option(
+        None, f"Make up the arrival times: {', '.join(ARRIVALS)} (all at once)."
+    )
+    qps: float | None = _option(
+        None, "Mean requests per second: stretches a trace's time, or drives --arrivals."
+    )
+    rate_scale: float | None = _option(None, "Multiply a trace's rate, by dividing its time.")
+    burstiness: float = _option(1.0, "Shape of gamma arrivals: 1 is Poisson, smaller is burstier.")
+    prompt_tokens: str = _option(
+        "1500", "Synthetic prompt length: N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA."
+    )
+    output_tokens: str = _option("300", "Synthetic output length, written like the prompt's.")
+    requests: int | None = _option(
+        None, "Only the first N requests; of synthetic ones, how many (default 1000)."
+    )
+    duration: float | None = _option(
+        None, "Only requests that arrive in the first N seconds, after any change of rate."
+    )
+    zero_length: str = _option(
+        "error", "Rows with zero prompt or output tokens: error, or drop (counted)."
+    )
+    seed: int = _option(0, "Seed of everything random.")
+
+    def __post_init__(self) -> None:
+        if self.arrivals is not None:
+            _check_choice("arrivals", self.arrivals, ARRIVALS)
+        _check_choice("zero_length", self.zero_length, ZERO_LENGTH)
+        for name in ("qps", "rate_scale", "duration", "requests"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, value, "over 0")
+        _check(self.burstiness > 0, "burstiness", self.burstiness, "over 0")
+        _check(self.seed >= 0, "seed", self.seed, "at least 0")
+        _check(
+            self.qps is None or self.rate_scale is None,
+            "rate_scale",
+            self.rate_scale,
+            "left out when qps is given: both set the rate",
+        )
+        _check(
+            self.trace is not None or self.arrivals is not None,
+            "trace",
+            self.trace,
+            "a trace, or give arrivals for synthetic requests (such as --arrivals poisson --qps 8)",
+        )
+        _check(
+            self.arrivals in (None, "static") or self.qps is not None,
+            "qps",
+            self.qps,
+            f"given with arrivals '{self.arrivals}'",
+        )
+
+
+Options = TypeVar("Options", Deployment, Workload)
+
+
+def _check(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{name} is {value!r}, expected {expected}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is '{value}', expected one of: {', '.join(choices)}")
+
+
+def option_types(options: type[Deployment] | type[Workload]) -> dict[str, type]:
+    """The plain type (int, float or str) of each option."""
+    hints = get_type_hints(options)
+    return {f.name: _plain_type(hints[f.name]) for f in fields(options)}
+
+
+def _plain_type(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in get_args(hint) if arg is not types.NoneType)
+    assert isinstance(hint, type)
+    return hint
+
+
+def options_from(options: type[Options], values: Mapping[str, object]) -> Options:
+    """Options from loosely typed values (TOML, command line); names of other options are left.
+
+    Raises InputError if a value is not of its option's type.
+    """
+    given = {
+        name: _converted(name, values[name], kind)
+        for name, kind in option_types(options).items()
+        if values.get(name) is not None
+    }
+    return options(**given)
+
+
+def _converted(name: str, value: object, kind: type) -> object:
+    words = {int: "a whole number", float: "a number", str: "text"}
+    wrong = InputError(f"{name} is {value!r}, expected {words[kind]}")
+    if isinstance(value, str) and kind is not str:
+        try:
+            return kind(value)
+        except ValueError:
+            raise wrong from None
+    if kind is str and name in ("prompt_tokens", "output_tokens") and isinstance(value, int):
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise wrong
+    return kind(value)
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """Options from a TOML file: `name = value` lines, the names of the command-line options.
+
+    Raises InputError, naming file and key, for a file that is missing, broken or has unknown keys.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    known = [*option_types(Workload), *option_types(Deployment)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
+            raise InputError(f"{path}: unknown key '{key}'{hint}")
+    return values
+
+
+def to_toml(workload: Workload | None, deployment: Deployment) -> str:
+    """The options as a TOML file that `read_toml` reads back; unset ones are left out."""
+    values = {**(asdict(workload) if workload else {}), **asdict(deployment)}
+    return "".join(f"{k} = {_toml(v)}\n" for k, v in values.items() if v is not None)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,147 @@
+"""Latency models: how many seconds a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from podsim.attention_model import AttentionModel, Geometry
+from podsim.batch import BatchShape
+from podsim.model import Model
+from podsim.profile import Profile
+
+LAYER_OPS = {
+    "rmsnorm": 2,
+    "qkv": 1,
+    "rope_and_cache": 1,
+    "output": 1,
+    "gate_up": 1,
+    "silu_mul": 1,
+    "down": 1,
+}
+"""How often each operation but attention runs in a layer."""
+
+TOKEN_OPS = ("embedding", "rmsnorm")
+SAMPLED_OPS = ("lm_head", "sampling")
+"""What a step runs once, over all its tokens and over those that come out."""
+
+
+class LatencyModel(Protocol):
+    """Anything that knows the seconds of a step from its shape."""
+
+    def step_time(self, shape: BatchShape) -> float:
+        """Seconds of one forward pass over a batch of this shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantLatency:
+    """Every step takes the same time: for tests and closed forms."""
+
+    seconds: float
+
+    def step_time(self, shape: BatchShape) -> float:
+        return self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Seconds of a step by what it spends them on."""
+
+    attention: float
+    layers: float
+    """Everything else in the layers."""
+    once: float
+    """Embedding, final norm, LM head, sampling, the launch of the step and host time."""
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.layers + self.once
+
+
+class ProfiledLatency:
+    """The sum over a step's operations of their measured, interpolated or fitted times.
+
+    It also counts how much of the time it predicted lies outside the measured range.
+    """
+
+    def __init__(
+        self, profile: Profile, model: Model, strategy: str, host_overhead: float = 0.0
+    ) -> None:
+        self.profile = profile
+        self.strategy = strategy
+        self.num_layers = model.num_layers
+        self.step_overhead = profile.launch["graph"] + host_overhead
+        self.attention = AttentionModel(
+            Geometry.of(model, profile.attention["geometry"]), profile.attention["coefficients"]
+        )
+        self._layer_time = _Table(profile, LAYER_OPS)
+        self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1))
+        self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1))
+        self.seconds_predicted = 0.0
+        self.seconds_outside = 0.0
+
+    def step_time(self, shape: BatchShape) -> float:
+        seconds = self.breakdown(shape).total
+        self.seconds_predicted += seconds
+        if not self.is_inside(shape):
+            self.seconds_outside += seconds
+        return seconds
+
+    def breakdown(self, shape: BatchShape) -> Breakdown:
+        """Where the seconds of a step go."""
+        num_tokens = shape.num_tokens
+        return Breakdown(
+            attention=self.num_layers * self.attention.seconds(self.strategy, shape),
+            layers=self.num_layers * self._layer_time.at(num_tokens),
+            once=self._token_time.at(num_tokens)
+            + self._sampled_time.at(shape.num_sampled)
+            + self.step_overhead,
+        )
+
+    def is_inside(self, shape: BatchShape) -> bool:
+        """Whether no number of the batch exceeds the largest that was measured."""
+        hull = self.profile.hull
+        longest = max([chunk.context_len for chunk in shape.prefills], default=0)
+        return (
+            shape.num_tokens <= hull["num_tokens"]
+            and shape.num_sampled <= hull["num_sampled"]
+            and max(longest, shape.decode_context_max) <= hull["context_len"]
+            and shape.num_decodes <= hull["num_decodes"]
+            and shape.decode_context_sum <= hull["decode_context_sum"]
+        )
+
+    def notes(self) -> Sequence[str]:
+        """What a reader of the results should know of these predictions."""
+        if not self.seconds_outside:
+            return []
+        share = self.seconds_outside / self.seconds_predicted
+        return [f"{share:.1%} of the simulated step time was predicted beyond what was measured"]
+
+
+class _Table:
+    """Seconds of some operations together, for every number of tokens.
+
+    Linear between the measured points, and beyond the last one with the rate between the last
+    point and the one nearest to half its tokens.
+    """
+
+    def __init__(self, profile: Profile, counts: dict[str, int]) -> None:
+        tables = [(profile.ops[name], count) for name, count in counts.items()]
+        self._measured = min(int(table["num_tokens"][-1]) for table, _ in tables)
+        num_tokens = np.arange(self._measured + 1)
+        seconds: NDArray[np.float64] = np.zeros(len(num_tokens))
+        for table, count in tables:
+            seconds += count * np.interp(num_tokens, table["num_tokens"], table["seconds"])
+        seconds[0] = 0.0
+        self._seconds: list[float] = seconds.tolist()
+        half = self._measured // 2
+        self._rate = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
+
+    def at(self, num_tokens: int) -> float:
+        if num_tokens <= self._measured:
+            return self._seconds[num_tokens]
+        return self._seconds[-1] + (num_tokens - self._measured) * self._rate

@@ -1,0 +1,54 @@
+"""A request: what a user sends, and how far the cluster has come with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and the tokens generated for it.
+
+    The scheduler moves the counters, the replica stamps the times (seconds). A preempted request
+    computes again its prompt and the tokens it had already emitted; it never emits a token twice.
+    """
+
+    request_id: int
+    arrival_time: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the KV cache."""
+    num_emitted_tokens: int = 0
+    """Output tokens the user has received."""
+    num_blocks: int = 0
+    """KV blocks held; the KV cache keeps this number."""
+    num_preemptions: int = 0
+
+    replica: int = -1
+    scheduled_time: float = -1.0
+    """Start of the first step that worked on this request; negative before."""
+    first_token_time: float = -1.0
+    last_token_time: float = -1.0
+    finish_time: float = -1.0
+    refused: str = ""
+    """Why the request was not served; empty if it was."""
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt tokens and emitted tokens: what must be in the KV cache before the next token."""
+        return self.num_prompt_tokens + self.num_emitted_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to compute before the next token comes out; 1 while decoding."""
+        return self.num_prompt_tokens + self.num_emitted_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_emitted_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.num_emitted_tokens == self.num_output_tokens

@@ -1,0 +1,157 @@
+"""One simulation: a trace and a deployment in, a result out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import simpy
+
+from podsim import metrics
+from podsim.cluster import Cluster
+from podsim.config import Deployment, Workload
+from podsim.event_log import EventLog
+from podsim.hardware import gpu_named
+from podsim.kv_cache import PagedKVCache, num_blocks_for
+from podsim.latency import LatencyModel, ProfiledLatency
+from podsim.model import Model, model_named
+from podsim.profile import find_profile
+from podsim.replica import Replica
+from podsim.request import Request
+from podsim.router import ROUTERS
+from podsim.scheduler import SarathiScheduler, Scheduler
+from podsim.workload import Trace, load_trace, synthetic_trace
+
+MakeScheduler = Callable[[PagedKVCache, Deployment], Scheduler]
+
+DEFAULT_NUM_REQUESTS = 1000  # of a synthetic workload
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What a simulation found. Tables are in seconds and tokens."""
+
+    trace: Trace
+    deployment: Deployment
+    num_blocks: int
+    log: EventLog
+    latency_model: LatencyModel
+    wall_time: float
+    """Seconds the simulation itself took."""
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """One row a request, in order of arrival; times of a refused request are NaN."""
+        return metrics.request_table(self.log)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row a step of a replica, in order of completion."""
+        return metrics.step_table(self.log)
+
+    def summary(self) -> dict[str, object]:
+        """The headline numbers, under the keys of `vllm bench serve` and podsim's own."""
+        return metrics.summarize(self)
+
+
+def simulate(
+    trace: Trace,
+    deployment: Deployment,
+    *,
+    latency_model: LatencyModel | None = None,
+    scheduler: MakeScheduler | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Serve a trace on a deployment.
+
+    `latency_model` replaces the measured profile of the deployment's GPU and model;
+    `scheduler` makes a scheduler for each replica from its KV cache; `on_progress` is told how
+    many requests have arrived, now and then. Raises InputError for an unknown model or GPU, or
+    when there is no profile for them.
+    """
+    model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
+    latency_model = latency_model or latency_model_for(deployment, model)
+    num_blocks = num_blocks_for(deployment, model, gpu)
+    make_scheduler = scheduler or sarathi
+    env = simpy.Environment()
+    log = EventLog()
+    replicas = []
+    for index in range(deployment.replicas):
+        kv_cache = PagedKVCache(num_blocks, deployment.block_size)
+        replicas.append(
+            Replica(env, index, make_scheduler(kv_cache, deployment), kv_cache, latency_model, log)
+        )
+    cluster = Cluster(
+        env,
+        replicas,
+        ROUTERS[deployment.router](),
+        deployment.max_model_len or model.max_model_len,
+        log,
+    )
+    started = time.perf_counter()
+    cluster.serve(_requests(trace, on_progress))
+    env.run()
+    return Result(trace, deployment, num_blocks, log, latency_model, time.perf_counter() - started)
+
+
+def sarathi(kv_cache: PagedKVCache, deployment: Deployment) -> Scheduler:
+    """The Sarathi-Serve scheduler with the deployment's budgets."""
+    return SarathiScheduler(
+        kv_cache, deployment.token_budget, deployment.max_num_seqs, deployment.watermark
+    )
+
+
+def latency_model_for(deployment: Deployment, model: Model) -> LatencyModel:
+    """The measured costs of a deployment; InputError if its model and GPU have no profile."""
+    profile = find_profile(
+        deployment.gpu, model, Path(deployment.profile) if deployment.profile else None
+    )
+    return ProfiledLatency(profile, model, deployment.attention)
+
+
+def workload_trace(workload: Workload) -> Trace:
+    """The trace a workload describes. Raises InputError for a trace that cannot be used."""
+    if workload.trace is None:
+        assert workload.arrivals is not None
+        trace = synthetic_trace(
+            arrivals=workload.arrivals,
+            qps=workload.qps,
+            num_requests=workload.requests or DEFAULT_NUM_REQUESTS,
+            prompt_tokens=workload.prompt_tokens,
+            output_tokens=workload.output_tokens,
+            burstiness=workload.burstiness,
+            seed=workload.seed,
+        )
+    else:
+        trace = load_trace(workload.trace, zero_length=workload.zero_length)
+        if workload.requests is not None:
+            trace = trace.head(workload.requests)
+        if workload.arrivals is not None:
+            trace = trace.with_arrivals(
+                workload.arrivals, workload.qps, workload.seed, workload.burstiness
+            )
+        elif workload.qps is not None:
+            trace = trace.at_rate(workload.qps)
+        elif workload.rate_scale is not None:
+            trace = trace.scaled(workload.rate_scale)
+    if workload.duration is not None:
+        trace = trace.until(workload.duration)
+    return trace
+
+
+def _requests(trace: Trace, on_progress: Callable[[int], None] | None) -> Iterator[Request]:
+    columns = zip(
+        trace.arrival_time.tolist(),
+        trace.num_prompt_tokens.tolist(),
+        trace.num_output_tokens.tolist(),
+        strict=True,
+    )
+    for request_id, (arrival_time, num_prompt_tokens, num_output_tokens) in enumerate(columns):
+        if on_progress is not None and request_id % 100 == 0:
+            on_progress(request_id)
+        yield Request(request_id, arrival_time, num_prompt_tokens, num_output_tokens)
+    if on_progress is not None:
+        on_progress(len(trace))

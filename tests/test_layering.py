@@ -1,0 +1,77 @@
+"""The rules of the architecture: imports point up the list, the core needs no GPU packages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = [
+    {"errors"},
+    {"request", "batch", "model", "hardware", "config"},
+    {"trace_formats", "trace_files", "workload"},
+    {"profile", "points", "attention_model", "latency", "calibration"},
+    {"kv_cache", "scheduler"},
+    {"event_log", "replica", "router", "cluster", "metrics", "simulation"},
+    {"report"},
+    {"measure", "cli"},
+    {"__init__", "__main__"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Every absolute module name that a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_layer() -> None:
+    modules = {path.stem for path in (ROOT / "podsim").glob("*.py")}
+    assert modules == set().union(*LAYERS)
+
+
+def test_imports_point_up_the_layers() -> None:
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    for path in (ROOT / "podsim").glob("*.py"):
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "podsim" and len(parts) > 1 and parts[1] in level:
+                assert level[parts[1]] <= level[path.stem], f"{path.name} imports {name}"
+
+
+def test_simpy_lives_in_the_time_layer_only() -> None:
+    users = {p.stem for p in (ROOT / "podsim").glob("*.py") if "simpy" in imported(p)}
+    assert users == {"replica", "cluster", "simulation"}
+
+
+def test_kernels_know_nothing_of_the_simulator() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not any(name.split(".")[0] == "podsim" for name in imported(path)), path
+
+
+def test_the_core_loads_without_torch_and_triton() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+        "import podsim, podsim.cli\n"
+        "assert podsim.simulate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_every_package_is_shipped() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["packages"]) == set(settings["package-dir"])
+    for package, folder in settings["package-dir"].items():
+        assert (ROOT / folder / "__init__.py").exists(), package
+        subfolders = {p.parent for p in (ROOT / folder).rglob("*.py")} - {ROOT / folder}
+        assert not subfolders, f"{subfolders} would not be installed with {package}"
