@@ -82,7 +82,7 @@ class TileWork:
         for num_tokens, context_len in prefills:
             count = -(-num_tokens * geometry.group // geometry.block_m)
             # Causal: tile i sees the keys up to its own last token; half a block is cut off.
-            keys = count * (context_len - num_tokens) + num_tokens
+            keys = float(count * (context_len - num_tokens) + num_tokens)
             keys += tokens_per_tile * (count - 1) * count / 2
             blocks += keys / geometry.block_n + 0.5 * count
             longest = max(longest, context_len / geometry.block_n)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
 from podsim.attention_model import (
@@ -110,7 +110,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a table of measurements: {error}") from None
-    return rows.groupby(_POINT, sort=False, as_index=False)["time_us"].median()
+    return rows.groupby(_POINT, sort=False)["time_us"].median().reset_index()
 
 
 def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:
@@ -206,8 +206,8 @@ def _errors(
         errors[f"attention {name}"] = _error(predicted, rows["seconds"])
     for name, table in profile.ops.items():
         rows = held_out[held_out["op"] == name]
-        predicted = np.interp(rows["num_tokens"], table["num_tokens"], table["seconds"])
-        errors[name] = _error(predicted, rows["seconds"])
+        interpolated = np.interp(rows["num_tokens"], table["num_tokens"], table["seconds"])
+        errors[name] = _error(interpolated, rows["seconds"])
     steps = held_out[held_out["op"] == "step"]
     for strategy in ("serial", "streams", "unified", "pod"):
         rows = steps[steps["strategy"] == strategy]
@@ -217,9 +217,7 @@ def _errors(
     return errors
 
 
-def _error(
-    predicted: Sequence[float] | NDArray[np.float64], measured: pd.Series[float]
-) -> dict[str, float]:
+def _error(predicted: ArrayLike, measured: pd.Series[float]) -> dict[str, float]:
     relative = np.asarray(predicted) / measured.to_numpy() - 1
     if not len(relative):
         raise InputError("measurements.csv: a kernel has no held-out rows")

@@ -52,7 +52,7 @@ def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[...
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
+        signature = inspect.signature(command, eval_str=True)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         added = []
         for options in (Workload, Deployment):

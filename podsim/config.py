@@ -50,6 +50,9 @@ class Deployment:
     gpu_memory_utilization: float = _option(
         0.9, "Share of GPU memory for weights, activations and KV cache."
     )
+    host_overhead: float = _option(
+        0.0, "Seconds of host work that each step waits for, added to the GPU's time."
+    )
     watermark: float = _option(
         0.01, "Share of the KV blocks that admission leaves free for running requests to grow."
     )
@@ -65,6 +68,7 @@ class Deployment:
             _check(value is None or value >= 1, name, value, "at least 1")
         utilization = self.gpu_memory_utilization
         _check(0 < utilization <= 1, "gpu_memory_utilization", utilization, "over 0, at most 1")
+        _check(self.host_overhead >= 0, "host_overhead", self.host_overhead, "at least 0")
         _check(0 <= self.watermark < 1, "watermark", self.watermark, "at least 0, below 1")
         _check(
             self.token_budget >= self.max_num_seqs,
@@ -162,7 +166,7 @@ def options_from(options: type[Options], values: Mapping[str, object]) -> Option
 
     Raises InputError if a value is not of its option's type.
     """
-    given = {
+    given: dict[str, Any] = {
         name: _converted(name, values[name], kind)
         for name, kind in option_types(options).items()
         if values.get(name) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from podsim.batch import BatchShape
 from podsim.request import Request
@@ -32,7 +33,7 @@ class EventLog:
     """
 
     requests: list[Request] = field(default_factory=list)
-    steps: dict[str, array[float] | array[int]] = field(
+    steps: dict[str, array[Any]] = field(
         default_factory=lambda: {name: array(code) for name, code in STEP_COLUMNS.items()}
     )
     gap_duration: array[float] = field(default_factory=lambda: array("d"))

@@ -139,7 +139,7 @@ class _Table:
         seconds[0] = 0.0
         self._seconds: list[float] = seconds.tolist()
         half = self._measured // 2
-        self._rate = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
+        self._rate: float = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
 
     def at(self, num_tokens: int) -> float:
         if num_tokens <= self._measured:

@@ -1,13 +1,14 @@
 """Times podsim's kernels and a model's linear layers on this machine's GPU: rows for calibration.
 
-Every operation is timed inside the layer it belongs to: its neighbours run before and after it, so
-that the L2 cache holds what it would in serving (the weights stream 100s of MB through it) and the
-card is in the power state of serving. A timing is a CUDA graph's replay between two events; the
-host queues a whole layer behind a short sleep of the GPU, so that it is never waited for.
+Every operation is timed inside the layer it belongs to, after that layer has run for a while: so
+the L2 cache holds what it would in serving (the weights stream 100s of MB through it), and the
+card is in the power state that serving such batches puts it in. A timing is a CUDA graph's replay
+between two events; the host queues it while the card is still busy, so that it is never waited for.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,20 +34,24 @@ from podsim.points import (
     linear_points,
 )
 
-PASSES = 3
-"""Times the whole list of points is gone through, each time in another order, because the clock
-that power leaves the card drifts with what ran before."""
-REPEATS = 9
+PASSES = 2
+"""Times the whole list of points is gone through, each time in another order, because what a
+point takes drifts with what ran before it."""
+REPEATS = 11
+WARM_UP = 0.04
+"""Seconds that a sequence runs before it is timed: the power limit acts within a few 10 ms."""
 STEP_CHECKS = 24
 """Held-out batches that are also timed as whole forward passes."""
 MAX_TOKENS = 8192 + 512
+MOST_DECODES = 256
 MAX_SAMPLED = 512
 
 POD_50_50 = "pod_50_50"
 """POD with tickets that alternate, timed to compare with the proportional ones."""
 MIXED_STRATEGIES = (*STRATEGIES, POD_50_50)
-HOST_SLEEP_CYCLES_PER_LAUNCH = 40_000
-"""GPU cycles to sleep per queued graph, so that the host is always ahead (about 20 us)."""
+HOST_SECONDS_PER_LAUNCH = 20e-6
+"""At most, to queue a graph and an event."""
+SLEEP_CYCLES_PER_SECOND = 2e9
 
 Row = dict[str, object]
 Launch = Callable[[], object]
@@ -120,11 +125,11 @@ class Timed:
             launch_op()
 
 
-def time_sequence(ops: Sequence[Timed], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each operation of a sequence that runs `repeats` times, plus once to warm up."""
+def time_sequence(ops: Sequence[Timed]) -> dict[str, list[float]]:
+    """Seconds of each operation of a sequence that runs REPEATS times, once it has warmed up."""
+    _warm_up(ops)
     marks = []
-    for _ in range(repeats + 1):
-        torch.cuda._sleep(HOST_SLEEP_CYCLES_PER_LAUNCH * len(ops))
+    for _ in range(REPEATS):
         row = [torch.cuda.Event(enable_timing=True)]
         row[0].record()
         for op in ops:
@@ -134,9 +139,26 @@ def time_sequence(ops: Sequence[Timed], repeats: int = REPEATS) -> dict[str, lis
         marks.append(row)
     torch.cuda.synchronize()
     return {
-        op.name: [row[i].elapsed_time(row[i + 1]) / 1000 for row in marks[1:]]
+        op.name: [row[i].elapsed_time(row[i + 1]) / 1000 for row in marks]
         for i, op in enumerate(ops)
     }
+
+
+def _warm_up(ops: Sequence[Timed]) -> None:
+    """Run the sequence for WARM_UP seconds, and leave the card busy while the host goes on."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for op in ops:
+        op.graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    seconds = start.elapsed_time(end) / 1000
+    for _ in range(math.ceil(WARM_UP / seconds)):
+        for op in ops:
+            op.graph.replay()
+    host_seconds = HOST_SECONDS_PER_LAUNCH * len(ops)
+    if seconds < 2 * host_seconds:  # the card keeps up with the host: hold it back once
+        torch.cuda._sleep(int(REPEATS * host_seconds * SLEEP_CYCLES_PER_SECOND))
 
 
 def timing_row(seconds: Sequence[float]) -> Row:
@@ -270,20 +292,33 @@ def measure_launches() -> Iterator[Row]:
             for _ in range(count):
                 launch.empty()
 
-        seconds = time_sequence([Timed("launch", run)], repeats=31)["launch"]
+        seconds = time_sequence([Timed("launch", run)])["launch"]
         yield {"op": "launch", "num_tokens": count, **timing_row(seconds)}
 
 
 def measure_linear(bench: LayerBench, num_tokens: int, split: str) -> Iterator[Row]:
-    """Every operation of a layer but attention, at one number of tokens."""
-    layer = bench.before_attention(num_tokens) + bench.after_attention(num_tokens)
+    """Every operation of a layer but attention, at one number of tokens.
+
+    The layer's attention runs too: of as many decodes, or of one prompt of that length.
+    """
+    n = num_tokens
+    point = (
+        AttentionPoint((), (1024,) * n, split)
+        if n <= MOST_DECODES
+        else AttentionPoint(((n, n),), (), split)
+    )
+    layer = [
+        *bench.before_attention(n),
+        ("attention", bench.attention(point, "serial")),
+        *bench.after_attention(n),
+    ]
     seen: set[str] = set()
     ops = []
     for name, run in layer:
         ops.append(Timed(name if name not in seen else f"{name} again", run))
         seen.add(name)
     for name, seconds in time_sequence(ops).items():
-        if name in seen:
+        if name in seen - {"attention"}:
             yield {"op": name, "split": split, "num_tokens": num_tokens, **timing_row(seconds)}
 
 
@@ -295,15 +330,13 @@ def measure_once_per_step(bench: LayerBench, num_tokens: int, split: str) -> Ite
 
 
 def measure_attention(bench: LayerBench, point: AttentionPoint) -> Iterator[Row]:
-    """One batch under each strategy, taking turns, inside the layer's other work."""
+    """One batch under each strategy, inside the layer's other work."""
     n, strategies = point.num_tokens, strategies_for(point)
     before = [Timed("other", op) for _, op in bench.before_attention(n)]
     after = [Timed("other", op) for _, op in bench.after_attention(n)]
-    sequence = []
     for name in strategies:
-        sequence += [*before, Timed(name, bench.attention(point, name)), *after]
-    times = time_sequence(sequence)
-    for name in strategies:
+        layer = [*before, Timed("attention", bench.attention(point, name)), *after]
+        seconds = time_sequence(layer)["attention"]
         yield {
             "op": "attention",
             "split": point.split,
@@ -311,7 +344,7 @@ def measure_attention(bench: LayerBench, point: AttentionPoint) -> Iterator[Row]
             "num_tokens": n,
             "prefills": point.prefills_text,
             "decodes": point.decodes_text,
-            **timing_row(times[name]),
+            **timing_row(seconds),
         }
 
 

@@ -7,12 +7,13 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from rich.table import Table
 
 from podsim import metrics
@@ -276,7 +277,7 @@ def plot_latencies(results: Mapping[str, Result], path: Path) -> None:
     plt.close(figure)
 
 
-def _plot_cdf(axis: object, values: Sequence[float], counts: Sequence[int], name: str) -> None:
+def _plot_cdf(axis: object, values: ArrayLike, counts: ArrayLike, name: str) -> None:
     """Draw a CDF up to its 99.9th percentile, through at most 400 points."""
     array, weights = np.asarray(values, dtype=np.float64), np.asarray(counts)
     array, weights = array[~np.isnan(array)], weights[~np.isnan(array)]

@@ -72,6 +72,7 @@ def simulate(
     many requests have arrived, now and then. Raises InputError for an unknown model or GPU, or
     when there is no profile for them.
     """
+    trace.require_times()
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
     latency_model = latency_model or latency_model_for(deployment, model)
     num_blocks = num_blocks_for(deployment, model, gpu)
@@ -109,7 +110,7 @@ def latency_model_for(deployment: Deployment, model: Model) -> LatencyModel:
     profile = find_profile(
         deployment.gpu, model, Path(deployment.profile) if deployment.profile else None
     )
-    return ProfiledLatency(profile, model, deployment.attention)
+    return ProfiledLatency(profile, model, deployment.attention, deployment.host_overhead)
 
 
 def workload_trace(workload: Workload) -> Trace:
