@@ -1,12 +1,16 @@
 # make demo: a first result on any machine. make test: lint, types and the whole test suite.
 PYTHON ?= python3
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/podsim simulate azure-conv-like --attention pod --out results/demo
 
 test: .venv/test.stamp lint
 	.venv/bin/python -m pytest
+
+# Where the GPU is; PYTHON must have torch, triton, pytest and podsim's dependencies.
+test-gpu:
+	$(PYTHON) -m pytest tests/test_kernels_attention.py tests/test_kernels_elementwise.py
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

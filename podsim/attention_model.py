@@ -1,23 +1,28 @@
 """How long attention takes: features of a batch with a physical meaning, times fitted coefficients.
 
 Serial work is the prefill kernel, then the decode kernel. The prefill kernel's CTAs each walk the
-keys of a tile of queries, so its time is that of the busiest SM; the decode kernel reads every key
-once, so its time is bytes. A mixed batch under `streams` and `pod` is described by the two times p
-and d that its sides would take alone: the longer one is paid in full, the shorter one as far as
-the two do not overlap, which depends on how many SMs the prefill fills. `unified` runs decodes as
-prefill tiles of one token. All coefficients are seconds a unit of their feature, none is negative.
+keys of a tile of queries and are handed to the SMs in order, so its time is that of the busiest
+SM, which is simulated; the decode kernel reads every key once, so its time is bytes.
+
+A mixed batch under `streams` and `pod` is described by the two times that its sides would take
+alone. The longer one is paid in full; how much of the shorter one hides behind it depends on what
+the prefill leaves free: the SMs it does not fill, and the time that SMs wait for the busiest.
+`unified` runs decodes as prefill tiles of one token.
+
+All coefficients are seconds a unit of their feature, and none is negative.
 """
 
 from __future__ import annotations
 
-import math
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from podsim.batch import BatchShape, PrefillShape
 from podsim.model import Model
 
-PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles", "extra_waves")
+PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles")
 DECODE_FEATURES = (
     *("launch", "keys", "requests", "longest_split", "waves"),
     *("has_combine", "partials", "makespan"),
@@ -26,7 +31,11 @@ UNIFIED_FEATURES = (
     *("launch", "makespan", "longest", "tiles"),
     *("prefill_blocks", "prefill_tiles", "decode_keys"),
 )
-MIXED_FEATURES = ("launch", "longer", "shorter", "filled_prefill", "filled_shorter")
+MIXED_FEATURES = (
+    *("launch", "longer", "shorter"),
+    *("busy_prefill", "busy_decode", "busy_shorter"),
+    *("once_filled_shorter", "twice_filled_prefill", "twice_filled_shorter"),
+)
 
 FEATURES = {
     "prefill": PREFILL_FEATURES,
@@ -56,46 +65,64 @@ class Geometry:
     """Keys of a block."""
     decode_items_per_sm: int
     min_split_len: int
+    tile_overhead: float = 0.0
+    """What a prefill tile costs beside its blocks, in blocks; fitted."""
 
     @classmethod
-    def of(cls, model: Model, kernels: Mapping[str, int]) -> Geometry:
+    def of(cls, model: Model, kernels: Mapping[str, float]) -> Geometry:
         """For a model's heads; `kernels` holds the numbers that a profile records."""
         return cls(
             num_kv_heads=model.num_kv_heads,
             group=model.num_q_heads // model.num_kv_heads,
-            **kernels,
+            **kernels,  # type: ignore[arg-type]
         )
 
 
 @dataclass(frozen=True, slots=True)
 class TileWork:
-    """Row tiles of a launch over all KV heads: blocks of keys to walk, and by the longest tile."""
+    """Row tiles of a prefill launch over all KV heads, in blocks of keys to walk."""
 
+    makespan: float
+    """Blocks of the SM that has the most, when tiles go to whichever SM is free."""
     blocks: float
+    """Of all tiles."""
     longest: float
+    """Of the longest tile."""
     tiles: int
 
-    @classmethod
-    def of(cls, prefills: Sequence[PrefillShape], geometry: Geometry) -> TileWork:
-        blocks, longest, tiles = 0.0, 0.0, 0
-        tokens_per_tile = geometry.block_m / geometry.group
-        for num_tokens, context_len in prefills:
-            count = -(-num_tokens * geometry.group // geometry.block_m)
-            # Causal: tile i sees the keys up to its own last token; half a block is cut off.
-            keys = float(count * (context_len - num_tokens) + num_tokens)
-            keys += tokens_per_tile * (count - 1) * count / 2
-            blocks += keys / geometry.block_n + 0.5 * count
-            longest = max(longest, context_len / geometry.block_n)
-            tiles += count
-        heads = geometry.num_kv_heads
-        return cls(blocks * heads, longest, tiles * heads)
+
+Tiles = tuple[tuple[int, int], ...]
+"""Of each chunk: its row tiles for one KV head, and the blocks of keys of its last one."""
+
+
+def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
+    """What of the chunks' lengths the kernel's work depends on."""
+    return tuple(
+        (-(-num_tokens * geometry.group // geometry.block_m), -(-context // geometry.block_n))
+        for num_tokens, context in prefills
+    )
+
+
+def tile_work(chunks: Tiles, geometry: Geometry) -> TileWork:
+    """Hand out the tiles as the kernel does: head after head, within a head the longest first."""
+    if not chunks:
+        return TileWork(0.0, 0.0, 0.0, 0)
+    blocks_per_tile = geometry.block_m / geometry.group / geometry.block_n
+    sizes = []
+    for num_tiles, last_blocks in chunks:
+        # Causal: each tile sees its own tokens fewer than the one after it.
+        sizes += [max(last_blocks - i * blocks_per_tile, 1.0) for i in range(num_tiles)]
+    sizes.sort(reverse=True)
+    order = [size + geometry.tile_overhead for size in sizes] * geometry.num_kv_heads
+    busy_until = order[: geometry.num_sms]
+    heapq.heapify(busy_until)
+    for size in order[geometry.num_sms :]:
+        heapq.heapreplace(busy_until, busy_until[0] + size)
+    return TileWork(max(busy_until), sum(sizes) * geometry.num_kv_heads, sizes[0], len(order))
 
 
 def prefill_features(work: TileWork, geometry: Geometry) -> tuple[float, ...]:
-    """One tile occupies an SM: the busiest SM has its share of the blocks, or the longest tile."""
-    per_sm = work.tiles / geometry.num_sms
-    makespan = max(work.blocks / geometry.num_sms, work.longest)
-    return (1.0, makespan, work.longest, per_sm, max(math.ceil(per_sm) - 1.0, 0.0))
+    return (1.0, work.makespan, work.longest, work.tiles / geometry.num_sms)
 
 
 def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
@@ -120,9 +147,8 @@ def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
     )
 
 
-def unified_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
+def unified_features(shape: BatchShape, prefill: TileWork, geometry: Geometry) -> tuple[float, ...]:
     """Every decode is a tile of its own that walks its whole context."""
-    prefill = TileWork.of(shape.prefills, geometry)
     heads, num_sms = geometry.num_kv_heads, geometry.num_sms
     keys = shape.decode_context_sum
     blocks = prefill.blocks + heads * (keys / geometry.block_n + 0.5 * shape.num_decodes)
@@ -142,10 +168,27 @@ def unified_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]
 def mixed_features(
     prefill_time: float, decode_time: float, work: TileWork, geometry: Geometry
 ) -> tuple[float, ...]:
-    """The times of the two sides alone, and what a prefill that fills the SMs adds."""
+    """The times of the two sides alone, whole and by what the prefill leaves free.
+
+    busy: share of the SMs' time that the prefill works. Filled: share of the SMs that have a tile
+    (once), or two (twice).
+    """
     shorter = min(prefill_time, decode_time)
-    filled = min(1.0, work.tiles / (2 * geometry.num_sms))
-    return (1.0, max(prefill_time, decode_time), shorter, filled * prefill_time, filled * shorter)
+    walked = work.blocks + geometry.tile_overhead * work.tiles
+    busy = walked / (work.makespan * geometry.num_sms)
+    once = min(1.0, work.tiles / geometry.num_sms)
+    twice = min(1.0, work.tiles / (2 * geometry.num_sms))
+    return (
+        1.0,
+        max(prefill_time, decode_time),
+        shorter,
+        busy * prefill_time,
+        busy * decode_time,
+        busy * shorter,
+        once * shorter,
+        twice * prefill_time,
+        twice * shorter,
+    )
 
 
 def dot(coefficients: Sequence[float], features: Sequence[float]) -> float:
@@ -158,21 +201,29 @@ class AttentionModel:
     def __init__(self, geometry: Geometry, coefficients: Coefficients) -> None:
         self.geometry = geometry
         self.coefficients = coefficients
+        self._tile_work = lru_cache(maxsize=100_000)(self._simulate_tiles)
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
         if not shape.num_decodes:
-            return self._prefill(TileWork.of(shape.prefills, self.geometry))
+            return self._prefill(self.work(shape))
         if not shape.prefills:
             return self._decode(shape)
         return dot(self.coefficients[strategy], self.features(strategy, shape))
 
     def features(self, strategy: str, shape: BatchShape) -> tuple[float, ...]:
         """Of a mixed batch."""
+        work = self.work(shape)
         if strategy == "unified":
-            return unified_features(shape, self.geometry)
-        work = TileWork.of(shape.prefills, self.geometry)
+            return unified_features(shape, work, self.geometry)
         return mixed_features(self._prefill(work), self._decode(shape), work, self.geometry)
+
+    def work(self, shape: BatchShape) -> TileWork:
+        """The prefill tiles of a batch."""
+        return self._tile_work(row_tiles(shape.prefills, self.geometry))
+
+    def _simulate_tiles(self, chunks: Tiles) -> TileWork:
+        return tile_work(chunks, self.geometry)
 
     def _prefill(self, work: TileWork) -> float:
         return dot(self.coefficients["prefill"], prefill_features(work, self.geometry))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from podsim.attention_model import (
     FEATURES,
     AttentionModel,
     Geometry,
-    TileWork,
     decode_features,
     prefill_features,
+    row_tiles,
+    tile_work,
 )
 from podsim.batch import BatchShape
 from podsim.errors import InputError
 from podsim.hardware import Gpu
-from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency
+from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
 from podsim.model import Model
 from podsim.points import AttentionPoint
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
@@ -75,8 +77,8 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     grid, held_out = rows[rows["split"] == "grid"], rows[rows["split"] == "held_out"]
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
-    geometry = Geometry.of(model, kernels)
-    attention = _fit_attention(grid, geometry)
+    attention = _fit_attention(grid, _fitted_geometry(grid, Geometry.of(model, kernels)))
+    kernels = kernels | {"tile_overhead": attention.geometry.tile_overhead}
     profile = Profile(
         source=str(folder),
         gpu=gpu,
@@ -153,6 +155,21 @@ def _kind(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows[(rows["strategy"] == name) & (rows["prefills"] != "") & (rows["decodes"] != "")]
 
 
+def _fitted_geometry(grid: pd.DataFrame, geometry: Geometry) -> Geometry:
+    """With the tile overhead, in half blocks, under which the prefill rows fit best."""
+    rows = _kind(grid, "prefill")
+    shapes, seconds = _points(rows), rows["seconds"].to_numpy()
+
+    def misfit(tile_overhead: float) -> float:
+        tried = replace(geometry, tile_overhead=tile_overhead)
+        works = [tile_work(row_tiles(shape.prefills, tried), tried) for shape in shapes]
+        features = np.array([prefill_features(work, tried) for work in works])
+        predicted = features @ _non_negative_fit(features, seconds)
+        return float(np.square(predicted / seconds - 1).sum())
+
+    return replace(geometry, tile_overhead=min(np.arange(0.0, 8.5, 0.5).tolist(), key=misfit))
+
+
 def _fit_attention(grid: pd.DataFrame, geometry: Geometry) -> AttentionModel:
     """Each side alone first: the mixed strategies are described by the times of their sides."""
     coefficients: dict[str, list[float]] = {}
@@ -161,8 +178,7 @@ def _fit_attention(grid: pd.DataFrame, geometry: Geometry) -> AttentionModel:
         rows = _kind(grid, name)
         shapes = _points(rows)
         if name == "prefill":
-            works = [TileWork.of(shape.prefills, geometry) for shape in shapes]
-            features = [prefill_features(work, geometry) for work in works]
+            features = [prefill_features(model.work(shape), geometry) for shape in shapes]
         elif name == "decode":
             features = [decode_features(shape, geometry) for shape in shapes]
         else:
@@ -206,7 +222,7 @@ def _errors(
         errors[f"attention {name}"] = _error(predicted, rows["seconds"])
     for name, table in profile.ops.items():
         rows = held_out[held_out["op"] == name]
-        interpolated = np.interp(rows["num_tokens"], table["num_tokens"], table["seconds"])
+        interpolated = op_seconds(table, rows["num_tokens"])
         errors[name] = _error(interpolated, rows["seconds"])
     steps = held_out[held_out["op"] == "step"]
     for strategy in ("serial", "streams", "unified", "pod"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from podsim.attention_model import AttentionModel, Geometry
 from podsim.batch import BatchShape
@@ -122,24 +122,34 @@ class ProfiledLatency:
         return [f"{share:.1%} of the simulated step time was predicted beyond what was measured"]
 
 
+def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> NDArray[np.float64]:
+    """Of one operation of a profile: linear between the measured points of the same alignment.
+
+    A number of tokens that is a multiple of 8 runs another matrix kernel than its neighbours.
+    """
+    wanted = np.asarray(num_tokens, dtype=np.int64)
+    measured, seconds = np.array(table["num_tokens"]), np.array(table["seconds"])
+    aligned = measured % 8 == 0
+    on = np.interp(wanted, measured[aligned], seconds[aligned])
+    off = np.interp(wanted, measured[~aligned], seconds[~aligned])
+    return np.where(wanted % 8 == 0, on, off)
+
+
 class _Table:
     """Seconds of some operations together, for every number of tokens.
 
-    Linear between the measured points, and beyond the last one with the rate between the last
-    point and the one nearest to half its tokens.
+    Beyond the last measured point, with the rate between it and the point of half its tokens.
     """
 
-    def __init__(self, profile: Profile, counts: dict[str, int]) -> None:
+    def __init__(self, profile: Profile, counts: Mapping[str, int]) -> None:
         tables = [(profile.ops[name], count) for name, count in counts.items()]
         self._measured = min(int(table["num_tokens"][-1]) for table, _ in tables)
         num_tokens = np.arange(self._measured + 1)
-        seconds: NDArray[np.float64] = np.zeros(len(num_tokens))
-        for table, count in tables:
-            seconds += count * np.interp(num_tokens, table["num_tokens"], table["seconds"])
-        seconds[0] = 0.0
-        self._seconds: list[float] = seconds.tolist()
+        seconds = sum(count * op_seconds(table, num_tokens) for table, count in tables)
+        self._seconds: list[float] = np.asarray(seconds).tolist()
+        self._seconds[0] = 0.0
         half = self._measured // 2
-        self._rate: float = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
+        self._rate = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
 
     def at(self, num_tokens: int) -> float:
         if num_tokens <= self._measured:

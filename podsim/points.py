@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +74,7 @@ def _pair(text: str, separator: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def attention_points(rng: Generator, num_held_out: int = 80) -> list[AttentionPoint]:
+def attention_points(rng: Generator, num_held_out: int = 120) -> list[AttentionPoint]:
     """Grid points of each kind of batch, then random batches as serving makes them."""
     points = [
         *_prefill_grid(),
@@ -136,7 +135,7 @@ def _mixed_uneven(rng: Generator) -> list[AttentionPoint]:
 
 def _random_batch(rng: Generator, split: str) -> AttentionPoint:
     """A budget of tokens filled with decodes and one to four chunks; some have one side only."""
-    kind = rng.choice(["mixed", "decode", "prefill"], p=[0.7, 0.2, 0.1])
+    kind = rng.choice(["mixed", "decode", "prefill"], p=[0.6, 0.2, 0.2])
     size = int(np.exp(rng.uniform(0, np.log(256))))
     contexts = () if kind == "prefill" else _random_contexts(rng, size)
     chunks = () if kind == "decode" else _random_chunks(rng, int(rng.choice([1, 1, 1, 2, 3, 4])))
@@ -160,17 +159,21 @@ def _random_contexts(rng: Generator, size: int) -> tuple[int, ...]:
     return tuple(sorted((int(n) for n in lengths), reverse=True))
 
 
-def linear_points(rng: Generator, num_held_out: int = 24) -> list[tuple[int, str]]:
-    """Numbers of tokens for the linear layers: both sides of the edges where tiles quantize."""
-    small = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64]
-    edges: Sequence[int] = [
+def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str]]:
+    """Numbers of tokens for the linear layers: both sides of the edges where tiles quantize.
+
+    Multiples of 8 and others run different kernels, so each edge has both on both sides.
+    """
+    small = [*range(1, 17), *(n for m in range(24, 65, 8) for n in (m - 3, m))]
+    edges = [
         *range(64, 1024, 64),
         *range(1024, 2048, 128),
         *range(2048, 4096, 256),
         *range(4096, 8193, 512),
     ]
-    grid = sorted({*small, *edges, *(edge + 1 for edge in edges if edge < 8192)})
+    around = [n for edge in edges for n in (edge - 1, edge, edge + 1, edge + 8) if n <= 8192]
+    grid = sorted({*small, *around})
     free = np.setdiff1d(np.arange(1, 8192), grid)
-    held_out = np.unique(np.exp(rng.uniform(0, np.log(8192), size=4 * num_held_out)).astype(int))
-    held_out = rng.choice(np.intersect1d(held_out, free), size=num_held_out, replace=False)
+    drawn = np.unique(np.exp(rng.uniform(0, np.log(8192), size=8 * num_held_out)).astype(int))
+    held_out = rng.choice(np.intersect1d(drawn, free), size=num_held_out, replace=False)
     return [(n, "grid") for n in grid] + [(int(n), "held_out") for n in sorted(held_out)]
