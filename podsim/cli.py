@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
 TraceArgument = Annotated[
@@ -61,11 +61,12 @@ def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[...
                 if option.name == "trace":
                     continue
                 kind: Any = str if lists and options is Deployment else kinds[option.name]
+                default = "" if option.default is None else f" Default: {option.default}."
                 annotation = Annotated[
                     kind | None,
                     typer.Option(
-                        help=option.metadata["help"],
-                        show_default=False if option.default is None else str(option.default),
+                        help=option.metadata["help"] + default,
+                        show_default=False,
                         rich_help_panel=options.__name__,
                     ),
                 ]
@@ -214,12 +215,12 @@ def _split(value: object) -> list[object]:
 
 def _label(name: str, value: object) -> str:
     """Strategies and routers speak for themselves; a number needs its option's name."""
-    text = str(value)
+    text = str(value).replace("/", "_")  # a variant's results lie in a folder of this name
     return text if text[:1].isalpha() else f"{name}={text}"
 
 
 def _run(trace: Trace, deployment: Deployment, label: str = "simulating") -> Result:
-    with Progress(console=messages, transient=True) as progress:
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task(label, total=len(trace))
         return simulate(
             trace,

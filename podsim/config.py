@@ -121,18 +121,12 @@ class Workload:
             self.rate_scale,
             "left out when qps is given: both set the rate",
         )
-        _check(
-            self.trace is not None or self.arrivals is not None,
-            "trace",
-            self.trace,
-            "a trace, or give arrivals for synthetic requests (such as --arrivals poisson --qps 8)",
-        )
-        _check(
-            self.arrivals in (None, "static") or self.qps is not None,
-            "qps",
-            self.qps,
-            f"given with arrivals '{self.arrivals}'",
-        )
+        if self.trace is None and self.arrivals is None:
+            raise InputError(
+                "no requests: name a trace, or make some up with --arrivals poisson --qps 8"
+            )
+        if self.arrivals not in (None, "static") and self.qps is None:
+            raise InputError(f"arrivals '{self.arrivals}' need a rate: give --qps")
 
 
 Options = TypeVar("Options", Deployment, Workload)

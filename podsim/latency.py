@@ -149,7 +149,7 @@ class _Table:
         self._seconds: list[float] = np.asarray(seconds).tolist()
         self._seconds[0] = 0.0
         half = self._measured // 2
-        self._rate = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
+        self._rate: float = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
 
     def at(self, num_tokens: int) -> float:
         if num_tokens <= self._measured:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from rich import box
 from rich.table import Table
 
 from podsim import metrics
@@ -40,7 +41,7 @@ _TIME_COLUMNS = (
 
 def summary_table(result: Result) -> Table:
     """Latencies of a run: mean and percentiles."""
-    table = Table(title=describe(result), title_justify="left", title_style="bold")
+    table = _table(describe(result))
     table.add_column("")
     for name in ("mean", *(f"P{p}" for p in metrics.PERCENTILES)):
         table.add_column(name, justify="right")
@@ -50,6 +51,10 @@ def summary_table(result: Result) -> Table:
         names = ("mean", *(f"p{p}" for p in metrics.PERCENTILES))
         table.add_row(label, *(format_seconds(row[name]) for name in names))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def describe(result: Result) -> str:
@@ -112,11 +117,11 @@ _COMPARED = {
     "tbt_p50": ("TBT P50", "s"),
     "tbt_p99": ("TBT P99", "s"),
     "tpot_p50": ("TPOT P50", "s"),
-    "e2e_latency_p50": ("End-to-end P50", "s"),
-    "e2e_latency_p99": ("End-to-end P99", "s"),
-    "queue_time_p50": ("Queue time P50", "s"),
+    "e2e_latency_p50": ("E2E P50", "s"),
+    "e2e_latency_p99": ("E2E P99", "s"),
+    "queue_time_p50": ("Queue P50", "s"),
     "request_throughput": ("Requests/s", ""),
-    "output_throughput": ("Output tokens/s", ""),
+    "output_throughput": ("Output tok/s", ""),
     "busy_share": ("Busy", "%"),
     "kv_used_max": ("KV cache max", "%"),
     "preemptions": ("Preemptions", ""),
@@ -148,14 +153,18 @@ def _headline(result: Result) -> dict[str, float]:
 
 def comparison_table(compared: pd.DataFrame, title: str) -> Table:
     """Variants side by side, with differences from the first in per cent."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for variant in compared.columns:
-        table.add_column(str(variant), justify="right")
+    table = _table(title)
+    table.add_column("", no_wrap=True)
+    first, *others = compared.columns
+    table.add_column(str(first), justify="right", no_wrap=True)
+    for variant in others:
+        table.add_column(str(variant), justify="right", no_wrap=True)
+        table.add_column("", justify="right", style="dim", no_wrap=True)
     for key, (label, unit) in _COMPARED.items():
-        row = compared.loc[key].to_numpy(dtype=float)
-        cells = [_format(row[0], unit)]
-        cells += [f"{_format(value, unit)} {_difference(value, row[0])}" for value in row[1:]]
+        base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()
+        cells = [_format(base, unit)]
+        for value in values:
+            cells += [_format(value, unit), _difference(value, base)]
         table.add_row(label, *cells)
     return table
 
@@ -170,8 +179,8 @@ def _format(value: float, unit: str) -> str:
 
 def _difference(value: float, first: float) -> str:
     if first == 0 or math.isnan(first) or math.isnan(value):
-        return "       "
-    return f"{value / first - 1:+7.1%}"
+        return ""
+    return f"{value / first - 1:+.1%}"
 
 
 # ------------------------------------------------------------------------------------- folder
@@ -229,7 +238,7 @@ def save_comparison(compared: pd.DataFrame, results: Mapping[str, Result], direc
 def error_table(profile: Profile) -> Table:
     """How far each kernel model of a profile is from points it was not fitted on."""
     title = f"{profile.model} on {profile.gpu}: error on held-out points"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = _table(title)
     for name in ("kernel", "points", "median", "P90", "worst", "bias"):
         table.add_column(name, justify="left" if name == "kernel" else "right")
     for kernel, error in profile.errors.items():

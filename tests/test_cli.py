@@ -1,0 +1,233 @@
+"""The command line as a user types it: results, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+AZURE_ROWS = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2023-11-16 18:17:03.9799600,4808,10\n"
+    "2023-11-16 18:17:04.0319600,3180,8\n"
+    "2023-11-16 18:17:04.0781490,110,27\n"
+)
+
+
+def podsim(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "podsim", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def refusal(*arguments: object) -> str:
+    """The one line that a command refuses its input with."""
+    run = podsim(*arguments)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("podsim: ")
+    return run.stderr.removeprefix("podsim: ").rstrip("\n")
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.csv"
+    path.write_text(AZURE_ROWS)
+    return path
+
+
+def test_simulate_prints_a_table_and_leaves_a_folder(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = podsim("simulate", trace, "--attention", "pod", "--out", out)
+    assert run.returncode == 0, run.stderr
+    for word in ("TTFT", "TBT", "TPOT", "End-to-end latency", "Queue time", "P99", "3 completed"):
+        assert word in run.stdout
+    names = {path.name for path in out.iterdir()}
+    assert names == {"summary.json", "requests.csv", "steps.csv", "config.toml", "latency.png"}
+    summary = json.loads((out / "summary.json").read_text())
+    requests = pd.read_csv(out / "requests.csv")
+    assert summary["completed"] == len(requests) == 3
+    assert summary["total_output_tokens"] == 45
+    assert summary["mean_ttft_ms"] == pytest.approx(requests["ttft_s"].mean() * 1000, rel=1e-6)
+    assert summary["median_tpot_ms"] == pytest.approx(requests["tpot_s"].median() * 1000, rel=1e-6)
+    steps = pd.read_csv(out / "steps.csv")
+    assert steps["num_prefill_tokens"].sum() == 4808 + 3180 + 110
+    assert steps["num_decodes"].sum() == 45 - 3
+
+
+def test_summary_has_the_keys_of_vllm_bench_serve(trace: Path, tmp_path: Path) -> None:
+    podsim("simulate", trace, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    keys = {
+        *("duration", "completed", "failed", "total_input_tokens", "total_output_tokens"),
+        *("request_throughput", "output_throughput", "total_token_throughput"),
+    }
+    for metric in ("ttft", "tpot", "itl", "e2el"):
+        keys |= {f"{statistic}_{metric}_ms" for statistic in ("mean", "median", "std", "p99")}
+    assert keys <= summary.keys()
+
+
+def test_the_same_run_is_byte_identical(trace: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert podsim("simulate", trace, "--out", tmp_path / name).returncode == 0
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
+def test_the_resolved_config_gives_the_same_run_again(trace: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    podsim("simulate", trace, "--qps", 3, "--token-budget", 512, "--out", first)
+    podsim("simulate", "--config", first / "config.toml", "--out", second)
+    assert (first / "summary.json").read_bytes() == (second / "summary.json").read_bytes()
+
+
+def test_the_command_line_wins_over_the_file(trace: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(f'trace = "{trace}"\ntoken_budget = 512\nattention = "pod"\n')
+    out = tmp_path / "out"
+    run = podsim("simulate", "--config", config, "--token-budget", 256, "--out", out)
+    assert run.returncode == 0, run.stderr
+    resolved = (out / "config.toml").read_text()
+    assert "token_budget = 256" in resolved
+    assert 'attention = "pod"' in resolved
+
+
+def test_results_replace_results_and_nothing_else(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert podsim("simulate", trace, "--out", out).returncode == 0
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("do not lose")
+    assert refusal("simulate", trace, "--out", precious).startswith(f"{precious}: not empty")
+    assert (precious / "thesis.tex").exists()
+    leftovers = {path.name for path in tmp_path.iterdir()}
+    assert leftovers == {"trace.csv", "out", "precious"}
+
+
+def test_synthetic_requests(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = podsim(
+        *("simulate", "--arrivals", "poisson", "--qps", 8, "--requests", 200),
+        *("--prompt-tokens", 1500, "--output-tokens", 30, "--seed", 3, "--out", out),
+    )
+    assert run.returncode == 0, run.stderr
+    requests = pd.read_csv(out / "requests.csv")
+    assert len(requests) == 200
+    assert set(requests["num_prompt_tokens"]) == {1500}
+    assert requests["arrival_time_s"].iloc[-1] == pytest.approx(200 / 8, rel=0.25)
+
+
+def test_compare_puts_variants_side_by_side(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = podsim(
+        *("compare", trace, "--attention", "serial,pod", "--token-budget", "512,1024"),
+        *("--out", out),
+    )
+    assert run.returncode == 0, run.stderr
+    compared = pd.read_csv(out / "compare.csv", index_col="metric")
+    assert list(compared.columns) == [
+        "serial,token_budget=512",
+        "serial,token_budget=1024",
+        "pod,token_budget=512",
+        "pod,token_budget=1024",
+    ]
+    for variant in compared.columns:
+        summary = json.loads((out / variant / "summary.json").read_text())
+        assert compared.loc["ttft_p50", variant] * 1000 == pytest.approx(summary["median_ttft_ms"])
+    assert "%" in run.stdout
+
+
+def test_every_command_has_help() -> None:
+    for command in ("simulate", "compare", "profile"):
+        assert podsim(command, "--help").returncode == 0
+    shown = podsim("simulate", "--help").stdout
+    for option in ("--qps", "--rate-scale", "--attention", "--num-blocks", "--replicas", "--seed"):
+        assert option in shown
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "bad.csv:1: is empty"),
+        (AZURE_ROWS.replace("ContextTokens", "Tokens"), "bad.csv:1: "),
+        (AZURE_ROWS.replace("3180", "many"), "bad.csv:3: ContextTokens is 'many'"),
+        (AZURE_ROWS.replace("3180", "-5"), "bad.csv:3: ContextTokens is '-5'"),
+        (AZURE_ROWS.replace(",27", ",0"), "bad.csv:4: GeneratedTokens is '0'"),
+        (AZURE_ROWS.replace("2023-11-16 18:17:04.03", "noon"), "bad.csv:3: TIMESTAMP is 'noon"),
+    ],
+)
+def test_a_broken_trace_is_one_line(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    assert complaint in refusal("simulate", path)
+
+
+def test_unsorted_rows_are_sorted_with_a_note(tmp_path: Path) -> None:
+    header, first, second, third = AZURE_ROWS.splitlines()
+    path = tmp_path / "unsorted.csv"
+    path.write_text("\n".join([header, third, first, second]))
+    run = podsim("simulate", path)
+    assert run.returncode == 0, run.stderr
+    assert "Note" in run.stdout
+    assert "sorted" in run.stdout
+
+
+def test_unknown_names_are_one_line(trace: Path, tmp_path: Path) -> None:
+    assert "no-such-trace" in refusal("simulate", "no-such-trace")
+    assert "unknown model 'gpt-9'" in refusal("simulate", trace, "--model", "gpt-9")
+    assert "unknown GPU 'abacus'" in refusal("simulate", trace, "--gpu", "abacus")
+    assert "attention is 'magic'" in refusal("simulate", trace, "--attention", "magic")
+    assert "no shipped profile of yi-6b" in refusal("simulate", trace, "--model", "yi-6b")
+
+
+def test_a_profile_of_another_model_is_refused(trace: Path) -> None:
+    shipped = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
+    complaint = refusal("simulate", trace, "--profile", shipped, "--model", "llama-2-7b")
+    assert "measured for llama-3-8b (num_kv_heads 8), but llama-2-7b has num_kv_heads 32" in (
+        complaint
+    )
+
+
+def test_a_broken_profile_is_one_line(trace: Path, tmp_path: Path) -> None:
+    assert "No such file" in refusal("simulate", trace, "--profile", tmp_path / "nowhere")
+    (tmp_path / "profile.json").write_text("{")
+    assert "not a podsim profile" in refusal("simulate", trace, "--profile", tmp_path)
+
+
+def test_an_unknown_toml_key_is_named(trace: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(f'trace = "{trace}"\ntoken_bugdet = 512\n')
+    complaint = refusal("simulate", "--config", config)
+    assert complaint == f"{config}: unknown key 'token_bugdet'; did you mean 'token_budget'?"
+    config.write_text('token_budget = "many"\n')
+    assert "token_budget is 'many', expected a whole number" in refusal(
+        "simulate", trace, "--config", config
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(trace: Path) -> None:
+    complaint = refusal("simulate", trace, "--out", trace / "results")
+    assert complaint.startswith(f"{trace}/results: cannot write results here")
+
+
+def test_nothing_to_compare_is_said(trace: Path) -> None:
+    assert "nothing to compare" in refusal("compare", trace, "--attention", "pod")
+
+
+def test_profile_without_a_gpu_is_one_line(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    complaint = refusal("profile", "--out", tmp_path / "profile")
+    assert "no CUDA GPU on this machine" in complaint
+    assert not (tmp_path / "profile").exists()
