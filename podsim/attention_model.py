@@ -27,10 +27,7 @@ DECODE_FEATURES = (
     *("launch", "keys", "requests", "longest_split", "waves"),
     *("has_combine", "partials", "makespan"),
 )
-UNIFIED_FEATURES = (
-    *("launch", "makespan", "longest", "tiles"),
-    *("prefill_blocks", "prefill_tiles", "decode_keys"),
-)
+UNIFIED_FEATURES = ("launch", "makespan", "blocks", "tiles", "prefill_makespan", "decode_keys")
 MIXED_FEATURES = (
     *("launch", "longer", "shorter"),
     *("busy_prefill", "busy_decode", "busy_shorter"),
@@ -103,12 +100,13 @@ def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
     )
 
 
-def tile_work(chunks: Tiles, geometry: Geometry) -> TileWork:
-    """Hand out the tiles as the kernel does: head after head, within a head the longest first."""
-    if not chunks:
-        return TileWork(0.0, 0.0, 0.0, 0)
+def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[int] = ()) -> TileWork:
+    """Hand out the tiles as the kernel does: head after head, within a head the longest first.
+
+    `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
+    """
     blocks_per_tile = geometry.block_m / geometry.group / geometry.block_n
-    sizes = []
+    sizes = [float(blocks) for blocks in decode_blocks]
     for num_tiles, last_blocks in chunks:
         # Causal: each tile sees its own tokens fewer than the one after it.
         sizes += [max(last_blocks - i * blocks_per_tile, 1.0) for i in range(num_tiles)]
@@ -147,21 +145,18 @@ def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
     )
 
 
-def unified_features(shape: BatchShape, prefill: TileWork, geometry: Geometry) -> tuple[float, ...]:
-    """Every decode is a tile of its own that walks its whole context."""
-    heads, num_sms = geometry.num_kv_heads, geometry.num_sms
-    keys = shape.decode_context_sum
-    blocks = prefill.blocks + heads * (keys / geometry.block_n + 0.5 * shape.num_decodes)
-    longest = max(prefill.longest, shape.decode_context_max / geometry.block_n)
-    tiles = prefill.tiles + heads * shape.num_decodes
+def unified_features(
+    shape: BatchShape, work: TileWork, prefill: TileWork, geometry: Geometry
+) -> tuple[float, ...]:
+    """`work` is of all tiles, the decodes' among them; `prefill` of the chunks' alone."""
+    num_sms = geometry.num_sms
     return (
         1.0,
-        max(blocks / num_sms, longest),
-        longest,
-        tiles / num_sms,
-        prefill.blocks / num_sms,
-        prefill.tiles / num_sms,
-        float(keys),
+        work.makespan,
+        work.blocks / num_sms,
+        work.tiles / num_sms,
+        prefill.makespan,
+        float(shape.decode_context_sum),
     )
 
 
@@ -215,15 +210,24 @@ class AttentionModel:
         """Of a mixed batch."""
         work = self.work(shape)
         if strategy == "unified":
-            return unified_features(shape, work, self.geometry)
+            return unified_features(shape, self._unified_work(shape), work, self.geometry)
         return mixed_features(self._prefill(work), self._decode(shape), work, self.geometry)
 
     def work(self, shape: BatchShape) -> TileWork:
         """The prefill tiles of a batch."""
         return self._tile_work(row_tiles(shape.prefills, self.geometry))
 
-    def _simulate_tiles(self, chunks: Tiles) -> TileWork:
-        return tile_work(chunks, self.geometry)
+    def _unified_work(self, shape: BatchShape) -> TileWork:
+        """With each decode as a tile: the longest, and the others at their mean."""
+        block_n, others = self.geometry.block_n, shape.num_decodes - 1
+        longest = -(-shape.decode_context_max // block_n)
+        rest = shape.decode_context_sum - shape.decode_context_max
+        mean = round(rest / others / block_n + 0.5) if others else 0
+        chunks = row_tiles(shape.prefills, self.geometry)
+        return self._tile_work(chunks, (longest, *[mean] * others))
+
+    def _simulate_tiles(self, chunks: Tiles, decode_blocks: Sequence[int] = ()) -> TileWork:
+        return tile_work(chunks, self.geometry, decode_blocks)
 
     def _prefill(self, work: TileWork) -> float:
         return dot(self.coefficients["prefill"], prefill_features(work, self.geometry))
