@@ -22,6 +22,7 @@ from podsim.hardware import Gpu, gpu_named
 from podsim.model import Model, model_named
 from podsim.profile import PROFILE_FILE, Profile
 from podsim.simulation import Result, simulate, workload_trace
+from podsim.trace_command import trace_app
 from podsim.workload import Trace
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
 )
+app.add_typer(trace_app, name="trace")
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 

@@ -17,7 +17,7 @@ STRATEGIES = ("serial", "streams", "unified", "pod")
 
 ROUTERS = ("round_robin", "least_outstanding_tokens")
 SCHEDULERS = ("sarathi",)
-ARRIVALS = ("poisson", "gamma", "uniform", "static")
+ARRIVALS = ("poisson", "gamma", "weibull", "uniform", "static")
 ZERO_LENGTH = ("error", "drop")
 
 
@@ -100,6 +100,9 @@ class Workload:
     )
     duration: float | None = _option(
         None, "Only requests that arrive in the first N seconds, after any change of rate."
+    )
+    format: str | None = _option(
+        None, "Read the trace as this format instead of recognising it; docs/trace-formats.md."
     )
     zero_length: str = _option(
         "error", "Rows with zero prompt or output tokens: error, or drop (counted)."

@@ -127,7 +127,12 @@ def workload_trace(workload: Workload) -> Trace:
             seed=workload.seed,
         )
     else:
-        trace = load_trace(workload.trace, zero_length=workload.zero_length)
+        trace = load_trace(
+            workload.trace,
+            zero_length=workload.zero_length,
+            format=workload.format,
+            seed=workload.seed,
+        )
         if workload.requests is not None:
             trace = trace.head(workload.requests)
         if workload.arrivals is not None:

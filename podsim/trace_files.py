@@ -7,70 +7,22 @@ import gzip
 import hashlib
 import io
 import json
+import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
 from podsim.errors import InputError
-from podsim.trace_formats import (
-    FORMATS,
-    BadValue,
-    Format,
-    parse_hash_ids,
-    parse_token_counts,
-    shown,
-)
-
-BLOCK_ROWS = 65_536  # rows held as text at a time
-
-Row = tuple[int, tuple[str, ...]]  # the line it starts on, the texts of the fields that are read
+from podsim.trace_fields import shown
+from podsim.trace_formats import FORMATS, Format, format_named
+from podsim.trace_records import BadRecord, Record
+from podsim.trace_rows import ReadOptions, Row, Rows, Table, rows_of
 
 
-def _recognise(path: Path, kind: str, names: Sequence[str], texts: Sequence[str]) -> Format:
-    first = {name.casefold(): text for name, text in zip(names, texts, strict=True)}
-    formats = [fmt for fmt in FORMATS if fmt.kind == kind]
-    for fmt in formats:
-        if fmt.fits(first):
-            return fmt
-    nearest = min(formats, key=lambda fmt: (len(fmt.missing(first)), len(fmt.marks)))
-    missing = nearest.missing(first)
-    if len(missing) == 1:
-        needed = f"{nearest.name} needs {', '.join(nearest.required)}"
-        raise InputError(
-            f"{path}:1: {missing[0]} is missing, expected a field of that name ({needed})"
-        )
-    known = "; ".join(f"{fmt.name}: {', '.join([*fmt.required, *fmt.marks])}" for fmt in formats)
-    found = shown(", ".join(names), 100)
-    raise InputError(
-        f"{path}:1: the fields are {found}, expected those of a known format ({known})"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a trace file, in file order, every text of them checked."""
-
-    format: Format
-    lines: NDArray[np.int64]
-    """The line of the file each row starts on, from 1."""
-    time_ns: NDArray[np.int64] | None
-    num_prompt_tokens: NDArray[np.int64]
-    num_output_tokens: NDArray[np.int64]
-    hash_ids: list[NDArray[np.int64]] | None
-    ignored: list[str]
-    """Fields of the file that are not read."""
-    sha256: str
-
-
-def read_rows(path: Path, *, allow_zero: bool) -> Rows:
+def read_file(path: Path, options: ReadOptions) -> Rows:
     """Read a trace file, plain or gzipped; the first wrong line of it raises InputError."""
     try:
         with path.open("rb") as file:
@@ -81,78 +33,147 @@ def read_rows(path: Path, *, allow_zero: bool) -> Rows:
             data: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file) if zipped else file
             # Bytes that are not UTF-8 become "\ufffd", which no number contains.
             text = io.TextIOWrapper(data, "utf-8-sig", errors="replace", newline="")
-            return _read_text(path, text, sha256, allow_zero)
+            return rows_of(_table(path, text, options), options, sha256)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read: {reason}") from error
+    except RecursionError:
+        raise InputError(f"{path}: cannot be read: is nested too deeply") from None
 
 
-def _read_text(path: Path, text: Iterable[str], sha256: str, allow_zero: bool) -> Rows:
-    lines = iter(text)
+def is_archive(path: Path) -> bool:
+    """Whether a file is a tar archive, compressed or not."""
+    try:
+        return path.is_file() and tarfile.is_tarfile(path)
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+# ---- recognition
+
+
+def _table(path: Path, lines: Iterator[str], options: ReadOptions) -> Table:
+    comments: list[str] = []
     head = next(lines, "")
+    while head.startswith("#"):  # podsim's own files say how they were made
+        comments.append(head[1:].strip())
+        head = next(lines, "")
+    start = len(comments) + 1
     if not head.strip():
-        raise InputError(f"{path}:1: is empty, expected the header or first record of a trace")
+        raise InputError(
+            f"{path}:{start}: is empty, expected the header or first record of a trace"
+        )
     if head.startswith("version https://git-lfs"):
         raise InputError(
             f"{path}:1: is a git-lfs pointer, not the data: fetch it with git lfs pull"
         )
     if "\0" in head or "\ufffd" in head:
-        raise InputError(f"{path}:1: is {shown(head)}, expected text: CSV or JSON lines")
-    open_table = _jsonl_table if head.lstrip().startswith("{") else _csv_table
-    table = open_table(path, chain([head], lines))
-    blocks = [_parse(path, table, block, allow_zero) for block in _blocks(table.rows)]
-    if not blocks:
-        raise InputError(f"{path}:2: is missing, expected a row after the header")
-    fmt = table.format
-    column = {
-        name: np.concatenate([numbers[name] for _, numbers, _ in blocks]) for name in fmt.required
-    }
-    return Rows(
-        format=fmt,
-        lines=np.concatenate([numbered for numbered, _, _ in blocks]),
-        time_ns=column[fmt.time] if fmt.time else None,
-        num_prompt_tokens=column[fmt.prompt],
-        num_output_tokens=column[fmt.output],
-        hash_ids=[ids for _, _, hashes in blocks for ids in hashes]
-        if fmt.hash_ids in table.names
-        else None,
-        ignored=table.ignored,
-        sha256=sha256,
+        raise InputError(f"{path}:{start}: is {shown(head)}, expected text: CSV or JSON lines")
+    if head.lstrip().startswith("{"):
+        return _jsonl_table(path, chain([head], lines), options)
+    return _csv_table(path, chain([head], lines), options, comments)
+
+
+def _recognise(
+    place: str, kind: str, names: Sequence[str], texts: Sequence[str], options: ReadOptions
+) -> Format:
+    first = {name.casefold(): text for name, text in zip(names, texts, strict=True)}
+    if options.format is not None:
+        return _forced(place, format_named(options.format), kind, first)
+    formats = [fmt for fmt in FORMATS if fmt.kind == kind]
+    for fmt in formats:
+        if fmt.fits(first):
+            return fmt
+    nearest = min(formats, key=lambda fmt: (len(fmt.missing(first)), len(fmt.marks)))
+    if len(nearest.missing(first)) == 1 and len(nearest.telling) > 1:
+        raise InputError(_lacks(place, nearest, first))
+    known = "; ".join(f"{fmt.name}: {', '.join(fmt.telling)}" for fmt in formats)
+    found = shown(", ".join(names), 100)
+    raise InputError(f"{place}: the fields are {found}, expected those of a known format ({known})")
+
+
+def _forced(place: str, fmt: Format, kind: str, first: Mapping[str, str]) -> Format:
+    if fmt.kind != kind:
+        words = {"csv": "CSV", "jsonl": "JSON lines", "clients": "a folder or archive of clients"}
+        raise InputError(f"{place}: is {words[kind]}, but {fmt.name} is {words[fmt.kind]}")
+    # Only the fields: the marks tell a format from another, and the user has done that.
+    if not fmt.nested and any(name.casefold() not in first for name in fmt.required):
+        raise InputError(_lacks(place, fmt, first))
+    return fmt
+
+
+def _lacks(place: str, fmt: Format, first: Mapping[str, str]) -> str:
+    missing = fmt.missing(first)[0]
+    return (
+        f"{place}: {missing} is missing, expected a field of that name "
+        f"({fmt.name} needs {', '.join(fmt.telling)})"
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """A file that was recognised: the fields that are read, and their texts row by row."""
-
-    format: Format
-    names: list[str]
-    ignored: list[str]
-    rows: Iterator[Row]
+def _unused(fmt: Format, names: Iterable[str]) -> list[str]:
+    used = {name.casefold() for name in [*fmt.required, *fmt.marks, *fmt.optional]}
+    unused = [name for name in names if name.casefold() not in used]
+    return [f"columns not used: {', '.join(unused)}"] if unused else []
 
 
-def _csv_table(path: Path, lines: Iterable[str]) -> _Table:
-    records = _csv_records(path, lines)
+# ---- CSV
+
+
+def _csv_table(
+    path: Path, lines: Iterable[str], options: ReadOptions, comments: list[str]
+) -> Table:
+    start = len(comments) + 1
+    records = _csv_records(path, lines, start)
     _, header = next(records, (1, [""]))  # none: the file is a pair of quotes
     names = [name.strip() for name in header]
     first = list(islice(records, 1))
-    fmt = _recognise(path, "csv", names, first[0][1] if first else [""] * len(names))
+    texts = first[0][1] if first else [""] * len(names)
+    fmt = _recognise(f"{path}:{start}", "csv", names, texts, options)
     folded = [name.casefold() for name in names]
-    for name in fmt.required:
+    wanted = [*fmt.required, *(name for name in fmt.optional if name.casefold() in folded)]
+    for name in wanted:
         if folded.count(name.casefold()) > 1:
-            raise InputError(f"{path}:1: {name} is there twice, expected one such column")
-    pick = itemgetter(*(folded.index(name.casefold()) for name in fmt.required))
-    rows = ((line, pick(record)) for line, record in chain(first, records))
-    return _Table(fmt, fmt.required, _ignored(fmt, names), rows)
+            raise InputError(f"{path}:{start}: {name} is there twice, expected one such column")
+    pick = itemgetter(*(folded.index(name.casefold()) for name in wanted))
+    return Table(
+        path=path,
+        format=fmt,
+        names=wanted,
+        rows=((line, pick(record)) for line, record in chain(first, records)),
+        block_size=_block_size(path, fmt, options, comments),
+        notes=[*_unused(fmt, names), *(MADE_WITH + text for text in comments if text)],
+        starts_at=start,
+    )
 
 
-def _csv_records(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+MADE_WITH = "made with: "  # a note of a comment of podsim's own format
+HASH_BLOCK_SIZE = "hash_block_size "  # the comment that goes with a hash_ids column
+
+
+def _block_size(path: Path, fmt: Format, options: ReadOptions, comments: list[str]) -> int:
+    if options.block_size is not None or fmt.hash_block_size:
+        return options.block_size or fmt.hash_block_size
+    for number, comment in enumerate(comments, 1):
+        if comment.startswith(HASH_BLOCK_SIZE):
+            text = comment.removeprefix(HASH_BLOCK_SIZE)
+            if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) < 10**9):
+                raise InputError(
+                    f"{path}:{number}: hash_block_size is {shown(text)}, expected tokens"
+                )
+            comments.remove(comment)
+            return int(text[:10])
+    return 16  # what engines use
+
+
+def _csv_records(
+    path: Path, lines: Iterable[str], first_line: int
+) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(lines, skipinitialspace=True, strict=True)
-    start = 1
+    start = first_line
     width = 0
     try:
         for record in reader:
-            line, start = start, reader.line_num + 1
+            line, start = start, reader.line_num + first_line
             if not record or (len(record) == 1 and not record[0].strip()):
                 continue
             width = width or len(record)
@@ -163,16 +184,43 @@ def _csv_records(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[s
         raise InputError(f"{path}:{start}: is not CSV: {error}") from None
 
 
-def _jsonl_table(path: Path, lines: Iterable[str]) -> _Table:
+# ---- JSON
+
+
+def _jsonl_table(path: Path, lines: Iterable[str], options: ReadOptions) -> Table:
     records = _json_records(path, lines)
     line, first = next(records)
-    fmt = _recognise(path, "jsonl", list(first), [_text(value) for value in first.values()])
-    names = [*fmt.required, *([fmt.hash_ids] if fmt.hash_ids in first else [])]
-    rows = (
-        (line, tuple(_text(record.get(name)) for name in names))
-        for line, record in chain([(line, first)], records)
+    texts = [_text(value) for value in first.values()]
+    fmt = _recognise(f"{path}:1", "jsonl", list(first), texts, options)
+    names = [*fmt.required, *fmt.optional]
+    return Table(
+        path=path,
+        format=fmt,
+        names=names,
+        rows=_json_rows(path, fmt, names, chain([(line, first)], records)),
+        block_size=options.block_size or fmt.hash_block_size,
+        notes=[] if fmt.nested else _unused(fmt, first),
     )
-    return _Table(fmt, names, _ignored(fmt, first), rows)
+
+
+def _json_rows(
+    path: Path, fmt: Format, names: list[str], records: Iterator[tuple[int, Record]]
+) -> Iterator[Row]:
+    texts = [(name, name != fmt.hash_ids) for name in names]
+    number = 0
+    for line, record in records:
+        try:
+            for request in fmt.expand(record) if fmt.expand else (record,):
+                number += 1
+                yield (
+                    number if fmt.document else line,
+                    tuple(
+                        _text(request.get(name)) if as_text else request.get(name)
+                        for name, as_text in texts
+                    ),
+                )
+        except BadRecord as bad:
+            raise InputError(f"{path}:{line}: {bad}") from None
 
 
 def _json_records(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
@@ -180,6 +228,8 @@ def _json_records(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[
     for line, text in enumerate(lines, 1):
         if not text.strip():
             continue
+        if line == 1 and text.strip() == "{":  # one record, spread over the lines of the file
+            text = "".join([text, *lines])
         try:
             record = decode(text)
         except (ValueError, RecursionError):
@@ -194,51 +244,3 @@ def _text(value: object) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _ignored(fmt: Format, names: Iterable[str]) -> list[str]:
-    used = {name.casefold() for name in [*fmt.required, *fmt.marks, fmt.hash_ids or ""]}
-    return [name for name in names if name.casefold() not in used]
-
-
-def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Rows by the thousand; those before a row that cannot be read come before its error."""
-    block: list[Row] = []
-    try:
-        for row in rows:
-            block.append(row)
-            if len(block) == BLOCK_ROWS:
-                yield block
-                block = []
-    except InputError:
-        if block:
-            yield block
-        raise
-    if block:
-        yield block
-
-
-def _parse(
-    path: Path, table: _Table, block: list[Row], allow_zero: bool
-) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """The lines, the columns of numbers and the hash_ids of a block."""
-    fmt = table.format
-    texts = dict(zip(table.names, zip(*[row for _, row in block], strict=True), strict=True))
-    token_counts = partial(parse_token_counts, 0 if allow_zero else 1)
-    numbers: dict[str, NDArray[np.int64]] = {}
-    hashes: list[NDArray[np.int64]] = []
-    problems: list[tuple[int, str]] = []
-    for name in table.names:
-        try:
-            if name == fmt.hash_ids:
-                hashes = parse_hash_ids(fmt.hash_block_size, texts[name], numbers.get(fmt.prompt))
-            else:
-                read = fmt.clock if name == fmt.time else token_counts
-                numbers[name] = read(texts[name])
-        except BadValue as bad:
-            row, problem = bad.args
-            problems.append((row, f"{name} {problem}"))
-    if problems:
-        row, problem = min(problems, key=itemgetter(0))
-        raise InputError(f"{path}:{block[row][0]}: {problem}")
-    return np.array([line for line, _ in block], dtype=np.int64), numbers, hashes

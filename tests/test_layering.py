@@ -13,12 +13,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors"},
     {"request", "batch", "model", "hardware", "config"},
-    {"trace_formats", "trace_files", "workload"},
+    {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
+    {"trace_clients", "trace_folders"},
+    {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
+    {"trace_tokenizer", "trace_statistics", "trace_report", "trace_writers"},
     {"profile", "points", "attention_model", "latency", "calibration"},
     {"kv_cache", "scheduler"},
     {"event_log", "replica", "router", "cluster", "metrics", "simulation"},
-    {"report"},
-    {"measure", "cli"},
+    {"report", "trace_figure"},
+    {"measure", "trace_command", "cli"},
     {"__init__", "__main__"},
 ]
 

@@ -130,7 +130,8 @@ def test_mooncake_without_blocks(write: Write) -> None:
     trace = load_trace(path)
     assert timeline(trace) == [(0.0, 600, 5)]
     assert trace.hash_ids is None
-    assert trace.notes == ("columns not used: delay",)
+    assert trace.notes == ()
+    assert trace.session_id is None
 
 
 def test_qwen_bailian_has_the_fields_of_mooncake_but_seconds_and_short_blocks(write: Write) -> None:
@@ -141,7 +142,9 @@ def test_qwen_bailian_has_the_fields_of_mooncake_but_seconds_and_short_blocks(wr
     trace = load_trace(write(record % (0, "0.5") + record % (1, "2.0"), "x.jsonl"))
     assert timeline(trace) == [(0.0, 17, 3), (1.5, 17, 3)]
     assert trace.hash_block_size == 16
-    assert trace.notes == ("columns not used: parent_chat_id, type, turn",)
+    assert trace.notes == ("columns not used: type, turn",)
+    assert trace.session_id is not None
+    assert trace.session_id.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,8 @@ def test_ties_keep_the_order_of_the_file(write: Write) -> None:
     trace = load_trace(path)
     assert timeline(trace) == [(0, 2, 1), (0, 4, 1), (0, 5, 1), (3, 1, 1), (3, 3, 1)]
     assert trace.notes == (
-        "3 rows were not in time order: sorted (line 3 goes back furthest, 3 s)",
+        "3 rows were not in time order: sorted (line 3 goes back furthest, 3 s; "
+        "if the clock was set back there, two stretches overlap now)",
     )
 
 
@@ -268,7 +272,7 @@ NO_DAY = "2023-11-31 18:17:04"
         (VIDUR + "0,1,1\nNaN,1,1\n", f"3: arrived_at is 'NaN', {SECONDS}"),
         (VIDUR + "0,1,1\n-1,1,1\n", f"3: arrived_at is '-1', {SECONDS}"),
         (VIDUR + "0,1,1\n,1,1\n", f"3: arrived_at is missing, {SECONDS}"),
-        (VIDUR + "0,1,1\n1e30,1,1\n", f"3: arrived_at is '1e30', {SECONDS}, below 292 years"),
+        (VIDUR + "0,1,1\n1e30,1,1\n", f"3: arrived_at is '1e30', {SECONDS}, below 146 years"),
         (VIDUR + "0,1,1\n0,1\n", "3: has 2 fields, expected 3"),
         (VIDUR + "0,1,1\n0,1,1,1\n", "3: has 4 fields, expected 3"),
         (VIDUR + '0,1,1\n0,"1,1\n0,1,1\n', "3: is not CSV: unexpected end of data"),
@@ -283,7 +287,7 @@ NO_DAY = "2023-11-31 18:17:04"
         (
             "TIMESTAMP,ContextTokens\n2023-11-16 18:17:04,1\n",
             "1: GeneratedTokens is missing, expected a field of that name "
-            "(Azure LLM inference needs TIMESTAMP, ContextTokens, GeneratedTokens)",
+            "(azure needs TIMESTAMP, ContextTokens, GeneratedTokens)",
         ),
         (
             VIDUR.replace("arrived_at", "num_decode_tokens") + "1,2,3\n",
@@ -322,7 +326,8 @@ RECORD = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": 
             "[0, 1]",
             "[0, 1, 2]",
             "hash_ids is '[0, 1, 2]', "
-            "expected 2 block numbers (600 tokens in blocks of 512), not 3",
+            "expected 2 block numbers (600 tokens in blocks of 512; "
+            "--block-size sets another), not 3",
         ),
         ("}", "", f"is {RECORD.strip()[:40] + '...'!r}, expected a JSON object"),
         (RECORD, "[1, 2]\n", "is '[1, 2]', expected a JSON object"),
@@ -337,14 +342,14 @@ def test_a_wrong_json_line(write: Write, old: str, new: str, message: str) -> No
 def test_a_missing_field_of_the_first_json_line(write: Write) -> None:
     assert error_of(write(RECORD.replace("output_", "out_"), "x.jsonl")) == (
         "x.jsonl:1: output_length is missing, expected a field of that name "
-        "(Mooncake needs timestamp, input_length, output_length)"
+        "(mooncake needs timestamp, input_length, output_length)"
     )
 
 
 def test_unknown_fields_list_the_known_formats(write: Write) -> None:
-    message = error_of(write("Timestamp,Model,Request tokens,Response tokens\n5,ChatGPT,472,18\n"))
+    message = error_of(write("Timestamp,Model,Request,Response\n5,ChatGPT,472,18\n"))
     assert message.startswith(
-        "x.csv:1: the fields are 'Timestamp, Model, Request tokens, Response tokens', "
+        "x.csv:1: the fields are 'Timestamp, Model, Request, Response', "
         "expected those of a known format (podsim: arrival_time, num_prompt_tokens, "
     )
 
@@ -362,7 +367,9 @@ def test_a_cut_gzip_file(write: Write) -> None:
 
 def test_a_directory(write: Write) -> None:
     Path("folder").mkdir()
-    assert error_of("folder") == "folder: cannot be read: Is a directory"
+    assert error_of("folder") == (
+        "folder: is a folder without session files (*.json) or client files"
+    )
 
 
 def test_a_missing_file_names_the_shipped_traces() -> None:
@@ -426,7 +433,7 @@ def test_damaged_bytes_are_read_or_refused_in_one_line(
 def test_rows_are_the_same_however_they_are_read(
     write: Write, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    monkeypatch.setattr("podsim.trace_files.BLOCK_ROWS", 3)
+    monkeypatch.setattr("podsim.trace_rows.BLOCK_ROWS", {"csv": 3})
     path = write(PODSIM + "".join(f"{i},{i + 1},{i + 2}\n" for i in range(rows)))
     assert timeline(load_trace(path)) == [(i, i + 1, i + 2) for i in range(rows)]
     write(path.read_text() + "0,1,x\n0,1\n")
@@ -663,14 +670,17 @@ def test_wrong_lengths(spec: str | int) -> None:
 @pytest.mark.parametrize(
     ("kind", "qps", "num_requests", "seed", "burstiness", "message"),
     [
-        ("x", 1, 5, 0, 1, "arrivals are 'x', expected one of poisson, gamma, uniform, static"),
+        (
+            *("x", 1, 5, 0, 1),
+            "arrivals are 'x', expected one of poisson, gamma, weibull, uniform, static",
+        ),
         ("poisson", None, 5, 0, 1, "qps is missing, poisson arrivals need one"),
         ("poisson", 0, 5, 0, 1, "qps is 0, expected a number above 0"),
         ("static", 3, 5, 0, 1, "qps is 3, but static arrivals have none: all come at once"),
         ("poisson", 1, 0, 0, 1, "number of requests is 0, expected at least 1"),
         ("poisson", 1, 5, -1, 1, "seed is -1, expected 0 or more"),
         ("gamma", 1, 5, 0, 0, "burstiness is 0, expected a number above 0"),
-        ("poisson", 1, 5, 0, 2, "burstiness is 2, but only gamma arrivals have one"),
+        ("poisson", 1, 5, 0, 2, "burstiness is 2, but only gamma and weibull have one"),
     ],
 )  # fmt: skip
 def test_wrong_arrivals(
