@@ -19,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from podsim.batch import BatchShape, PrefillShape
 from podsim.model import Model
 
@@ -145,6 +148,33 @@ def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
     )
 
 
+def decode_features_of_run(
+    num_decodes: int,
+    context_sums: NDArray[np.int64],
+    context_maxima: NDArray[np.int64],
+    geometry: Geometry,
+) -> tuple[float | NDArray[np.float64], ...]:
+    """`decode_features` of many batches of as many decodes: the same operations, in NumPy."""
+    heads, num_sms = geometry.num_kv_heads, geometry.num_sms
+    keys = context_sums
+    split = np.maximum(
+        keys * heads / (num_sms * geometry.decode_items_per_sm), float(geometry.min_split_len)
+    )
+    longest_split = np.minimum(context_maxima, split) / geometry.block_n
+    items = (keys / split + num_decodes) * heads
+    has_combine = np.where(context_maxima > split, 1.0, 0.0)
+    return (
+        1.0,
+        keys.astype(np.float64),
+        float(num_decodes),
+        longest_split,
+        items / num_sms,
+        has_combine,
+        has_combine * keys / split,
+        np.maximum(keys * heads / geometry.block_n / num_sms, longest_split),
+    )
+
+
 def unified_features(
     shape: BatchShape, work: TileWork, prefill: TileWork, geometry: Geometry
 ) -> tuple[float, ...]:
@@ -231,6 +261,19 @@ class AttentionModel:
 
     def _prefill(self, work: TileWork) -> float:
         return dot(self.coefficients["prefill"], prefill_features(work, self.geometry))
+
+    def decode_seconds(
+        self,
+        num_decodes: int,
+        context_sums: NDArray[np.int64],
+        context_maxima: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """Of many batches of as many decodes and nothing else, each given by its contexts."""
+        features = decode_features_of_run(num_decodes, context_sums, context_maxima, self.geometry)
+        seconds = np.zeros(len(context_sums))
+        for coefficient, feature in zip(self.coefficients["decode"], features, strict=True):
+            seconds = seconds + coefficient * feature
+        return seconds
 
     def _decode(self, shape: BatchShape) -> float:
         return dot(self.coefficients["decode"], decode_features(shape, self.geometry))

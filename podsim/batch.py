@@ -57,30 +57,37 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """The requests a step works on: chunks of prompts, and requests that each decode one token."""
+    """The work of a step: chunks of prompts, and one token of each decoding request, or of none."""
 
     prefills: list[Chunk] = field(default_factory=list)
-    decodes: list[Request] = field(default_factory=list)
+    num_decodes: int = 0
+    """All members of the scheduler's group of decodes, or 0."""
+    decode_context_sum: int = 0
+    decode_context_max: int = 0
+    preempted: list[tuple[Request, bool]] = field(default_factory=list)
+    """Requests that lost their blocks when this batch was built, and whether they decoded."""
 
     def __bool__(self) -> bool:
-        return bool(self.prefills or self.decodes)
+        return bool(self.prefills or self.num_decodes)
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.prefills) + len(self.decodes)
+        return sum(chunk.num_tokens for chunk in self.prefills) + self.num_decodes
 
     def shape(self) -> BatchShape:
         """The lengths of this batch; call it before `Scheduler.complete` moves the counters."""
+        if not self.prefills:
+            n = self.num_decodes
+            return BatchShape((), n, self.decode_context_sum, self.decode_context_max, n)
         prefills = []
-        num_sampled = len(self.decodes)
+        num_sampled = self.num_decodes
         for request, num_tokens in self.prefills:
             prefills.append(PrefillShape(num_tokens, request.num_computed_tokens + num_tokens))
             num_sampled += num_tokens == request.num_uncomputed_tokens
-        contexts = [request.num_computed_tokens + 1 for request in self.decodes]
         return BatchShape(
-            prefills=tuple(prefills),
-            num_decodes=len(contexts),
-            decode_context_sum=sum(contexts),
-            decode_context_max=max(contexts, default=0),
-            num_sampled=num_sampled,
+            tuple(prefills),
+            self.num_decodes,
+            self.decode_context_sum,
+            self.decode_context_max,
+            num_sampled,
         )

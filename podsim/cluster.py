@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Sequence
 
 import simpy
-from simpy.events import URGENT
 
+from podsim.clock import URGENT, until
 from podsim.event_log import EventLog
 from podsim.replica import Replica
 from podsim.request import Request
 from podsim.router import Router
-
-
-class _Arrival(simpy.Event):
-    """A moment at which requests arrive; a step that starts at that moment sees them."""
-
-    def __init__(self, env: simpy.Environment, time: float) -> None:
-        super().__init__(env)
-        self._ok = True
-        self._value = None
-        delay = time - env.now
-        while env.now + delay < time:  # rounding must not let a request arrive before its time
-            delay = math.nextafter(delay, math.inf)
-        env.schedule(self, priority=URGENT, delay=delay)
 
 
 class Cluster:
@@ -51,10 +37,11 @@ class Cluster:
     def _arrive(self, requests: Iterable[Request]) -> Generator[simpy.Event, None, None]:
         for request in requests:
             if request.arrival_time > self.env.now:
-                yield _Arrival(self.env, request.arrival_time)
-            self.log.requests.append(request)
-            request.refused = self._reason_to_refuse(request)
-            if not request.refused:
+                yield from until(self.env, request.arrival_time, URGENT)
+            reason = self._reason_to_refuse(request)
+            if reason:
+                self.log.record_request(request, refused=reason)
+            else:
                 self.router(request, self.replicas).submit(request)
 
     def _reason_to_refuse(self, request: Request) -> str:

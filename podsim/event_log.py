@@ -5,81 +5,123 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from podsim.batch import BatchShape
 from podsim.request import Request
 
+REQUEST_COLUMNS = {
+    "request_id": "q",
+    "arrival_time": "d",
+    "num_prompt_tokens": "q",
+    "num_output_tokens": "q",
+    "replica": "i",
+    "scheduled_time": "d",
+    "first_token_time": "d",
+    "finish_time": "d",
+    "num_preemptions": "i",
+}
 STEP_COLUMNS = {
-    "replica": "q",
+    "replica": "i",
     "start": "d",
     "duration": "d",
-    "num_prefills": "q",
-    "num_prefill_tokens": "q",
-    "num_decodes": "q",
+    "num_prefills": "i",
+    "num_prefill_tokens": "i",
+    "num_decodes": "i",
     "decode_context_sum": "q",
-    "num_waiting": "q",
-    "num_running": "q",
-    "num_used_blocks": "q",
+    "num_waiting": "i",
+    "num_running": "i",
+    "num_used_blocks": "i",
 }
-"""Columns of a step and their array type codes. Seconds, tokens, requests, blocks."""
+"""Columns and their array type codes. Seconds, tokens, requests, blocks."""
+
+Columns = dict[str, "array[Any]"]
+
+
+def _columns(codes: dict[str, str]) -> Columns:
+    return {name: array(code) for name, code in codes.items()}
 
 
 @dataclass(slots=True)
 class EventLog:
     """Every request, every step, and every gap between two tokens of a request.
 
-    Most requests of a step decode one token, so their gaps are one value with a count.
+    Most requests of a step decode one token, so their gaps are one duration with a count: memory
+    grows with requests and steps, not with tokens.
     """
 
-    requests: list[Request] = field(default_factory=list)
-    steps: dict[str, array[Any]] = field(
-        default_factory=lambda: {name: array(code) for name, code in STEP_COLUMNS.items()}
-    )
+    requests: Columns = field(default_factory=lambda: _columns(REQUEST_COLUMNS))
+    """In order of leaving."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why a request, by its id, was not served."""
+    steps: Columns = field(default_factory=lambda: _columns(STEP_COLUMNS))
     gap_duration: array[float] = field(default_factory=lambda: array("d"))
     gap_count: array[int] = field(default_factory=lambda: array("q"))
+    preempted_id: array[int] = field(default_factory=lambda: array("q"))
+    preempted_time: array[float] = field(default_factory=lambda: array("d"))
 
-    def record_step(
-        self,
-        replica: int,
-        start: float,
-        end: float,
-        shape: BatchShape,
-        num_waiting: int,
-        num_running: int,
-        num_used_blocks: int,
-    ) -> None:
-        row = (
-            replica,
-            start,
-            end - start,
-            len(shape.prefills),
-            shape.num_prefill_tokens,
-            shape.num_decodes,
-            shape.decode_context_sum,
-            num_waiting,
-            num_running,
-            num_used_blocks,
-        )
-        for column, value in zip(self.steps.values(), row, strict=True):
-            column.append(value)
+    def record_request(self, request: Request, refused: str = "") -> None:
+        """A request that leaves: finished, or refused for a reason."""
+        for name, column in self.requests.items():
+            column.append(getattr(request, name))
+        if refused:
+            self.refused[request.request_id] = refused
 
-    def record_tokens(self, emitting: Sequence[Request], start: float, end: float) -> None:
-        """Stamp the requests that got a token at `end`, from a step that began at `start`."""
-        num_back_to_back = 0
-        for request in emitting:
-            if request.last_token_time == start:
-                num_back_to_back += 1
-            elif request.first_token_time < 0:
-                request.first_token_time = end
-            else:
-                self._record_gap(end - request.last_token_time, 1)
-            request.last_token_time = end
-            if request.is_finished:
-                request.finish_time = end
-        if num_back_to_back:
-            self._record_gap(end - start, num_back_to_back)
+    def record_steps(self, columns: Sequence[Sequence[float]]) -> None:
+        """Rows of STEP_COLUMNS, given as columns of equal length."""
+        for column, values in zip(self.steps.values(), columns, strict=True):
+            column.extend(values)
 
-    def _record_gap(self, duration: float, count: int) -> None:
+    def record_preemption(self, request: Request, time: float) -> None:
+        self.preempted_id.append(request.request_id)
+        self.preempted_time.append(time)
+
+    def record_gap(self, duration: float, count: int) -> None:
         self.gap_duration.append(duration)
         self.gap_count.append(count)
+
+    def record_gaps(self, durations: Sequence[float], count: int) -> None:
+        """The same number of gaps of each duration."""
+        self.gap_duration.extend(durations)
+        self.gap_count.extend([count] * len(durations))
+
+
+class TokenGaps:
+    """The gaps between the tokens of one replica's decodes, without a time for every token.
+
+    Members of the group got their latest token when the group last took a step, or later, when
+    they joined it: a few times, each with a count.
+    """
+
+    def __init__(self, log: EventLog) -> None:
+        self.log = log
+        self.last_step = -1.0
+        """When the group last took a step."""
+        self._latest: dict[float, int] = {}
+
+    def emitted(self, request: Request, time: float, joins: bool) -> None:
+        """A request got a token by itself, and joins the decodes or is finished."""
+        if request.first_token_time < 0:
+            request.first_token_time = time
+        else:
+            self.log.record_gap(time - request.last_token_time, 1)
+        request.last_token_time = time
+        if joins:
+            self._latest[time] = self._latest.get(time, 0) + 1
+
+    def preempted(self, request: Request) -> None:
+        """A decode leaves the group before its time."""
+        request.last_token_time = max(request.last_token_time, self.last_step)
+        self._latest[request.last_token_time] -= 1
+
+    def decoded(self, ends: Sequence[float], num_finished: int) -> None:
+        """Every member got a token at each of these times; then some are finished."""
+        count = sum(self._latest.values())
+        for time, members in self._latest.items():
+            if members:
+                self.log.record_gap(ends[0] - time, members)
+        if len(ends) > 1:
+            later = [end - start for start, end in pairwise(ends)]
+            self.log.record_gaps(later, count)
+        self.last_step = ends[-1]
+        self._latest = {self.last_step: count - num_finished}

@@ -6,7 +6,6 @@ from podsim.config import Deployment
 from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.model import BYTES_PER_VALUE, Model
-from podsim.request import Request
 
 
 class PagedKVCache:
@@ -29,19 +28,15 @@ class PagedKVCache:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def grow(self, request: Request, num_tokens: int, keep_free: int = 0) -> bool:
-        """Give the request blocks for `num_tokens`; False, and no change, if too few are free."""
-        needed = self.blocks_for(num_tokens) - request.num_blocks
-        if needed > self.num_free_blocks - keep_free:
+    def take(self, num_blocks: int, keep_free: int = 0) -> bool:
+        """Take free blocks; False, and no change, if that would leave fewer than `keep_free`."""
+        if num_blocks > self.num_free_blocks - keep_free:
             return False
-        if needed > 0:
-            self.num_free_blocks -= needed
-            request.num_blocks += needed
+        self.num_free_blocks -= num_blocks
         return True
 
-    def free(self, request: Request) -> None:
-        self.num_free_blocks += request.num_blocks
-        request.num_blocks = 0
+    def give_back(self, num_blocks: int) -> None:
+        self.num_free_blocks += num_blocks
         assert self.num_free_blocks <= self.num_blocks
 
 

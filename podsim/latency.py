@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,30 @@ class LatencyModel(Protocol):
 
     def step_time(self, shape: BatchShape) -> float:
         """Seconds of one forward pass over a batch of this shape."""
+
+
+@runtime_checkable
+class RunsOfDecodes(Protocol):
+    """A latency model that knows many steps at once."""
+
+    def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
+        """What `decode_run_times` says, equal to the last bit."""
+
+
+def decode_run_times(model: LatencyModel, shape: BatchShape, num_steps: int) -> list[float]:
+    """Seconds of each of `num_steps` steps of decodes, the contexts one longer in each.
+
+    `shape` is that of the first. A model that only knows `step_time` is asked for every step.
+    """
+    if isinstance(model, RunsOfDecodes):
+        return model.decode_run_times(shape, num_steps)
+    n = shape.num_decodes
+    return [
+        model.step_time(
+            BatchShape((), n, shape.decode_context_sum + n * i, shape.decode_context_max + i, n)
+        )
+        for i in range(num_steps)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +114,25 @@ class ProfiledLatency:
         if not self.is_inside(shape):
             self.seconds_outside += seconds
         return seconds
+
+    def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
+        """See `decode_run_times`; NumPy does the arithmetic of `step_time` in the same order."""
+        n = shape.num_decodes
+        steps = np.arange(num_steps)
+        sums = shape.decode_context_sum + n * steps
+        longest = shape.decode_context_max + steps
+        attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
+        layers = self.num_layers * self._layer_time.at(n)
+        once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
+        seconds = attention + layers + once
+        hull = self.profile.hull
+        outside = (sums > hull["decode_context_sum"]) | (longest > hull["context_len"])
+        if not self.is_inside(shape):
+            outside[:] = True
+        self.seconds_predicted += float(seconds.sum())
+        self.seconds_outside += float(seconds[outside].sum())
+        times: list[float] = seconds.tolist()
+        return times
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
         """Where the seconds of a step go."""

@@ -15,34 +15,30 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 90, 99)
 
-REQUEST_COLUMNS = (
-    "request_id",
-    "arrival_time",
-    "num_prompt_tokens",
-    "num_output_tokens",
-    "replica",
-    "scheduled_time",
-    "first_token_time",
-    "finish_time",
-    "num_preemptions",
-    "refused",
-)
-
 
 def request_table(log: EventLog) -> pd.DataFrame:
-    """One row a request: times in seconds, NaN where something never happened."""
-    table = pd.DataFrame(
-        {name: [getattr(r, name) for r in log.requests] for name in REQUEST_COLUMNS},
-        columns=list(REQUEST_COLUMNS),
-    )
+    """One row a request, in order of arrival: times in seconds, NaN where something never happened.
+
+    `refused` says why a request was not served, and is empty if it was.
+    """
+    table = pd.DataFrame({name: np.asarray(column) for name, column in log.requests.items()})
+    table = table.sort_values("request_id", ignore_index=True)
+    table["refused"] = [log.refused.get(request_id, "") for request_id in table["request_id"]]
     for name in ("scheduled_time", "first_token_time", "finish_time"):
-        table[name] = table[name].astype(float).where(table[name] >= 0)
+        table[name] = table[name].where(table[name] >= 0)
     table["queue_time"] = table["scheduled_time"] - table["arrival_time"]
     table["ttft"] = table["first_token_time"] - table["arrival_time"]
     table["e2e_latency"] = table["finish_time"] - table["arrival_time"]
     gaps = table["num_output_tokens"] - 1
     table["tpot"] = ((table["e2e_latency"] - table["ttft"]) / gaps).where(gaps > 0)
     return table
+
+
+def preemption_table(log: EventLog) -> pd.DataFrame:
+    """One row a preemption: request_id, and time in seconds."""
+    return pd.DataFrame(
+        {"request_id": np.asarray(log.preempted_id), "time": np.asarray(log.preempted_time)}
+    )
 
 
 def step_table(log: EventLog) -> pd.DataFrame:
@@ -142,7 +138,7 @@ def _use(result: Result, duration: float) -> dict[str, object]:
         "kv_used_max": float(used_share.max(initial=0.0)),
         "batch_size_mean": float(seconds @ batch) / busy if busy else 0.0,
         "batch_size_max": int(batch.max(initial=0)),
-        "preemptions": sum(request.num_preemptions for request in result.log.requests),
+        "preemptions": int(sum(result.log.requests["num_preemptions"])),
     }
 
 

@@ -1,20 +1,31 @@
-"""A replica: one copy of the model, running step after step while there is work."""
+"""A replica: one copy of the model, running step after step while there is work.
+
+Steps that differ in nothing but the lengths of the contexts are taken together, as a run. A request
+that arrives during a run, and could be let in, ends it with the step that is under way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from bisect import bisect_left, bisect_right
+from collections.abc import Generator, Sequence
+from itertools import accumulate
 
 import simpy
 
-from podsim.event_log import EventLog
+from podsim.batch import Batch, BatchShape
+from podsim.clock import until
+from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
-from podsim.latency import LatencyModel
+from podsim.latency import LatencyModel, decode_run_times
 from podsim.request import Request
-from podsim.scheduler import Scheduler
+from podsim.scheduler import Completed, Scheduler
+
+LONGEST_RUN = 256
+"""Steps: longer runs would mostly be computed in vain, because an arrival ends them."""
 
 
 class Replica:
-    """Asks its scheduler for a batch, lets the step's time pass, and books what came out."""
+    """Asks its scheduler for a batch, lets the steps' time pass, and books what came out."""
 
     def __init__(
         self,
@@ -24,6 +35,7 @@ class Replica:
         kv_cache: PagedKVCache,
         latency_model: LatencyModel,
         log: EventLog,
+        longest_run: int = LONGEST_RUN,
     ) -> None:
         self.env = env
         self.index = index
@@ -31,51 +43,151 @@ class Replica:
         self.kv_cache = kv_cache
         self.latency_model = latency_model
         self.log = log
-        self.outstanding_tokens = 0
-        """Prompt tokens and emitted tokens of the requests here that are not finished."""
+        self.longest_run = longest_run
+        self.gaps = TokenGaps(log)
+        self._outstanding_tokens = 0
         self._work_arrived = env.event()
-        env.process(self._run())
+        self._run: _Run | None = None
+        self._process = env.process(self._serve())
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens and emitted tokens of the requests here that are not finished."""
+        if self._run is None:
+            return self._outstanding_tokens
+        steps_done = bisect_left(self._run.ends, self.env.now)
+        return self._outstanding_tokens + steps_done * self._run.num_decodes
 
     def submit(self, request: Request) -> None:
         request.replica = self.index
-        self.outstanding_tokens += request.num_prompt_tokens
+        self._outstanding_tokens += request.num_prompt_tokens
         self.scheduler.add(request)
-        if not self._work_arrived.triggered:
+        if self._run is not None:
+            self._run.arrivals.append(self.env.now)
+            if len(self._run.ends) > 1 and not self._run.cut and self.scheduler.lets_in(request):
+                self._run.cut = True
+                self._process.interrupt()
+        elif not self._work_arrived.triggered:
             self._work_arrived.succeed()
 
-    def _run(self) -> Generator[simpy.Event, None, None]:
+    def _serve(self) -> Generator[simpy.Event, None, None]:
         while True:
             batch = self.scheduler.schedule()
-            if not batch:
-                if self.scheduler.waiting:
-                    raise RuntimeError("the scheduler left its replica idle with requests waiting")
-                self._work_arrived = self.env.event()
-                yield self._work_arrived
+            for request, was_decoding in batch.preempted:
+                self.log.record_preemption(request, self.env.now)
+                if was_decoding:
+                    self.gaps.preempted(request)
+            if batch:
+                yield from self._take(batch)
                 continue
-            start = self.env.now
-            for request, _ in batch.prefills:
-                if request.scheduled_time < 0:
-                    request.scheduled_time = start
-            shape = batch.shape()
-            num_running = len(self.scheduler.running)
-            num_used_blocks = self.kv_cache.num_used_blocks
-            yield self.env.timeout(self.latency_model.step_time(shape))
-            end = self.env.now
-            emitting = self.scheduler.complete(batch)
-            self.log.record_tokens(emitting, start, end)
-            self.log.record_step(
-                self.index,
-                start,
-                end,
-                shape,
-                len(self.scheduler.waiting),
-                num_running,
-                num_used_blocks,
-            )
-            self._count_outstanding(emitting)
+            if self.scheduler.waiting:
+                raise RuntimeError("the scheduler left its replica idle with requests waiting")
+            self._work_arrived = self.env.event()
+            yield self._work_arrived
 
-    def _count_outstanding(self, emitting: list[Request]) -> None:
-        self.outstanding_tokens += len(emitting)
-        for request in emitting:
+    def _take(self, batch: Batch) -> Generator[simpy.Event, None, None]:
+        """Let the time of a batch, or of a run of batches like it, pass; then book it."""
+        start = self.env.now
+        for request, _ in batch.prefills:
+            if request.scheduled_time < 0:
+                request.scheduled_time = start
+        shape = batch.shape()
+        times = self._step_times(batch, shape)
+        run = _Run(list(accumulate(times, initial=start))[1:], batch.num_decodes)
+        self._run = run
+        try:
+            yield from until(self.env, run.ends[-1])
+        except simpy.Interrupt:
+            under_way = bisect_left(run.ends, self.env.now)
+            del run.ends[under_way + 1 :]
+            if run.ends[-1] > self.env.now:
+                yield from until(self.env, run.ends[-1])
+        self._run = None
+        self._book(batch, shape, start, run)
+
+    def _step_times(self, batch: Batch, shape: BatchShape) -> Sequence[float]:
+        """Seconds of this step, and of the steps after it that are sure to be like it."""
+        num_steps = 1
+        if self.longest_run > 1 and self.scheduler.repeats(batch):
+            decodes = self.scheduler.decodes
+            num_steps = min(self.longest_run, decodes.steps_to_finish())
+            if num_steps > 1:
+                num_steps = self._steps_with_blocks(num_steps)
+        if num_steps == 1:
+            return [self.latency_model.step_time(shape)]
+        return decode_run_times(self.latency_model, shape, num_steps)
+
+    def _steps_with_blocks(self, num_steps: int) -> int:
+        """How many of these steps find KV blocks; the first has them already."""
+        decodes, free = self.scheduler.decodes, self.kv_cache.num_free_blocks
+        if free >= len(decodes) * (num_steps // self.kv_cache.block_size + 1):
+            return num_steps
+        for step in range(1, num_steps):
+            free -= decodes.blocks_needed(step)
+            if free < 0:
+                return step
+        return num_steps
+
+    def _book(self, batch: Batch, shape: BatchShape, start: float, run: _Run) -> None:
+        ends, num_steps = run.ends, len(run.ends)
+        used = [self.kv_cache.num_used_blocks]
+        for step in range(1, num_steps):
+            needed = self.scheduler.decodes.blocks_needed(step)
+            taken = self.kv_cache.take(needed)
+            assert taken, "a run is no longer than the free blocks allow"
+            used.append(used[-1] + needed)
+        num_running = len(self.scheduler.running)
+        completed = self.scheduler.complete(batch, num_steps)
+        self._record_steps(shape, start, run, num_running, used)
+        self._record_tokens(batch, completed, ends)
+
+    def _record_steps(
+        self, shape: BatchShape, start: float, run: _Run, num_running: int, used: list[int]
+    ) -> None:
+        ends, n = run.ends, len(run.ends)
+        starts = [start, *ends[:-1]]
+        waiting_at_start = len(self.scheduler.waiting) - len(run.arrivals)
+        self.log.record_steps(
+            (
+                [self.index] * n,
+                starts,
+                [end - begin for begin, end in zip(starts, ends, strict=True)],
+                [len(shape.prefills)] * n,
+                [shape.num_prefill_tokens] * n,
+                [shape.num_decodes] * n,
+                [shape.decode_context_sum + shape.num_decodes * i for i in range(n)],
+                [waiting_at_start + bisect_right(run.arrivals, end) for end in ends],
+                [num_running] * n,
+                used,
+            )
+        )
+
+    def _record_tokens(self, batch: Batch, completed: Completed, ends: list[float]) -> None:
+        end = ends[-1]
+        if batch.num_decodes:
+            self.gaps.decoded(ends, len(completed.finished_decodes))
+            self._outstanding_tokens += batch.num_decodes * len(ends)
+        for request in completed.finished_decodes:
+            self._finish(request, end)
+        for request in completed.emitted:
+            self.gaps.emitted(request, end, joins=not request.is_finished)
+            self._outstanding_tokens += 1
             if request.is_finished:
-                self.outstanding_tokens -= request.num_known_tokens
+                self._finish(request, end)
+
+    def _finish(self, request: Request, end: float) -> None:
+        request.finish_time = end
+        self._outstanding_tokens -= request.num_known_tokens
+        self.log.record_request(request)
+
+
+class _Run:
+    """Steps under way: when each ends, and what arrived meanwhile."""
+
+    __slots__ = ("arrivals", "cut", "ends", "num_decodes")
+
+    def __init__(self, ends: list[float], num_decodes: int) -> None:
+        self.ends = ends
+        self.num_decodes = num_decodes
+        self.arrivals: list[float] = []
+        self.cut = False

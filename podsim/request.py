@@ -9,8 +9,10 @@ from dataclasses import dataclass
 class Request:
     """One prompt and the tokens generated for it.
 
-    The scheduler moves the counters, the replica stamps the times (seconds). A preempted request
-    computes again its prompt and the tokens it had already emitted; it never emits a token twice.
+    The scheduler moves the counters, the replica stamps the times (seconds). While a request
+    decodes, its counters and times stand still in `DecodeGroup`, which knows how far it is. A
+    preempted request computes again its prompt and the tokens it had already emitted; it never
+    emits a token twice.
     """
 
     request_id: int
@@ -23,8 +25,10 @@ class Request:
     num_emitted_tokens: int = 0
     """Output tokens the user has received."""
     num_blocks: int = 0
-    """KV blocks held; the KV cache keeps this number."""
+    """KV blocks held while its prompt is computed."""
     num_preemptions: int = 0
+    admission: int = -1
+    """Counts up with each admission of the replica: the order in which requests lose blocks."""
 
     replica: int = -1
     scheduled_time: float = -1.0
@@ -32,8 +36,6 @@ class Request:
     first_token_time: float = -1.0
     last_token_time: float = -1.0
     finish_time: float = -1.0
-    refused: str = ""
-    """Why the request was not served; empty if it was."""
 
     @property
     def num_known_tokens(self) -> int:
@@ -42,12 +44,8 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens still to compute before the next token comes out; 1 while decoding."""
+        """Tokens still to compute before the next token comes out."""
         return self.num_prompt_tokens + self.num_emitted_tokens - self.num_computed_tokens
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.num_emitted_tokens > 0 and self.num_uncomputed_tokens == 1
 
     @property
     def is_finished(self) -> bool:

@@ -13,13 +13,14 @@ import simpy
 from podsim import metrics
 from podsim.cluster import Cluster
 from podsim.config import Deployment, Workload
+from podsim.decode_group import ListedDecodes
 from podsim.event_log import EventLog
 from podsim.hardware import gpu_named
 from podsim.kv_cache import PagedKVCache, num_blocks_for
 from podsim.latency import LatencyModel, ProfiledLatency
 from podsim.model import Model, model_named
 from podsim.profile import find_profile
-from podsim.replica import Replica
+from podsim.replica import LONGEST_RUN, Replica
 from podsim.request import Request
 from podsim.router import ROUTERS
 from podsim.scheduler import SarathiScheduler, Scheduler
@@ -52,6 +53,11 @@ class Result:
         """One row a step of a replica, in order of completion."""
         return metrics.step_table(self.log)
 
+    @property
+    def preemptions(self) -> pd.DataFrame:
+        """One row a preemption: request_id and time."""
+        return metrics.preemption_table(self.log)
+
     def summary(self) -> dict[str, object]:
         """The headline numbers, under the keys of `vllm bench serve` and podsim's own."""
         return metrics.summarize(self)
@@ -63,27 +69,38 @@ def simulate(
     *,
     latency_model: LatencyModel | None = None,
     scheduler: MakeScheduler | None = None,
+    step_by_step: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Serve a trace on a deployment.
 
-    `latency_model` replaces the measured profile of the deployment's GPU and model;
-    `scheduler` makes a scheduler for each replica from its KV cache; `on_progress` is told how
-    many requests have arrived, now and then. Raises InputError for an unknown model or GPU, or
-    when there is no profile for them.
+    `latency_model` replaces the measured profile of the deployment's GPU and model; `scheduler`
+    makes a scheduler for each replica from its KV cache. `step_by_step` takes every step by itself
+    and moves every request's counters in it: slow, equal in result, the reference. `on_progress`
+    is told how many requests have arrived, now and then. Raises InputError for an unknown model or
+    GPU, or when there is no profile for them.
     """
     trace.require_times()
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
     latency_model = latency_model or latency_model_for(deployment, model)
     num_blocks = num_blocks_for(deployment, model, gpu)
-    make_scheduler = scheduler or sarathi
+    make_scheduler = scheduler or (plain_sarathi if step_by_step else sarathi)
+    longest_run = 1 if step_by_step else LONGEST_RUN
     env = simpy.Environment()
     log = EventLog()
     replicas = []
     for index in range(deployment.replicas):
         kv_cache = PagedKVCache(num_blocks, deployment.block_size)
         replicas.append(
-            Replica(env, index, make_scheduler(kv_cache, deployment), kv_cache, latency_model, log)
+            Replica(
+                env,
+                index,
+                make_scheduler(kv_cache, deployment),
+                kv_cache,
+                latency_model,
+                log,
+                longest_run,
+            )
         )
     cluster = Cluster(
         env,
@@ -95,6 +112,7 @@ def simulate(
     started = time.perf_counter()
     cluster.serve(_requests(trace, on_progress))
     env.run()
+    assert all(replica.kv_cache.num_used_blocks == 0 for replica in replicas)
     return Result(trace, deployment, num_blocks, log, latency_model, time.perf_counter() - started)
 
 
@@ -102,6 +120,17 @@ def sarathi(kv_cache: PagedKVCache, deployment: Deployment) -> Scheduler:
     """The Sarathi-Serve scheduler with the deployment's budgets."""
     return SarathiScheduler(
         kv_cache, deployment.token_budget, deployment.max_num_seqs, deployment.watermark
+    )
+
+
+def plain_sarathi(kv_cache: PagedKVCache, deployment: Deployment) -> Scheduler:
+    """The same, counting every request's tokens in every step."""
+    return SarathiScheduler(
+        kv_cache,
+        deployment.token_budget,
+        deployment.max_num_seqs,
+        deployment.watermark,
+        ListedDecodes(kv_cache.block_size),
     )
 
 

@@ -18,8 +18,8 @@ LAYERS = [
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
     {"trace_tokenizer", "trace_statistics", "trace_report", "trace_writers"},
     {"profile", "points", "attention_model", "latency", "calibration"},
-    {"kv_cache", "scheduler"},
-    {"event_log", "replica", "router", "cluster", "metrics", "simulation"},
+    {"kv_cache", "decode_group", "scheduler"},
+    {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation"},
     {"report", "trace_figure"},
     {"measure", "trace_command", "cli"},
     {"__init__", "__main__"},
@@ -54,7 +54,7 @@ def test_imports_point_up_the_layers() -> None:
 
 def test_simpy_lives_in_the_time_layer_only() -> None:
     users = {p.stem for p in (ROOT / "podsim").glob("*.py") if "simpy" in imported(p)}
-    assert users == {"replica", "cluster", "simulation"}
+    assert users == {"clock", "replica", "cluster", "simulation"}
 
 
 def test_kernels_know_nothing_of_the_simulator() -> None:

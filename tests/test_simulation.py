@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 
-from podsim.batch import BatchShape
+from podsim.batch import Batch, BatchShape, Chunk
 from podsim.config import Deployment
+from podsim.decode_group import DecodeGroup
 from podsim.errors import InputError
 from podsim.latency import ConstantLatency
+from podsim.request import Request
+from podsim.scheduler import Completed
 from podsim.simulation import Result, simulate
 from podsim.workload import Trace
 
@@ -183,11 +188,13 @@ def test_every_token_once_blocks_conserved_and_no_step_over_its_budgets(num_bloc
     )
     result = simulate(trace_of(*requests), deployment, latency_model=CheckedLatency(64, 16))
     log = result.log
-    assert all(request.num_emitted_tokens == request.num_output_tokens for request in log.requests)
-    assert all(request.num_blocks == 0 for request in log.requests)
-    assert sum(log.gap_count) == sum(request.num_output_tokens - 1 for request in log.requests)
+    assert sorted(log.requests["request_id"]) == list(range(300))
+    assert sum(log.gap_count) == sum(result.requests["num_output_tokens"] - 1)
+    prefilled = result.steps["num_prefill_tokens"].sum()
+    assert prefilled >= result.requests["num_prompt_tokens"].sum()
     assert max(log.steps["num_used_blocks"]) <= num_blocks
     preempted = result.requests["num_preemptions"].sum()
+    assert preempted == len(result.preemptions)
     assert (preempted > 0) == (num_blocks < 1000)
     lived = (result.requests["finish_time"] - result.requests["first_token_time"]).sum()
     assert np.dot(log.gap_duration, log.gap_count) == pytest.approx(lived)
@@ -215,37 +222,41 @@ def test_the_same_inputs_give_the_same_result() -> None:
 class FirstComeAlone:
     """A scheduler of one's own: one request at a time, its whole prompt at once."""
 
-    def __init__(self) -> None:
-        from collections import deque
-
-        from podsim.request import Request
-
+    def __init__(self, block_size: int) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.decodes = DecodeGroup(block_size)
 
-    def add(self, request):  # type: ignore[no-untyped-def]
+    def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self):  # type: ignore[no-untyped-def]
-        from podsim.batch import Batch, Chunk
+    def schedule(self) -> Batch:
+        if self.running:
+            context = self.decodes.context_sum
+            return Batch(num_decodes=1, decode_context_sum=context, decode_context_max=context)
+        if not self.waiting:
+            return Batch()
+        self.running.append(self.waiting.popleft())
+        return Batch([Chunk(self.running[0], self.running[0].num_prompt_tokens)])
 
-        if not self.running and self.waiting:
-            self.running.append(self.waiting.popleft())
-        batch = Batch()
-        for request in self.running:
-            if request.is_decoding:
-                batch.decodes.append(request)
-            else:
-                batch.prefills.append(Chunk(request, request.num_uncomputed_tokens))
-        return batch
+    def complete(self, batch: Batch, num_steps: int) -> Completed:
+        done = Completed()
+        if batch.num_decodes:
+            done.finished_decodes = self.decodes.advance(num_steps)
+        for request, num_tokens in batch.prefills:
+            request.num_computed_tokens = num_tokens
+            request.num_emitted_tokens = 1
+            done.emitted.append(request)
+            if not request.is_finished:
+                self.decodes.add(request)
+        self.running = [r for r in self.running if not r.is_finished]
+        return done
 
-    def complete(self, batch):  # type: ignore[no-untyped-def]
-        request = self.running[0]
-        request.num_computed_tokens += batch.num_tokens
-        request.num_emitted_tokens += 1
-        if request.is_finished:
-            self.running.clear()
-        return [request]
+    def repeats(self, batch: Batch) -> bool:
+        return False
+
+    def lets_in(self, request: Request) -> bool:
+        return False
 
 
 def test_a_scheduler_of_ones_own_plugs_in() -> None:
@@ -253,7 +264,7 @@ def test_a_scheduler_of_ones_own_plugs_in() -> None:
         trace_of((0.0, 500, 2), (0.0, 5, 3)),
         Deployment(),
         latency_model=ConstantLatency(1.0),
-        scheduler=lambda kv_cache, deployment: FirstComeAlone(),
+        scheduler=lambda kv_cache, deployment: FirstComeAlone(kv_cache.block_size),
     )
     assert times(result, "finish_time") == [2.0, 5.0]
 

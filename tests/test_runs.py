@@ -1,0 +1,145 @@
+"""Runs of steps and counted groups give what the step-by-step simulation gives, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from podsim.batch import BatchShape
+from podsim.config import Deployment
+from podsim.latency import ProfiledLatency, decode_run_times
+from podsim.model import model_named
+from podsim.profile import find_profile
+from podsim.simulation import Result, simulate
+from podsim.workload import Trace
+
+LLAMA = model_named("llama-3-8b")
+PROFILE = find_profile("h200", LLAMA)
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.3, 2.0]),  # gap before it; often none
+        st.integers(1, 300),
+        st.integers(1, 120),
+    ),
+    min_size=1,
+    max_size=40,
+)
+deployments = st.fixed_dictionaries(
+    {
+        "token_budget": st.sampled_from([16, 50, 256]),
+        "max_num_seqs": st.sampled_from([1, 3, 16]),
+        "num_blocks": st.sampled_from([30, 34, 60, 500]),
+        "block_size": st.sampled_from([1, 7, 16]),
+        "watermark": st.sampled_from([0.0, 0.1]),
+        "replicas": st.sampled_from([1, 1, 2, 3]),
+        "router": st.sampled_from(["round_robin", "least_outstanding_tokens"]),
+        "attention": st.sampled_from(["serial", "pod"]),
+    }
+)
+
+
+class ContextLatency:
+    """Steps of a length that depends on all that a batch is, in round and in odd numbers."""
+
+    def __init__(self, unit: float) -> None:
+        self.unit = unit
+
+    def step_time(self, shape: BatchShape) -> float:
+        work = shape.num_tokens + shape.decode_context_sum / 64 + shape.decode_context_max / 32
+        return self.unit * (1 + work / 16)
+
+
+def trace_of(rows: list[tuple[float, int, int]]) -> Trace:
+    gaps, prompts, outputs = zip(*rows, strict=True)
+    return Trace(
+        name="drawn",
+        arrival_time=np.cumsum(gaps) - gaps[0],
+        num_prompt_tokens=np.array(prompts, dtype=np.int64),
+        num_output_tokens=np.array(outputs, dtype=np.int64),
+        rows_read=len(rows),
+        dropped={},
+        notes=(),
+        sha256="",
+    )
+
+
+def gaps(result: Result) -> list[tuple[float, int]]:
+    """How often each gap occurred."""
+    table = pd.DataFrame({"d": result.log.gap_duration, "n": result.log.gap_count})
+    return sorted(table.groupby("d")["n"].sum().items())
+
+
+def assert_equal(fast: Result, plain: Result) -> None:
+    pd.testing.assert_frame_equal(fast.requests, plain.requests, check_exact=True)
+    order = ["start", "replica"]
+    pd.testing.assert_frame_equal(
+        fast.steps.sort_values(order, ignore_index=True),
+        plain.steps.sort_values(order, ignore_index=True),
+        check_exact=True,
+    )
+    assert gaps(fast) == gaps(plain)
+    assert sorted(fast.preemptions.to_numpy().tolist()) == sorted(
+        plain.preemptions.to_numpy().tolist()
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests, deployments, st.sampled_from([0.001, 0.0625, 0.01]))
+def test_runs_equal_single_steps(
+    rows: list[tuple[float, int, int]], options: dict[str, object], unit: float
+) -> None:
+    deployment = Deployment(**options)  # type: ignore[arg-type]
+    trace = trace_of(rows)
+    fast, plain = (
+        simulate(trace, deployment, latency_model=ContextLatency(unit), step_by_step=step_by_step)
+        for step_by_step in (False, True)
+    )
+    assert_equal(fast, plain)
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests, deployments)
+def test_runs_equal_single_steps_with_measured_costs(
+    rows: list[tuple[float, int, int]], options: dict[str, object]
+) -> None:
+    deployment = Deployment(**options)  # type: ignore[arg-type]
+    fast, plain = (
+        simulate(trace_of(rows), deployment, step_by_step=step_by_step)
+        for step_by_step in (False, True)
+    )
+    assert_equal(fast, plain)
+
+
+def test_a_busy_hour_is_equal_too() -> None:
+    """Thousands of requests, many runs cut by arrivals, memory short enough to preempt."""
+    rng = np.random.default_rng(5)
+    count = 3000
+    rows = list(
+        zip(
+            rng.exponential(0.06, count).tolist(),
+            rng.integers(1, 2000, count).tolist(),
+            rng.integers(1, 500, count).tolist(),
+            strict=True,
+        )
+    )
+    deployment = Deployment(num_blocks=2000, max_num_seqs=64, replicas=2, attention="pod")
+    fast, plain = (
+        simulate(trace_of(rows), deployment, step_by_step=step_by_step)
+        for step_by_step in (False, True)
+    )
+    assert fast.requests["num_preemptions"].sum() > 0
+    assert_equal(fast, plain)
+
+
+@given(st.integers(1, 256), st.integers(1, 20_000), st.integers(1, 300))
+def test_a_run_costs_its_steps_one_by_one(n: int, context: int, num_steps: int) -> None:
+    shape = BatchShape.of((), [context] * (n - 1) + [context + 77])
+    at_once = decode_run_times(ProfiledLatency(PROFILE, LLAMA, "pod"), shape, num_steps)
+    by_one = ProfiledLatency(PROFILE, LLAMA, "pod")
+    steps = [
+        BatchShape.of((), [context + i] * (n - 1) + [context + 77 + i]) for i in range(num_steps)
+    ]
+    assert at_once == [by_one.step_time(step) for step in steps]
