@@ -195,7 +195,7 @@ def _non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64
     return [float(value) for value in solution]
 
 
-def _hull(grid: pd.DataFrame) -> dict[str, float]:
+def _hull(grid: pd.DataFrame) -> dict[str, int]:
     shapes = _points(grid[grid["op"] == "attention"])
     linear, sampled = grid[grid["op"] == "qkv"], grid[grid["op"] == "lm_head"]
     contexts = [chunk.context_len for shape in shapes for chunk in shape.prefills]

@@ -67,6 +67,11 @@ class EventLog:
         if refused:
             self.refused[request.request_id] = refused
 
+    def record_step(self, row: Sequence[float]) -> None:
+        """A row of STEP_COLUMNS."""
+        for column, value in zip(self.steps.values(), row, strict=True):
+            column.append(value)
+
     def record_steps(self, columns: Sequence[Sequence[float]]) -> None:
         """Rows of STEP_COLUMNS, given as columns of equal length."""
         for column, values in zip(self.steps.values(), columns, strict=True):
@@ -98,6 +103,7 @@ class TokenGaps:
         self.last_step = -1.0
         """When the group last took a step."""
         self._latest: dict[float, int] = {}
+        self._count = 0
 
     def emitted(self, request: Request, time: float, joins: bool) -> None:
         """A request got a token by itself, and joins the decodes or is finished."""
@@ -108,20 +114,22 @@ class TokenGaps:
         request.last_token_time = time
         if joins:
             self._latest[time] = self._latest.get(time, 0) + 1
+            self._count += 1
 
     def preempted(self, request: Request) -> None:
         """A decode leaves the group before its time."""
         request.last_token_time = max(request.last_token_time, self.last_step)
         self._latest[request.last_token_time] -= 1
+        self._count -= 1
 
     def decoded(self, ends: Sequence[float], num_finished: int) -> None:
         """Every member got a token at each of these times; then some are finished."""
-        count = sum(self._latest.values())
         for time, members in self._latest.items():
             if members:
                 self.log.record_gap(ends[0] - time, members)
         if len(ends) > 1:
             later = [end - start for start, end in pairwise(ends)]
-            self.log.record_gaps(later, count)
+            self.log.record_gaps(later, self._count)
         self.last_step = ends[-1]
-        self._latest = {self.last_step: count - num_finished}
+        self._count -= num_finished
+        self._latest = {self.last_step: self._count}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,28 +37,32 @@ class LatencyModel(Protocol):
         """Seconds of one forward pass over a batch of this shape."""
 
 
+RunTimes = Callable[[BatchShape, int], list[float]]
+"""Seconds of each of so many steps of decodes, the contexts one longer in each. The shape is that
+of the first step; equal to the last bit to asking `step_time` for every step."""
+
+
 @runtime_checkable
 class RunsOfDecodes(Protocol):
     """A latency model that knows many steps at once."""
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
-        """What `decode_run_times` says, equal to the last bit."""
+        """See `RunTimes`."""
 
 
-def decode_run_times(model: LatencyModel, shape: BatchShape, num_steps: int) -> list[float]:
-    """Seconds of each of `num_steps` steps of decodes, the contexts one longer in each.
-
-    `shape` is that of the first. A model that only knows `step_time` is asked for every step.
-    """
+def decode_run_times(model: LatencyModel) -> RunTimes:
+    """The model's own way to time a run of decodes, or `step_time` asked for every step."""
     if isinstance(model, RunsOfDecodes):
-        return model.decode_run_times(shape, num_steps)
-    n = shape.num_decodes
-    return [
-        model.step_time(
-            BatchShape((), n, shape.decode_context_sum + n * i, shape.decode_context_max + i, n)
-        )
-        for i in range(num_steps)
-    ]
+        return model.decode_run_times
+
+    def one_by_one(shape: BatchShape, num_steps: int) -> list[float]:
+        n, total, longest = shape[1:4]
+        return [
+            model.step_time(BatchShape((), n, total + n * i, longest + i, n))
+            for i in range(num_steps)
+        ]
+
+    return one_by_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,16 @@ class Breakdown:
         return self.attention + self.layers + self.once
 
 
+class Hull(NamedTuple):
+    """The largest numbers of a batch that were measured."""
+
+    num_tokens: int
+    num_sampled: int
+    context_len: int
+    num_decodes: int
+    decode_context_sum: int
+
+
 class ProfiledLatency:
     """The sum over a step's operations of their measured, interpolated or fitted times.
 
@@ -105,18 +119,30 @@ class ProfiledLatency:
         self._layer_time = _Table(profile, LAYER_OPS)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1))
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1))
+        self._hull = Hull(**profile.hull)
         self.seconds_predicted = 0.0
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        seconds = self.breakdown(shape).total
+        attention, layers, once = self._parts(shape)
+        seconds = attention + layers + once
         self.seconds_predicted += seconds
         if not self.is_inside(shape):
             self.seconds_outside += seconds
         return seconds
 
+    def _parts(self, shape: BatchShape) -> tuple[float, float, float]:
+        num_tokens = shape.num_tokens
+        return (
+            self.num_layers * self.attention.seconds(self.strategy, shape),
+            self.num_layers * self._layer_time.at(num_tokens),
+            self._token_time.at(num_tokens)
+            + self._sampled_time.at(shape.num_sampled)
+            + self.step_overhead,
+        )
+
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
-        """See `decode_run_times`; NumPy does the arithmetic of `step_time` in the same order."""
+        """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
         n = shape.num_decodes
         steps = np.arange(num_steps)
         sums = shape.decode_context_sum + n * steps
@@ -125,36 +151,30 @@ class ProfiledLatency:
         layers = self.num_layers * self._layer_time.at(n)
         once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
         seconds = attention + layers + once
-        hull = self.profile.hull
-        outside = (sums > hull["decode_context_sum"]) | (longest > hull["context_len"])
-        if not self.is_inside(shape):
-            outside[:] = True
         self.seconds_predicted += float(seconds.sum())
-        self.seconds_outside += float(seconds[outside].sum())
+        last = BatchShape((), n, int(sums[-1]), int(longest[-1]), n)
+        if not self.is_inside(last):
+            outside = sums > self._hull.decode_context_sum
+            outside |= longest > self._hull.context_len
+            outside |= n > self._hull.num_decodes
+            self.seconds_outside += float(seconds[outside].sum())
         times: list[float] = seconds.tolist()
         return times
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
         """Where the seconds of a step go."""
-        num_tokens = shape.num_tokens
-        return Breakdown(
-            attention=self.num_layers * self.attention.seconds(self.strategy, shape),
-            layers=self.num_layers * self._layer_time.at(num_tokens),
-            once=self._token_time.at(num_tokens)
-            + self._sampled_time.at(shape.num_sampled)
-            + self.step_overhead,
-        )
+        return Breakdown(*self._parts(shape))
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
-        hull = self.profile.hull
-        longest = max([chunk.context_len for chunk in shape.prefills], default=0)
+        hull = self._hull
         return (
-            shape.num_tokens <= hull["num_tokens"]
-            and shape.num_sampled <= hull["num_sampled"]
-            and max(longest, shape.decode_context_max) <= hull["context_len"]
-            and shape.num_decodes <= hull["num_decodes"]
-            and shape.decode_context_sum <= hull["decode_context_sum"]
+            shape.decode_context_sum <= hull.decode_context_sum
+            and shape.num_decodes <= hull.num_decodes
+            and shape.decode_context_max <= hull.context_len
+            and shape.num_sampled <= hull.num_sampled
+            and shape.num_tokens <= hull.num_tokens
+            and all(chunk.context_len <= hull.context_len for chunk in shape.prefills)
         )
 
     def notes(self) -> Sequence[str]:

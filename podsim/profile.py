@@ -39,7 +39,7 @@ class Profile:
     """What a graph launch and a kernel in a graph add."""
     errors: Mapping[str, Mapping[str, float]]
     """Of each kernel model: relative error on held-out points."""
-    hull: Mapping[str, float]
+    hull: Mapping[str, int]
     """The largest values that were measured."""
 
     def with_errors(self, errors: Mapping[str, Mapping[str, float]]) -> Profile:

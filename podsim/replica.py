@@ -45,6 +45,7 @@ class Replica:
         self.log = log
         self.longest_run = longest_run
         self.gaps = TokenGaps(log)
+        self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
         self._work_arrived = env.event()
         self._run: _Run | None = None
@@ -115,7 +116,7 @@ class Replica:
                 num_steps = self._steps_with_blocks(num_steps)
         if num_steps == 1:
             return [self.latency_model.step_time(shape)]
-        return decode_run_times(self.latency_model, shape, num_steps)
+        return self._decode_run_times(shape, num_steps)
 
     def _steps_with_blocks(self, num_steps: int) -> int:
         """How many of these steps find KV blocks; the first has them already."""
@@ -144,21 +145,28 @@ class Replica:
     def _record_steps(
         self, shape: BatchShape, start: float, run: _Run, num_running: int, used: list[int]
     ) -> None:
-        ends, n = run.ends, len(run.ends)
+        ends = run.ends
+        num_waiting = len(self.scheduler.waiting)
+        same = (len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes)
+        if len(ends) == 1:
+            self.log.record_step(
+                (
+                    *(self.index, start, ends[0] - start),
+                    *same,
+                    *(shape.decode_context_sum, num_waiting, num_running, used[0]),
+                )
+            )
+            return
         starts = [start, *ends[:-1]]
-        waiting_at_start = len(self.scheduler.waiting) - len(run.arrivals)
+        waiting_at_start = num_waiting - len(run.arrivals)
+        n = len(ends)
         self.log.record_steps(
             (
-                [self.index] * n,
-                starts,
-                [end - begin for begin, end in zip(starts, ends, strict=True)],
-                [len(shape.prefills)] * n,
-                [shape.num_prefill_tokens] * n,
-                [shape.num_decodes] * n,
+                *([self.index] * n, starts, list(map(float.__sub__, ends, starts))),
+                *([value] * n for value in same),
                 [shape.decode_context_sum + shape.num_decodes * i for i in range(n)],
                 [waiting_at_start + bisect_right(run.arrivals, end) for end in ends],
-                [num_running] * n,
-                used,
+                *([num_running] * n, used),
             )
         )
 

@@ -119,7 +119,7 @@ def test_a_busy_hour_is_equal_too() -> None:
     count = 3000
     rows = list(
         zip(
-            rng.exponential(0.06, count).tolist(),
+            rng.exponential(0.03, count).tolist(),
             rng.integers(1, 2000, count).tolist(),
             rng.integers(1, 500, count).tolist(),
             strict=True,
@@ -137,7 +137,7 @@ def test_a_busy_hour_is_equal_too() -> None:
 @given(st.integers(1, 256), st.integers(1, 20_000), st.integers(1, 300))
 def test_a_run_costs_its_steps_one_by_one(n: int, context: int, num_steps: int) -> None:
     shape = BatchShape.of((), [context] * (n - 1) + [context + 77])
-    at_once = decode_run_times(ProfiledLatency(PROFILE, LLAMA, "pod"), shape, num_steps)
+    at_once = decode_run_times(ProfiledLatency(PROFILE, LLAMA, "pod"))(shape, num_steps)
     by_one = ProfiledLatency(PROFILE, LLAMA, "pod")
     steps = [
         BatchShape.of((), [context + i] * (n - 1) + [context + 77 + i]) for i in range(num_steps)
