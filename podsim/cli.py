@@ -179,11 +179,13 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
         task = progress.add_task(f"timing {model.name} on {gpu.name}", total=None)
         rows = list(
             measure.measure_profile(
-                model, lambda done, total: progress.update(task, completed=done, total=total)
+                model, gpu, lambda done, total: progress.update(task, completed=done, total=total)
             )
         )
     command = "podsim " + " ".join(sys.argv[1:])
-    return calibration.write(folder, rows, model, gpu, measure.provenance() | {"command": command})
+    return calibration.write(
+        folder, rows, model, gpu, measure.provenance(model) | {"command": command}
+    )
 
 
 def _given(
