@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
+from scipy.stats import theilslopes
 
 from podsim.attention_model import (
     FEATURES,
@@ -121,8 +122,9 @@ def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:
     count, time = launches["num_tokens"].to_numpy(float), launches["time_us"].to_numpy() * 1e-6
     if len(count) < 2:
         raise InputError("measurements.csv: no rows of the empty kernel (op launch)")
-    kernel = (time[-1] - time[0]) / (count[-1] - count[0])
-    return {"graph": float(time[0] - kernel * count[0]), "kernel": float(kernel)}
+    # Theil and Sen: a host that stalled during one of these short timings does not move the line.
+    kernel = theilslopes(time, count).slope
+    return {"graph": float(np.median(time - kernel * count)), "kernel": float(kernel)}
 
 
 def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:

@@ -51,6 +51,8 @@ POD_50_50 = "pod_50_50"
 MIXED_STRATEGIES = (*STRATEGIES, POD_50_50)
 HOST_SECONDS_PER_LAUNCH = 20e-6
 """At most, to queue a graph and an event."""
+LEAST_LEAD = 2e-3
+"""Seconds that the host gets ahead of a card that keeps up with it."""
 SLEEP_CYCLES_PER_SECOND = 2e9
 
 Row = dict[str, object]
@@ -163,7 +165,8 @@ def _warm_up(ops: Sequence[Timed]) -> None:
             op.graph.replay()
     host_seconds = HOST_SECONDS_PER_LAUNCH * len(ops)
     if seconds < 2 * host_seconds:  # the card keeps up with the host: hold it back once
-        torch.cuda._sleep(int(REPEATS * host_seconds * SLEEP_CYCLES_PER_SECOND))
+        lead = max(REPEATS * host_seconds, LEAST_LEAD)
+        torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
 
 
 def timing_row(seconds: Sequence[float]) -> Row:
