@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from podsim.event_log import EventLog
+from podsim.trace_prefix import prefix_statistics
 
 if TYPE_CHECKING:
     from podsim.simulation import Result
@@ -114,6 +115,7 @@ def summarize(result: Result) -> dict[str, object]:
     summary["podsim"] = {
         **latency,
         **_use(result, duration),
+        **_prefix_cache(result, served),
         "refused": requests.loc[requests["refused"] != "", "refused"].value_counts().to_dict(),
         "trace": _provenance(result),
     }
@@ -139,6 +141,18 @@ def _use(result: Result, duration: float) -> dict[str, object]:
         "batch_size_mean": float(seconds @ batch) / busy if busy else 0.0,
         "batch_size_max": int(batch.max(initial=0)),
         "preemptions": int(sum(result.log.requests["num_preemptions"])),
+    }
+
+
+def _prefix_cache(result: Result, served: pd.DataFrame) -> dict[str, object]:
+    """Prompt tokens found in the prefix cache, and what a cache without end would find."""
+    if not result.deployment.prefix_caching:
+        return {}
+    prompt_tokens = int(served["num_prompt_tokens"].sum())
+    ideal = prefix_statistics(result.trace)
+    return {
+        "prefix_hit_rate": int(served["num_cached_tokens"].sum()) / max(prompt_tokens, 1),
+        "prefix_hit_rate_ideal": ideal["hit_tokens"] if ideal else float("nan"),
     }
 
 

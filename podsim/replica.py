@@ -52,6 +52,17 @@ class Replica:
         self._process = env.process(self._serve())
 
     @property
+    def num_requests(self) -> int:
+        """Waiting and running."""
+        return len(self.scheduler.waiting) + len(self.scheduler.running)
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of a prompt that the prefix cache holds at this moment."""
+        if self._run is not None:
+            self._take_blocks(self._run, before=self.env.now)
+        return self.kv_cache.cached_tokens(request)
+
+    @property
     def outstanding_tokens(self) -> int:
         """Prompt tokens and emitted tokens of the requests here that are not finished."""
         if self._run is None:
@@ -94,7 +105,8 @@ class Replica:
                 request.scheduled_time = start
         shape = batch.shape()
         times = self._step_times(batch, shape)
-        run = _Run(list(accumulate(times, initial=start))[1:], batch.num_decodes)
+        ends = list(accumulate(times, initial=start))[1:]
+        run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
         self._run = run
         try:
             yield from until(self.env, run.ends[-1])
@@ -130,22 +142,22 @@ class Replica:
         return num_steps
 
     def _book(self, batch: Batch, shape: BatchShape, start: float, run: _Run) -> None:
-        ends, num_steps = run.ends, len(run.ends)
-        used = [self.kv_cache.num_used_blocks]
-        for step in range(1, num_steps):
-            needed = self.scheduler.decodes.blocks_needed(step)
+        self._take_blocks(run, before=run.ends[-1])
+        num_running = len(self.scheduler.running)
+        completed = self.scheduler.complete(batch, len(run.ends))
+        self._record_steps(shape, start, run, num_running)
+        self._record_tokens(batch, completed, run.ends)
+
+    def _take_blocks(self, run: _Run, before: float) -> None:
+        """The KV blocks of the run's steps that began before a time; its first step has its own."""
+        while len(run.used) < len(run.ends) and run.ends[len(run.used) - 1] < before:
+            needed = self.scheduler.decodes.blocks_needed(len(run.used))
             taken = self.kv_cache.take(needed)
             assert taken, "a run is no longer than the free blocks allow"
-            used.append(used[-1] + needed)
-        num_running = len(self.scheduler.running)
-        completed = self.scheduler.complete(batch, num_steps)
-        self._record_steps(shape, start, run, num_running, used)
-        self._record_tokens(batch, completed, ends)
+            run.used.append(run.used[-1] + needed)
 
-    def _record_steps(
-        self, shape: BatchShape, start: float, run: _Run, num_running: int, used: list[int]
-    ) -> None:
-        ends = run.ends
+    def _record_steps(self, shape: BatchShape, start: float, run: _Run, num_running: int) -> None:
+        ends, used = run.ends, run.used
         num_waiting = len(self.scheduler.waiting)
         same = (len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes)
         if len(ends) == 1:
@@ -190,12 +202,13 @@ class Replica:
 
 
 class _Run:
-    """Steps under way: when each ends, and what arrived meanwhile."""
+    """Steps under way: when each ends, its used KV blocks, and what arrived meanwhile."""
 
-    __slots__ = ("arrivals", "cut", "ends", "num_decodes")
+    __slots__ = ("arrivals", "cut", "ends", "num_decodes", "used")
 
-    def __init__(self, ends: list[float], num_decodes: int) -> None:
+    def __init__(self, ends: list[float], num_decodes: int, used: int) -> None:
         self.ends = ends
         self.num_decodes = num_decodes
+        self.used = [used]
         self.arrivals: list[float] = []
         self.cut = False

@@ -82,6 +82,11 @@ def summary_lines(result: Result) -> list[str]:
         f"Mixed steps  {own['mixed_step_share']:.1%} of the busy time had prefill and decode",
         f"Simulated    {own['num_steps']:,} steps in {result.wall_time:.1f} s",
     ]
+    if "prefix_hit_rate" in own:
+        lines.append(
+            f"Prefix cache {own['prefix_hit_rate']:.1%} of prompt tokens found; "
+            f"{own['prefix_hit_rate_ideal']:.1%} if it never lost any"
+        )
     refused = own["refused"]
     assert isinstance(refused, dict)
     lines += [f"Refused      {count}: {reason}" for reason, count in refused.items()]

@@ -18,7 +18,7 @@ LAYERS = [
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
     {"trace_tokenizer", "trace_statistics", "trace_report", "trace_writers"},
     {"profile", "points", "attention_model", "latency", "calibration"},
-    {"kv_cache", "decode_group", "scheduler"},
+    {"prefix_cache", "kv_cache", "decode_group", "waiting", "scheduler"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation"},
     {"report", "trace_figure"},
     {"measure", "trace_command", "cli"},
@@ -64,7 +64,12 @@ def test_kernels_know_nothing_of_the_simulator() -> None:
 
 def test_the_core_loads_without_torch_and_triton() -> None:
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'triton'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
         "import podsim, podsim.cli\n"
         "assert podsim.simulate"
     )
