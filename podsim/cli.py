@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from podsim import calibration, config, report
+from podsim import calibration, config, report, terminal
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
@@ -105,8 +105,8 @@ def simulate_command(
         result = _run(workload_trace(workload), deployment)
         if folder is not None:
             report.save(result, workload, folder)
-    console.print(report.summary_table(result))
-    console.print("\n".join(report.summary_lines(result)), highlight=False, soft_wrap=True)
+    console.print(terminal.summary_table(result))
+    console.print("\n".join(terminal.summary_lines(result)), highlight=False, soft_wrap=True)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 
@@ -127,17 +127,17 @@ def compare_command(
     workload = config.options_from(Workload, given)
     variants = _variants(given)
     with ExitStack() as stack:
-        folder = stack.enter_context(report.result_folder(out)) if out else None
+        folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
         loaded = workload_trace(workload)
         results = {name: _run(loaded, variant, name) for name, variant in variants.items()}
-        compared = report.comparison(results)
+        compared = terminal.comparison(results)
         if folder is not None:
-            report.save_comparison(compared, results, folder)
+            report.save_comparison(compared, results, workload, folder)
             for name, result in results.items():
                 (folder / name).mkdir()
                 report.save(result, workload, folder / name)
     title = f"{loaded.name}: {len(loaded)} requests, {loaded.qps:.2f} req/s"
-    console.print(report.comparison_table(compared, title))
+    console.print(terminal.comparison_table(compared, title))
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 
@@ -163,7 +163,7 @@ def profile_command(
         folder = out or Path("profiles") / gpu / model
         with report.result_folder(folder, made_by=PROFILE_FILE) as scratch:
             profile = _measured_profile(model_named(model), gpu_named(gpu), scratch)
-    console.print(report.error_table(profile))
+    console.print(terminal.error_table(profile))
 
 
 def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:

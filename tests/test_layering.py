@@ -20,7 +20,8 @@ LAYERS = [
     {"profile", "points", "attention_model", "latency", "calibration"},
     {"kv_cache", "scheduler"},
     {"event_log", "replica", "router", "cluster", "metrics", "simulation"},
-    {"report", "trace_figure"},
+    {"step_costs", "perfetto", "request_records", "terminal", "trace_figure"},
+    {"report_charts", "report_html", "report"},
     {"measure", "trace_command", "cli"},
     {"__init__", "__main__"},
 ]
