@@ -100,7 +100,10 @@ def save(
     config = to_toml(workload, result.deployment)
     hashes = run_hashes(result, config)
     (directory / "config.toml").write_text(config, encoding="utf-8")
-    _write_summary(run, hashes, directory / "summary.json", detailed=outputs.save_detailed)
+    summary = _complete(run.summary, hashes)
+    if outputs.save_detailed:
+        summary = {**summary, **detailed_lists(result), "podsim": summary["podsim"]}
+    (directory / "summary.json").write_text(to_json(summary), encoding="utf-8")
     tables = {"requests": _with_units(run.requests), "steps": _with_units(run.steps)}
     for file, table in tables.items():
         table.to_csv(directory / f"{file}.csv", index=False, float_format="%.9f")
@@ -143,15 +146,20 @@ def run_hashes(result: Result, config: str) -> dict[str, str]:
     return hashes
 
 
-def _write_summary(run: Run, hashes: dict[str, str], path: Path, *, detailed: bool) -> None:
-    summary = dict(run.summary)
-    if detailed:
-        own = summary.pop("podsim")
-        summary |= {**detailed_lists(run.result), "podsim": own}
+def full_summary(result: Result, workload: Workload | None) -> dict[str, object]:
+    """What summary.json holds: the summary of a run and the hashes of what it was made from."""
+    return _complete(result.summary(), run_hashes(result, to_toml(workload, result.deployment)))
+
+
+def _complete(summary: Mapping[str, object], hashes: Mapping[str, str]) -> dict[str, object]:
     own = summary["podsim"]
     assert isinstance(own, dict)
-    summary["podsim"] = {**own, "hashes": hashes}
-    path.write_text(json.dumps(_without_nan(summary), indent=2) + "\n", encoding="utf-8")
+    return {**summary, "podsim": {**own, "hashes": dict(hashes)}}
+
+
+def to_json(value: object) -> str:
+    """JSON, with null for a metric that has no sample."""
+    return json.dumps(_without_nan(value), indent=2) + "\n"
 
 
 def _write_page(page: str, directory: Path) -> None:
@@ -164,7 +172,6 @@ def _with_units(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _without_nan(value: object) -> object:
-    """JSON has no NaN: a metric without any sample is null."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, float) and math.isnan(value):

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import pandas as pd
 from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from podsim import metrics
 from podsim.profile import Profile
@@ -181,3 +195,43 @@ def error_table(profile: Profile) -> Table:
         cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
         table.add_row(kernel, f"{error['points']:.0f}", *cells, f"{error['bias']:+.1%}")
     return table
+
+
+# ----------------------------------------------------------------------------------- progress
+
+PATIENCE = 2.0
+"""Seconds before a progress bar appears."""
+
+
+class _Rate(ProgressColumn):
+    """Requests a second of real time."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} req/s" if speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bar(label: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal for what takes over two seconds, told how many requests have arrived.
+
+    Nothing is written where the console is no terminal.
+    """
+    if not console.is_terminal:
+        yield lambda arrived: None
+        return
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+        *(TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    task = progress.add_task(label, total=total)
+    timer = threading.Timer(PATIENCE, progress.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda arrived: progress.update(task, completed=arrived)
+    finally:
+        timer.cancel()
+        timer.join()
+        progress.stop()

@@ -22,7 +22,7 @@ LAYERS = [
     {"event_log", "replica", "router", "cluster", "metrics", "simulation"},
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure"},
     {"report_charts", "report_html", "report"},
-    {"measure", "trace_command", "cli"},
+    {"measure", "trace_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]
 
