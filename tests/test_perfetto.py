@@ -70,9 +70,9 @@ def test_request_spans_hold_their_phases(result: Result, tmp_path: Path) -> None
         if event["ph"] in "be":
             spans.setdefault(event["id"], []).append(event)
     served = result.requests[result.requests["refused"] == ""]
-    assert set(spans) == set(served["request_id"])
+    assert set(spans) == set(served["request_id"].astype(str))
     for row in served.to_dict("records"):
-        own = spans[row["request_id"]]
+        own = spans[str(row["request_id"])]
         assert {e["pid"] for e in own} == {row["replica"] + 1}
         at = {(e["name"], e["ph"]): e["ts"] for e in own}
         microseconds = {k: row[k] * 1e6 for k in row if str(k).endswith("_time")}
