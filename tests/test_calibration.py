@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,11 @@ def test_rows_that_are_missing_are_named(tmp_path: Path) -> None:
     table.drop(columns="time_us").to_csv(tmp_path / "measurements.csv", index=False)
     with pytest.raises(InputError, match="misses the column time_us"):
         calibration.refit(tmp_path)
+
+
+def test_a_model_without_a_profile_is_told_how_to_get_one() -> None:
+    with pytest.raises(InputError, match=r"no shipped profile of deeper on h200 .*llama-3-8b.*"):
+        find_profile("h200", replace(LLAMA, name="deeper", num_layers=33))
 
 
 def test_held_out_errors_are_recorded_for_every_kernel() -> None:

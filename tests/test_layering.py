@@ -20,8 +20,9 @@ LAYERS = [
     {"profile", "points", "attention_model", "latency", "calibration"},
     {"prefix_cache", "kv_cache", "decode_group", "waiting", "scheduler"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation"},
-    {"report", "trace_figure"},
-    {"measure", "trace_command", "cli"},
+    {"step_costs", "perfetto", "request_records", "terminal", "trace_figure"},
+    {"report_charts", "report_html", "report"},
+    {"measure", "trace_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]
 
