@@ -180,7 +180,8 @@ def _fit_attention(grid: pd.DataFrame, geometry: Geometry) -> AttentionModel:
         rows = _kind(grid, name)
         shapes = _points(rows)
         if name == "prefill":
-            features = [prefill_features(model.work(shape), geometry) for shape in shapes]
+            works = [tile_work(row_tiles(shape.prefills, geometry), geometry) for shape in shapes]
+            features = [prefill_features(work, geometry) for work in works]
         elif name == "decode":
             features = [decode_features(shape, geometry) for shape in shapes]
         else:

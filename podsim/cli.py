@@ -249,7 +249,7 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
                 model, gpu, lambda done, total: progress.update(task, completed=done, total=total)
             )
         )
-    command = "podsim " + " ".join(sys.argv[1:])
+    command = f"podsim profile --model {model.name} --gpu {gpu.name}"
     return calibration.write(
         folder, rows, model, gpu, measure.provenance(model) | {"command": command}
     )

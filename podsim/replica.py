@@ -13,15 +13,16 @@ from itertools import accumulate
 import simpy
 
 from podsim.batch import Batch, BatchShape
-from podsim.clock import until
+from podsim.clock import At
 from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
 from podsim.latency import LatencyModel, decode_run_times
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
 
-LONGEST_RUN = 256
-"""Steps: longer runs would mostly be computed in vain, because an arrival ends them."""
+FIRST_RUN = 16
+LONGEST_RUN = 1024
+"""Steps computed at once: first, and at most, when no arrival cuts the runs short."""
 
 
 class Replica:
@@ -44,6 +45,7 @@ class Replica:
         self.latency_model = latency_model
         self.log = log
         self.longest_run = longest_run
+        self._run_limit = min(FIRST_RUN, longest_run)
         self.gaps = TokenGaps(log)
         self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
@@ -109,21 +111,29 @@ class Replica:
         run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
         self._run = run
         try:
-            yield from until(self.env, run.ends[-1])
+            yield At(self.env, run.ends[-1])
         except simpy.Interrupt:
             under_way = bisect_left(run.ends, self.env.now)
             del run.ends[under_way + 1 :]
             if run.ends[-1] > self.env.now:
-                yield from until(self.env, run.ends[-1])
+                yield At(self.env, run.ends[-1])
         self._run = None
+        self._adapt_run_limit(run)
         self._book(batch, shape, start, run)
+
+    def _adapt_run_limit(self, run: _Run) -> None:
+        """Compute about as many steps at once as arrivals let happen."""
+        if run.cut:
+            self._run_limit = min(len(run.ends) + 2, self.longest_run)
+        elif len(run.ends) == self._run_limit:
+            self._run_limit = min(2 * self._run_limit, self.longest_run)
 
     def _step_times(self, batch: Batch, shape: BatchShape) -> Sequence[float]:
         """Seconds of this step, and of the steps after it that are sure to be like it."""
         num_steps = 1
         if self.longest_run > 1 and self.scheduler.repeats(batch):
             decodes = self.scheduler.decodes
-            num_steps = min(self.longest_run, decodes.steps_to_finish())
+            num_steps = min(self._run_limit, decodes.steps_to_finish())
             if num_steps > 1:
                 num_steps = self._steps_with_blocks(num_steps)
         if num_steps == 1:
@@ -142,7 +152,8 @@ class Replica:
         return num_steps
 
     def _book(self, batch: Batch, shape: BatchShape, start: float, run: _Run) -> None:
-        self._take_blocks(run, before=run.ends[-1])
+        if len(run.ends) > 1:
+            self._take_blocks(run, before=run.ends[-1])
         num_running = len(self.scheduler.running)
         completed = self.scheduler.complete(batch, len(run.ends))
         self._record_steps(shape, start, run, num_running)

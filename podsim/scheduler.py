@@ -248,6 +248,7 @@ BUDGET_STEP = 64
 def _with_chunk(batch: Batch, num_tokens: int, context_len: int) -> BatchShape:
     return BatchShape(
         (PrefillShape(num_tokens, context_len),),
+        num_tokens,
         batch.num_decodes,
         batch.decode_context_sum,
         batch.decode_context_max,
