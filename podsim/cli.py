@@ -142,7 +142,7 @@ def simulate_command(
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
-        result = _run(workload_trace(workload), deployment)
+        result = _run(workload_trace(workload), deployment, workload)
         notes = report.save(result, workload, folder, outputs) if folder is not None else []
     if as_json:
         typer.echo(report.to_json(report.full_summary(result, workload)), nl=False)
@@ -176,7 +176,9 @@ def compare_command(
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
         loaded = workload_trace(workload)
-        results = {name: _run(loaded, variant, name) for name, variant in variants.items()}
+        results = {
+            name: _run(loaded, variant, workload, name) for name, variant in variants.items()
+        }
         compared = terminal.comparison(results)
         notes: list[str] = []
         if folder is not None:
@@ -290,9 +292,12 @@ def _label(name: str, value: object) -> str:
     return text if text[:1].isalpha() else f"{name}={text}"
 
 
-def _run(trace: Trace, deployment: Deployment, label: str = "simulating") -> Result:
+def _run(
+    trace: Trace, deployment: Deployment, workload: Workload, label: str = "simulating"
+) -> Result:
     with terminal.progress_bar(label, len(trace), messages) as arrived:
-        return simulate(trace, deployment, on_progress=arrived)
+        closed_loop = workload.replay == "closed"
+        return simulate(trace, deployment, closed_loop=closed_loop, on_progress=arrived)
 
 
 def _outputs(out: Path | None, *asked: Any) -> Outputs:

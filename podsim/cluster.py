@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import simpy
 
@@ -12,9 +12,16 @@ from podsim.replica import Replica
 from podsim.request import Request
 from podsim.router import Router
 
+FollowUps = Mapping[int, tuple[Request, float]]
+"""Of a request, by its id: the next turn of its session, and the think time before it."""
+
 
 class Cluster:
-    """Replicas behind one router."""
+    """Replicas behind one router.
+
+    A follow-up arrives when the request before it is finished, or refused, and its think time has
+    passed.
+    """
 
     def __init__(
         self,
@@ -23,12 +30,16 @@ class Cluster:
         router: Router,
         max_model_len: int,
         log: EventLog,
+        follow_ups: FollowUps | None = None,
     ) -> None:
         self.env = env
         self.replicas = replicas
         self.router = router
         self.max_model_len = max_model_len
         self.log = log
+        self.follow_ups = follow_ups or {}
+        for replica in replicas:
+            replica.on_finish = self._start_follow_up
 
     def serve(self, requests: Iterable[Request]) -> None:
         """Let these requests, in order of arrival, come in while the simulation runs."""
@@ -38,11 +49,24 @@ class Cluster:
         for request in requests:
             if request.arrival_time > self.env.now:
                 yield At(self.env, request.arrival_time, URGENT)
-            reason = self._reason_to_refuse(request)
-            if reason:
-                self.log.record_request(request, refused=reason)
-            else:
-                self.router(request, self.replicas).submit(request)
+            self._receive(request)
+
+    def _receive(self, request: Request) -> None:
+        reason = self._reason_to_refuse(request)
+        if reason:
+            self.log.record_request(request, refused=reason)
+            self._start_follow_up(request)
+        else:
+            self.router(request, self.replicas).submit(request)
+
+    def _start_follow_up(self, request: Request) -> None:
+        if request.request_id in self.follow_ups:
+            self.env.process(self._follow_up(*self.follow_ups[request.request_id]))
+
+    def _follow_up(self, request: Request, think_time: float) -> Generator[simpy.Event, None, None]:
+        request.arrival_time = self.env.now + think_time
+        yield At(self.env, request.arrival_time, URGENT)
+        self._receive(request)
 
     def _reason_to_refuse(self, request: Request) -> str:
         num_tokens = request.num_prompt_tokens + request.num_output_tokens

@@ -23,6 +23,7 @@ SCHEDULERS = ("sarathi", "vllm-v1", "vllm-v0", "orca", "static")
 ORDERS = ("fcfs", "shortest_first")
 ARRIVALS = ("poisson", "gamma", "weibull", "uniform", "static")
 ZERO_LENGTH = ("error", "drop")
+REPLAYS = ("open", "closed")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -133,6 +134,14 @@ class Workload:
     format: str | None = _option(
         None, "Read the trace as this format instead of recognising it; docs/trace-formats.md."
     )
+    replay: str = _option(
+        "open",
+        "open: requests arrive at their recorded times; closed: a later turn of a session arrives "
+        "when the turn before is finished and its think time has passed.",
+    )
+    spread_ties: int | None = _option(
+        None, "Spread requests that arrive at once over the clock's tick, with this seed."
+    )
     zero_length: str = _option(
         "error", "Rows with zero prompt or output tokens: error, or drop (counted)."
     )
@@ -142,6 +151,9 @@ class Workload:
         if self.arrivals is not None:
             _check_choice("arrivals", self.arrivals, ARRIVALS)
         _check_choice("zero_length", self.zero_length, ZERO_LENGTH)
+        _check_choice("replay", self.replay, REPLAYS)
+        ties = self.spread_ties
+        _check(ties is None or ties >= 0, "spread_ties", ties, "a seed of at least 0")
         for name in ("qps", "rate_scale", "duration", "requests"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, value, "over 0")

@@ -7,7 +7,7 @@ that arrives during a run, and could be let in, ends it with the step that is un
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
 
 import simpy
@@ -47,6 +47,7 @@ class Replica:
         self.longest_run = longest_run
         self._run_limit = min(FIRST_RUN, longest_run)
         self.gaps = TokenGaps(log)
+        self.on_finish: Callable[[Request], None] = lambda request: None
         self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
         self._work_arrived = env.event()
@@ -210,6 +211,7 @@ class Replica:
         request.finish_time = end
         self._outstanding_tokens -= request.num_known_tokens
         self.log.record_request(request)
+        self.on_finish(request)
 
 
 class _Run:

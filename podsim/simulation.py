@@ -9,6 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import simpy
 
@@ -73,13 +74,16 @@ def simulate(
     *,
     latency_model: LatencyModel | None = None,
     scheduler: MakeScheduler | None = None,
+    closed_loop: bool = False,
     step_by_step: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Serve a trace on a deployment.
 
     `latency_model` replaces the measured profile of the deployment's GPU and model; `scheduler`
-    makes a scheduler for each replica from its KV cache. `step_by_step` takes every step by itself
+    makes a scheduler for each replica from its KV cache. With `closed_loop`, a later turn of a
+    session arrives when the turn before is finished and its think time (0 if unknown) has passed,
+    instead of at its recorded time. `step_by_step` takes every step by itself
     and moves every request's counters in it: slow, equal in result, the reference. `on_progress`
     is told how many requests have arrived, now and then. Raises InputError for an unknown model or
     GPU, or when there is no profile for them.
@@ -108,15 +112,20 @@ def simulate(
                 1 if step_by_step else LONGEST_RUN,
             )
         )
+    requests = _requests(trace, on_progress)
+    follow_ups: dict[int, tuple[Request, float]] = {}
+    if closed_loop:
+        requests, follow_ups = _closed_loop(trace, requests)
     cluster = Cluster(
         env,
         replicas,
         ROUTERS[deployment.router](deployment.router_seed),
         max_model_len,
         log,
+        follow_ups,
     )
     started = time.perf_counter()
-    cluster.serve(_requests(trace, on_progress))
+    cluster.serve(requests)
     env.run()
     assert all(replica.kv_cache.num_used_blocks == 0 for replica in replicas)
     return Result(trace, deployment, num_blocks, log, latency_model, time.perf_counter() - started)
@@ -182,9 +191,27 @@ def workload_trace(workload: Workload) -> Trace:
             trace = trace.at_rate(workload.qps)
         elif workload.rate_scale is not None:
             trace = trace.scaled(workload.rate_scale)
+    if workload.spread_ties is not None:
+        trace = trace.spread_ties(workload.spread_ties)
     if workload.duration is not None:
         trace = trace.until(workload.duration)
     return trace
+
+
+def _closed_loop(
+    trace: Trace, requests: Iterator[Request]
+) -> tuple[Iterator[Request], dict[int, tuple[Request, float]]]:
+    """First turns, and later turns by the turn before them. InputError without sessions."""
+    if trace.session_id is None or trace.think_time is None:
+        raise InputError(f"{trace.name}: a closed-loop replay needs sessions with think times")
+    think_times = np.nan_to_num(trace.think_time).tolist()
+    first_turns, follow_ups = [], {}
+    for request, previous in zip(requests, trace.previous_turn.tolist(), strict=True):
+        if previous < 0:
+            first_turns.append(request)
+        else:
+            follow_ups[previous] = (request, think_times[request.request_id])
+    return iter(first_turns), follow_ups
 
 
 def _requests(trace: Trace, on_progress: Callable[[int], None] | None) -> Iterator[Request]:

@@ -138,6 +138,30 @@ def test_runs_equal_single_steps_with_a_prefix_cache(
     assert_equal(fast, plain)
 
 
+@settings(max_examples=100, deadline=None)
+@given(requests, schedulers, st.integers(1, 5), st.sampled_from([0.0, 0.03, 1.0]))
+def test_runs_equal_single_steps_in_a_closed_loop(
+    rows: list[tuple[float, int, int]], options: dict[str, object], sessions: int, think: float
+) -> None:
+    trace = trace_of(rows)
+    trace = replace(
+        trace,
+        session_id=np.arange(len(trace)) % sessions,
+        think_time=np.full(len(trace), think),
+    )
+    fast, plain = (
+        simulate(
+            trace,
+            Deployment(**options),  # type: ignore[arg-type]
+            latency_model=ContextLatency(0.01),
+            closed_loop=True,
+            step_by_step=step_by_step,
+        )
+        for step_by_step in (False, True)
+    )
+    assert_equal(fast, plain)
+
+
 @settings(max_examples=40, deadline=None)
 @given(requests, schedulers)
 def test_runs_equal_single_steps_with_measured_costs(

@@ -193,6 +193,37 @@ def test_a_session_stays_on_its_replica() -> None:
     assert replicas[1] == replicas[3]
 
 
+# -------------------------------------------------------------------------------- closed loop
+
+
+def test_in_a_closed_loop_a_turn_waits_for_the_turn_before() -> None:
+    trace = replace(
+        Trace.of((0, 30, 5), (1, 30, 3), (1.5, 10, 2), (2, 20, 1)),
+        session_id=np.array([3, 8, 3, 3]),
+        think_time=np.array([np.nan, np.nan, 2.5, np.nan]),
+    )
+    deployment = Deployment(token_budget=100, max_num_seqs=10)
+    result = simulate(trace, deployment, latency_model=Recorder(), closed_loop=True)
+    # 0-5: the first turn of session 3. 7.5-9.5: its second, 2.5 later. At once: its third.
+    assert result.requests["arrival_time"].tolist() == [0, 1, 7.5, 9.5]
+    assert result.requests["finish_time"].tolist() == [5, 4, 9.5, 10.5]
+    opened = simulate(trace, deployment, latency_model=Recorder())
+    assert opened.requests["arrival_time"].tolist() == [0, 1, 1.5, 2]
+
+
+def test_a_refused_turn_does_not_end_its_session() -> None:
+    trace = replace(
+        Trace.of((0, 5000, 1), (1, 30, 1), name="too long"),
+        session_id=np.array([1, 1]),
+        think_time=np.array([np.nan, 4.0]),
+    )
+    deployment = Deployment(max_model_len=100)
+    result = simulate(trace, deployment, latency_model=Recorder(), closed_loop=True)
+    assert result.requests["finish_time"].tolist()[1] == 5.0
+    with pytest.raises(InputError, match="needs sessions"):
+        simulate(Trace.of((0, 1, 1)), deployment, latency_model=Recorder(), closed_loop=True)
+
+
 # ----------------------------------------------------------------------------- prefix caching
 
 
