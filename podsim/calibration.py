@@ -247,4 +247,6 @@ def _error(predicted: ArrayLike, measured: pd.Series[float]) -> dict[str, float]
         "p90": round(float(np.percentile(size, 90)), 4),
         "worst": round(float(size.max()), 4),
         "bias": round(float(relative.mean()), 4),
+        "signed_p10": round(float(np.percentile(relative, 10)), 4),
+        "signed_p90": round(float(np.percentile(relative, 90)), 4),
     }

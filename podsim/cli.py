@@ -23,7 +23,7 @@ from podsim.model import Model, model_named
 from podsim.profile import PROFILE_FILE, Profile
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
-from podsim.simulation import Result, simulate, workload_trace
+from podsim.simulation import Result, simulate, simulate_with_error_bars, workload_trace
 from podsim.trace_command import trace_app
 from podsim.workload import Trace
 
@@ -47,6 +47,14 @@ ConfigOption = Annotated[
     typer.Option("--config", help="TOML file of options; those on the command line win."),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to leave the results in.")]
+ErrorBars = Annotated[
+    bool,
+    typer.Option(
+        "--error-bars",
+        help="Simulate three times: as predicted, and with every step as long as P10 and P90 of "
+        "the profile's held-out error say.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
 ]
@@ -129,6 +137,7 @@ def simulate_command(
     config_file: ConfigOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
+    error_bars: ErrorBars = False,
     trace_events: TraceEvents = None,
     parquet: Parquet = False,
     aiperf: AiPerf = False,
@@ -142,7 +151,7 @@ def simulate_command(
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
-        result = _run(workload_trace(workload), deployment, workload)
+        result = _run(workload_trace(workload), deployment, workload, error_bars)
         notes = report.save(result, workload, folder, outputs) if folder is not None else []
     if as_json:
         typer.echo(report.to_json(report.full_summary(result, workload)), nl=False)
@@ -159,6 +168,7 @@ def compare_command(
     config_file: ConfigOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
+    error_bars: ErrorBars = False,
     trace_events: TraceEvents = None,
     parquet: Parquet = False,
     aiperf: AiPerf = False,
@@ -177,7 +187,8 @@ def compare_command(
         folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
         loaded = workload_trace(workload)
         results = {
-            name: _run(loaded, variant, workload, name) for name, variant in variants.items()
+            name: _run(loaded, variant, workload, error_bars, name)
+            for name, variant in variants.items()
         }
         compared = terminal.comparison(results)
         notes: list[str] = []
@@ -192,7 +203,10 @@ def compare_command(
         typer.echo(report.to_json(summaries), nl=False)
         return
     title = f"{loaded.name}: {len(loaded)} requests, {loaded.qps:.2f} req/s"
-    console.print(terminal.comparison_table(compared, title))
+    unclear = terminal.unclear_differences(results)
+    console.print(terminal.comparison_table(compared, title, unclear))
+    if unclear:
+        console.print("~ the error bars of the two overlap", highlight=False)
     _print_results(out, notes)
 
 
@@ -293,11 +307,16 @@ def _label(name: str, value: object) -> str:
 
 
 def _run(
-    trace: Trace, deployment: Deployment, workload: Workload, label: str = "simulating"
+    trace: Trace,
+    deployment: Deployment,
+    workload: Workload,
+    error_bars: bool,
+    label: str = "simulating",
 ) -> Result:
+    run = simulate_with_error_bars if error_bars else simulate
     with terminal.progress_bar(label, len(trace), messages) as arrived:
         closed_loop = workload.replay == "closed"
-        return simulate(trace, deployment, closed_loop=closed_loop, on_progress=arrived)
+        return run(trace, deployment, closed_loop=closed_loop, on_progress=arrived)
 
 
 def _outputs(out: Path | None, *asked: Any) -> Outputs:

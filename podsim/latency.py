@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -112,14 +113,21 @@ class Hull(NamedTuple):
 class ProfiledLatency:
     """The sum over a step's operations of their measured, interpolated or fitted times.
 
-    It also counts how much of the time it predicted lies outside the measured range.
+    It also counts how much of the time it predicted lies outside the measured range. `scale`
+    multiplies every step.
     """
 
     def __init__(
-        self, profile: Profile, model: Model, strategy: str, host_overhead: float = 0.0
+        self,
+        profile: Profile,
+        model: Model,
+        strategy: str,
+        host_overhead: float = 0.0,
+        scale: float = 1.0,
     ) -> None:
         self.profile = profile
         self.strategy = strategy
+        self.scale = scale
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
         self.attention = AttentionModel(
@@ -134,7 +142,7 @@ class ProfiledLatency:
 
     def step_time(self, shape: BatchShape) -> float:
         attention, layers, once = self._parts(shape)
-        seconds = attention + layers + once
+        seconds = (attention + layers + once) * self.scale
         self.seconds_predicted += seconds
         if not self.is_inside(shape):
             self.seconds_outside += seconds
@@ -161,7 +169,7 @@ class ProfiledLatency:
         attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
         layers = self.num_layers * self._layer_time.at(n)
         once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
-        seconds = attention + layers + once
+        seconds = (attention + layers + once) * self.scale
         self.seconds_predicted += float(seconds.sum())
         last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
         if not self.is_inside(last):
@@ -173,8 +181,20 @@ class ProfiledLatency:
         return times
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
-        """Where the seconds of a step go."""
+        """Where the seconds of a step go, before `scale`."""
         return Breakdown(*self._parts(shape))
+
+    def scaled(self, scale: float) -> ProfiledLatency:
+        """The same with every step `scale` times as long."""
+        again = copy.copy(self)
+        again.scale = self.scale * scale
+        again.seconds_predicted = again.seconds_outside = 0.0
+        return again
+
+    def likely_scales(self) -> tuple[float, float]:
+        """True over predicted time of whole steps: P10 and P90, from the held-out ones."""
+        error = self.profile.errors[f"step {self.strategy}"]
+        return 1 / (1 + error["signed_p90"]), 1 / (1 + error["signed_p10"])
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from podsim.simulation import Result
 
 PERCENTILES = (50, 90, 99)
+
+LATENCIES = ("ttft", "tbt", "tpot", "e2e_latency", "queue_time")
 
 STEP_KINDS = ("prefill", "decode", "mixed")
 
@@ -132,6 +135,31 @@ def latencies(log: EventLog, requests: pd.DataFrame) -> dict[str, dict[str, floa
 _VLLM_NAMES = {"ttft": "ttft", "tpot": "tpot", "itl": "tbt", "e2el": "e2e_latency"}
 
 
+Intervals = dict[str, tuple[float, float]]
+"""Of a headline number, such as "ttft_p50" (seconds) or "request_throughput": low and high."""
+
+_THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughput")
+
+
+def intervals(summaries: Sequence[Mapping[str, object]]) -> Intervals:
+    """What each headline number spans over several runs; NaN where a run has no samples."""
+    found: Intervals = {}
+    for latency in LATENCIES:
+        for statistic in ("mean", *(f"p{p}" for p in PERCENTILES)):
+            values = [_own_number(summary, latency, statistic) for summary in summaries]
+            found[f"{latency}_{statistic}"] = (min(values), max(values))
+    for name in _THROUGHPUTS:
+        values = [float(summary[name]) for summary in summaries]  # type: ignore[arg-type]
+        found[name] = (min(values), max(values))
+    return found
+
+
+def _own_number(summary: Mapping[str, object], latency: str, statistic: str) -> float:
+    own = summary["podsim"]
+    assert isinstance(own, dict)
+    return float(own[latency][statistic])
+
+
 def summarize(result: Result) -> dict[str, object]:
     """Headline numbers of a run: `vllm bench serve` keys (ms), podsim's own under "podsim" (s)."""
     requests = result.requests
@@ -167,6 +195,7 @@ def summarize(result: Result) -> dict[str, object]:
         **latency,
         **_use(result, duration),
         **_prefix_cache(result, served),
+        **({"intervals": result.intervals} if result.intervals else {}),
         "refused": requests.loc[requests["refused"] != "", "refused"].value_counts().to_dict(),
         "trace": _provenance(result),
     }

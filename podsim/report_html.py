@@ -157,9 +157,20 @@ def _latency_table(run: Run) -> str:
     for key, label in LATENCY_ROWS.items():
         found = own[key]
         assert isinstance(found, dict)
-        cells = (format_seconds(found[name]) for name in ("mean", "p50", "p90", "p99"))
+        statistics = ("mean", "p50", "p90", "p99")
+        cells = [format_seconds(found[name]) for name in statistics]
+        if run.result.intervals:
+            spans = [run.result.intervals[f"{key}_{name}"] for name in statistics]
+            cells = [
+                f"{cell}<br>{_interval(span)}" for cell, span in zip(cells, spans, strict=True)
+            ]
         rows.append([label, *cells])
     return _table(["", "mean", "P50", "P90", "P99"], rows)
+
+
+def _interval(span: tuple[float, float]) -> str:
+    low, high = (format_seconds(value) for value in span)
+    return f"<small>{low} to {high}</small>"
 
 
 def _compared_table(compared: pd.DataFrame) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Result:
     latency_model: LatencyModel
     wall_time: float
     """Seconds the simulation itself took."""
+    intervals: metrics.Intervals | None = None
+    """Where the headline numbers may lie; see `simulate_with_error_bars`."""
 
     @property
     def requests(self) -> pd.DataFrame:
@@ -131,6 +133,35 @@ def simulate(
     return Result(trace, deployment, num_blocks, log, latency_model, time.perf_counter() - started)
 
 
+def simulate_with_error_bars(
+    trace: Trace,
+    deployment: Deployment,
+    *,
+    closed_loop: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Simulate, and again with every step as long as the profile's own error allows.
+
+    The held-out error of whole forward passes says how much longer or shorter than predicted a step
+    is likely to be: its P10 and P90, taken for all steps at once, which is the worst case. Each
+    interval spans the three runs. Raises InputError as `simulate` does.
+    """
+    model = model_named(deployment.model)
+    predicted = latency_model_for(deployment, model)
+    models = [predicted, *(predicted.scaled(scale) for scale in predicted.likely_scales())]
+    results = [
+        simulate(
+            trace,
+            deployment,
+            latency_model=latency,
+            closed_loop=closed_loop,
+            on_progress=on_progress,
+        )
+        for latency in models
+    ]
+    return replace(results[0], intervals=metrics.intervals([r.summary() for r in results]))
+
+
 def built_in_scheduler(
     deployment: Deployment, max_model_len: int, latency_model: LatencyModel, step_by_step: bool
 ) -> MakeScheduler:
@@ -153,7 +184,7 @@ def _prefix_cache(trace: Trace, deployment: Deployment) -> PrefixCache:
     return PrefixCache(trace.hash_block_size, deployment.block_size)
 
 
-def latency_model_for(deployment: Deployment, model: Model) -> LatencyModel:
+def latency_model_for(deployment: Deployment, model: Model) -> ProfiledLatency:
     """The measured costs of a deployment; InputError if its model and GPU have no profile."""
     profile = find_profile(
         deployment.gpu, model, Path(deployment.profile) if deployment.profile else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import pandas as pd
@@ -48,7 +48,15 @@ def summary_table(result: Result) -> Table:
         row = latency[key]
         names = ("mean", *(f"p{p}" for p in metrics.PERCENTILES))
         table.add_row(label, *(format_seconds(row[name]) for name in names))
+        if result.intervals:
+            table.add_row("", *(format_interval(result.intervals[f"{key}_{n}"]) for n in names))
     return table
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    """Seconds from low to high."""
+    low, high = interval
+    return "-" if math.isnan(low) else f"[dim]{format_seconds(low)} to {format_seconds(high)}[/dim]"
 
 
 def _table(title: str) -> Table:
@@ -155,8 +163,11 @@ def _headline(result: Result) -> dict[str, float]:
     return values
 
 
-def comparison_table(compared: pd.DataFrame, title: str) -> Table:
-    """Variants side by side, with differences from the first in per cent."""
+def comparison_table(compared: pd.DataFrame, title: str, unclear: Unclear = frozenset()) -> Table:
+    """Variants side by side, with differences from the first in per cent.
+
+    A difference that the error bars leave unclear is marked with a tilde.
+    """
     table = _table(title)
     table.add_column("", no_wrap=True)
     first, *others = compared.columns
@@ -167,10 +178,32 @@ def comparison_table(compared: pd.DataFrame, title: str) -> Table:
     for key, (label, unit) in COMPARED.items():
         base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()
         cells = [format_metric(base, unit)]
-        for value in values:
-            cells += [format_metric(value, unit), format_difference(value, base)]
+        for name, value in zip(others, values, strict=True):
+            mark = " ~" if (str(name), key) in unclear else ""
+            cells += [format_metric(value, unit), format_difference(value, base) + mark]
         table.add_row(label, *cells)
     return table
+
+
+Unclear = Set[tuple[str, str]]
+"""Variants and metrics whose difference from the first variant may be the error of the profile."""
+
+
+def unclear_differences(results: Mapping[str, Result]) -> Unclear:
+    """Where the interval of a variant overlaps that of the first; nothing without error bars."""
+    first, *others = results.items()
+    return {
+        (name, key)
+        for name, result in others
+        for key in COMPARED
+        if _overlap(first[1].intervals, result.intervals, key)
+    }
+
+
+def _overlap(first: metrics.Intervals | None, second: metrics.Intervals | None, key: str) -> bool:
+    if first is None or second is None or key not in first:
+        return False
+    return first[key][0] <= second[key][1] and second[key][0] <= first[key][1]
 
 
 def format_metric(value: float, unit: str) -> str:

@@ -12,9 +12,15 @@ from podsim.config import Deployment
 from podsim.decode_group import DecodeGroup
 from podsim.errors import InputError
 from podsim.latency import ConstantLatency
+from podsim.model import model_named
 from podsim.request import Request
 from podsim.scheduler import Completed
-from podsim.simulation import Result, simulate
+from podsim.simulation import (
+    Result,
+    latency_model_for,
+    simulate,
+    simulate_with_error_bars,
+)
 from podsim.workload import Trace
 
 
@@ -257,3 +263,31 @@ def test_a_scheduler_of_ones_own_plugs_in() -> None:
 def test_budgets_that_contradict_are_refused() -> None:
     with pytest.raises(InputError, match=r"token_budget is 64, expected at least max_num_seqs"):
         Deployment(token_budget=64, max_num_seqs=256)
+
+
+def test_error_bars_span_the_runs_that_the_profiles_error_allows() -> None:
+    trace = Trace.of(*((0.05 * i, 500, 20) for i in range(100)))
+    deployment = Deployment(attention="pod")
+    result = simulate_with_error_bars(trace, deployment)
+    assert result.intervals is not None
+    predicted = latency_model_for(deployment, model_named("llama-3-8b"))
+    low, high = predicted.likely_scales()
+    assert low < high
+    slow = simulate(trace, deployment, latency_model=predicted.scaled(high))
+    headline = {
+        "ttft_p50": slow.requests["ttft"].median(),
+        "tpot_p99": slow.requests["tpot"].quantile(0.99),
+    }
+    for name, value in headline.items():
+        assert result.intervals[name][1] == pytest.approx(value)
+    own = result.summary()["podsim"]
+    for name, (least, most) in result.intervals.items():
+        if name.startswith(("ttft", "tbt", "tpot")):
+            metric, _, statistic = name.rpartition("_")
+            assert least <= own[metric][statistic] <= most  # type: ignore[index]
+
+
+def test_a_scaled_model_scales_every_step() -> None:
+    predicted = latency_model_for(Deployment(), model_named("llama-3-8b"))
+    shape = BatchShape.of([(300, 900)], [100, 2000])
+    assert predicted.scaled(1.5).step_time(shape) == pytest.approx(1.5 * predicted.step_time(shape))
