@@ -47,6 +47,12 @@ ConfigOption = Annotated[
     typer.Option("--config", help="TOML file of options; those on the command line win."),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to leave the results in.")]
+NoSteps = Annotated[
+    bool,
+    typer.Option(
+        "--no-steps", help="Keep no row of a step: for runs whose steps would fill the memory."
+    ),
+]
 ErrorBars = Annotated[
     bool,
     typer.Option(
@@ -138,6 +144,7 @@ def simulate_command(
     out: OutOption = None,
     as_json: JsonOption = False,
     error_bars: ErrorBars = False,
+    no_steps: NoSteps = False,
     trace_events: TraceEvents = None,
     parquet: Parquet = False,
     aiperf: AiPerf = False,
@@ -145,13 +152,20 @@ def simulate_command(
     **options: Any,
 ) -> None:
     """Serve a trace on a simulated deployment; report TTFT, TBT, TPOT and throughput."""
+    if no_steps and (error_bars or trace_events or parquet or aiperf or save_detailed):
+        raise InputError("--no-steps keeps nothing to make other files or error bars from")
     given = _given(trace, config_file, options)
     workload = config.options_from(Workload, given)
     deployment = config.options_from(Deployment, given)
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
-        result = _run(workload_trace(workload), deployment, workload, error_bars)
+        if no_steps:
+            closed_loop = workload.replay == "closed"
+            requests = workload_trace(workload)
+            result = simulate(requests, deployment, closed_loop=closed_loop, keep_steps=False)
+        else:
+            result = _run(workload_trace(workload), deployment, workload, error_bars)
         notes = report.save(result, workload, folder, outputs) if folder is not None else []
     if as_json:
         typer.echo(report.to_json(report.full_summary(result, workload)), nl=False)

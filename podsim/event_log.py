@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from podsim.request import Request
 
@@ -38,9 +41,37 @@ STEP_COLUMNS = {
 
 Columns = dict[str, "array[Any]"]
 
+STEP_CHUNK = 65536
+
 
 def _columns(codes: dict[str, str]) -> Columns:
     return {name: array(code) for name, code in codes.items()}
+
+
+@dataclass(slots=True)
+class StepTotals:
+    """Sums and maxima over steps: seconds, and numbers weighted by seconds."""
+
+    num_steps: int = 0
+    busy: float = 0.0
+    mixed: float = 0.0
+    used_blocks: float = 0.0
+    max_used_blocks: int = 0
+    batch: float = 0.0
+    max_batch: int = 0
+
+    def add(self, columns: Mapping[str, Sequence[float]]) -> None:
+        seconds = np.asarray(columns["duration"])
+        used = np.asarray(columns["num_used_blocks"])
+        prefills, decodes = (np.asarray(columns[f"num_{kind}"]) for kind in ("prefills", "decodes"))
+        batch = prefills + decodes
+        self.num_steps += len(seconds)
+        self.busy += float(seconds.sum())
+        self.mixed += float(seconds[(prefills > 0) & (decodes > 0)].sum())
+        self.used_blocks += float((seconds * used).sum())
+        self.max_used_blocks = max(self.max_used_blocks, int(used.max(initial=0)))
+        self.batch += float((seconds * batch).sum())
+        self.max_batch = max(self.max_batch, int(batch.max(initial=0)))
 
 
 @dataclass(slots=True)
@@ -56,10 +87,15 @@ class EventLog:
     refused: dict[int, str] = field(default_factory=dict)
     """Why a request, by its id, was not served."""
     steps: Columns = field(default_factory=lambda: _columns(STEP_COLUMNS))
+    keep_steps: bool = True
+    """Otherwise rows of steps are added up and dropped, and memory does not grow with steps."""
     gap_duration: array[float] = field(default_factory=lambda: array("d"))
     gap_count: array[int] = field(default_factory=lambda: array("q"))
     preempted_id: array[int] = field(default_factory=lambda: array("q"))
     preempted_time: array[float] = field(default_factory=lambda: array("d"))
+    resumed_time: array[float] = field(default_factory=lambda: array("d"))
+    _totals: StepTotals = field(default_factory=lambda: StepTotals())
+    _waiting_to_resume: dict[int, int] = field(default_factory=dict)
 
     def record_request(self, request: Request, refused: str = "") -> None:
         """A request that leaves: finished, or refused for a reason."""
@@ -72,15 +108,42 @@ class EventLog:
         """A row of STEP_COLUMNS."""
         for column, value in zip(self.steps.values(), row, strict=True):
             column.append(value)
+        if not self.keep_steps:
+            self._fold()
 
     def record_steps(self, columns: Sequence[Sequence[float]]) -> None:
         """Rows of STEP_COLUMNS, given as columns of equal length."""
         for column, values in zip(self.steps.values(), columns, strict=True):
             column.extend(values)
+        if not self.keep_steps:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add up full chunks of steps and drop them."""
+        while len(self.steps["start"]) >= STEP_CHUNK:
+            self._totals.add({name: column[:STEP_CHUNK] for name, column in self.steps.items()})
+            for column in self.steps.values():
+                del column[:STEP_CHUNK]
+
+    def step_totals(self) -> StepTotals:
+        """Sums over all steps, the same whether they were kept or not."""
+        totals = replace(self._totals)
+        for start in range(0, len(self.steps["start"]), STEP_CHUNK):
+            chunk = slice(start, start + STEP_CHUNK)
+            totals.add({name: column[chunk] for name, column in self.steps.items()})
+        return totals
 
     def record_preemption(self, request: Request, time: float) -> None:
+        self._waiting_to_resume[request.request_id] = len(self.preempted_id)
         self.preempted_id.append(request.request_id)
         self.preempted_time.append(time)
+        self.resumed_time.append(math.nan)
+
+    def record_resumption(self, request: Request, time: float) -> None:
+        """A request that was preempted, if it was, is worked on again."""
+        row = self._waiting_to_resume.pop(request.request_id, None)
+        if row is not None:
+            self.resumed_time[row] = time
 
     def record_gap(self, duration: float, count: int) -> None:
         self.gap_duration.append(duration)

@@ -42,9 +42,13 @@ def request_table(log: EventLog) -> pd.DataFrame:
 
 
 def preemption_table(log: EventLog) -> pd.DataFrame:
-    """One row a preemption: request_id, and time in seconds."""
+    """One row a preemption: request_id, its time, and when the request was worked on again (s)."""
     return pd.DataFrame(
-        {"request_id": np.asarray(log.preempted_id), "time": np.asarray(log.preempted_time)}
+        {
+            "request_id": np.asarray(log.preempted_id),
+            "time": np.asarray(log.preempted_time),
+            "resumed_time": np.asarray(log.resumed_time),
+        }
     )
 
 
@@ -184,7 +188,9 @@ def summarize(result: Result) -> dict[str, object]:
         "request_goodput": None,
         "output_throughput": output_tokens * per_second,
         "total_token_throughput": (input_tokens + output_tokens) * per_second,
-        "max_output_tokens_per_s": max_output_tokens_per_s(result.steps, requests),
+        "max_output_tokens_per_s": max_output_tokens_per_s(result.steps, requests)
+        if result.log.keep_steps
+        else None,
         "max_concurrent_requests": max_concurrent_requests(requests),
     }
     for vllm_name, name in _VLLM_NAMES.items():
@@ -204,22 +210,17 @@ def summarize(result: Result) -> dict[str, object]:
 
 def _use(result: Result, duration: float) -> dict[str, object]:
     """How busy the replicas were, weighted by time; preemptions."""
-    steps = result.steps
+    totals = result.log.step_totals()
     span = duration * result.deployment.replicas
-    seconds = steps["duration"].to_numpy()
-    used_share = steps["num_used_blocks"].to_numpy() / result.num_blocks
-    batch = (steps["num_prefills"] + steps["num_decodes"]).to_numpy()
-    mixed = (steps["num_prefills"] > 0) & (steps["num_decodes"] > 0)
-    busy = float(seconds.sum())
     return {
-        "num_steps": len(steps),
+        "num_steps": totals.num_steps,
         "num_blocks": result.num_blocks,
-        "busy_share": busy / span if span else 0.0,
-        "mixed_step_share": float(seconds[mixed].sum()) / busy if busy else 0.0,
-        "kv_used_mean": float(seconds @ used_share) / span if span else 0.0,
-        "kv_used_max": float(used_share.max(initial=0.0)),
-        "batch_size_mean": float(seconds @ batch) / busy if busy else 0.0,
-        "batch_size_max": int(batch.max(initial=0)),
+        "busy_share": totals.busy / span if span else 0.0,
+        "mixed_step_share": totals.mixed / totals.busy if totals.busy else 0.0,
+        "kv_used_mean": totals.used_blocks / result.num_blocks / span if span else 0.0,
+        "kv_used_max": totals.max_used_blocks / result.num_blocks,
+        "batch_size_mean": totals.batch / totals.busy if totals.busy else 0.0,
+        "batch_size_max": totals.max_batch,
         "preemptions": int(sum(result.log.requests["num_preemptions"])),
     }
 

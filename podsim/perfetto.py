@@ -188,20 +188,19 @@ class _Requests:
     """Of each request: arrival, first step, first token, last token."""
     table: pd.DataFrame
     num_replicas: int
-    preemptions: dict[int, list[float]]
+    preemptions: dict[int, list[tuple[float, float]]]
 
     @classmethod
     def of(cls, requests: pd.DataFrame, result: Result) -> _Requests:
         columns = ("arrival_time", "scheduled_time", "first_token_time", "finish_time")
         edges = np.stack([_nanoseconds(requests[name]) for name in columns], axis=1)
         served = requests["refused"].to_numpy() == ""
-        preemptions: dict[int, list[float]] = {}
-        table = result.preemptions
-        for request_id, time in zip(table["request_id"], table["time"], strict=True):
-            preemptions.setdefault(int(request_id), []).append(float(time))
+        preemptions: dict[int, list[tuple[float, float]]] = {}
+        for request_id, *span in result.preemptions.itertuples(index=False):
+            preemptions.setdefault(int(request_id), []).append(tuple(span))
         num_marks = [len(preemptions.get(i, ())) for i in requests["request_id"].tolist()]
         num_phases = (np.diff(edges, axis=1) > 0).sum(axis=1)
-        num_events = np.where(served, 2 + 2 * num_phases + np.array(num_marks, dtype=int), 1)
+        num_events = np.where(served, 2 + 2 * num_phases + 2 * np.array(num_marks, dtype=int), 1)
         num_replicas = result.deployment.replicas
         return cls(edges[:, 0], num_events, edges, requests, num_replicas, preemptions)
 
@@ -231,7 +230,16 @@ class _Requests:
         for name, start, end in zip(PHASES, edges, edges[1:], strict=False):
             if end > start:
                 yield shared | {"name": name, "ph": "b", "ts": start / 1000}
+                yield from self._preempted(request_id, shared, start, end)
                 yield shared | {"name": name, "ph": "e", "ts": end / 1000}
-        for time in self.preemptions.get(request_id, ()):
-            yield shared | {"name": "preempted", "ph": "n", "ts": round(time * 1e9) / 1000}
         yield shared | {"name": "request", "ph": "e", "ts": edges[-1] / 1000}
+
+    def _preempted(
+        self, request_id: int, shared: dict[str, object], start: int, end: int
+    ) -> Iterator[Event]:
+        """From the loss of its blocks until it is worked on again, inside the phase it fell in."""
+        for span in self.preemptions.get(request_id, ()):
+            lost, resumed = (round(time * 1e9) for time in span)
+            if start <= lost < end:
+                yield shared | {"name": "preempted", "ph": "b", "ts": lost / 1000}
+                yield shared | {"name": "preempted", "ph": "e", "ts": min(resumed, end) / 1000}

@@ -106,6 +106,8 @@ class Replica:
         for request, _ in batch.prefills:
             if request.scheduled_time < 0:
                 request.scheduled_time = start
+            elif request.num_preemptions:
+                self.log.record_resumption(request, start)
         shape = batch.shape()
         times = self._step_times(batch, shape)
         ends = list(accumulate(times, initial=start))[1:]

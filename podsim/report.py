@@ -96,6 +96,8 @@ def save(
 ) -> list[str]:
     """Write one run; docs/metrics.md lists the files. Notes on what a file does not hold."""
     outputs = outputs or Outputs()
+    if not result.log.keep_steps:
+        return _save_without_steps(result, workload, directory)
     run = Run.of(name or result.deployment.attention, result)
     config = to_toml(workload, result.deployment)
     hashes = run_hashes(result, config)
@@ -117,6 +119,16 @@ def save(
         return []
     written = write_trace_events(result, directory / "trace.json", outputs.trace_events)
     return [f"trace.json holds {written.note}"]
+
+
+def _save_without_steps(result: Result, workload: Workload | None, directory: Path) -> list[str]:
+    config = to_toml(workload, result.deployment)
+    (directory / "config.toml").write_text(config, encoding="utf-8")
+    summary = _complete(result.summary(), run_hashes(result, config))
+    (directory / "summary.json").write_text(to_json(summary), encoding="utf-8")
+    requests = _with_units(result.requests)
+    requests.to_csv(directory / "requests.csv", index=False, float_format="%.9f")
+    return ["no steps.csv and no report.html: the steps were not kept"]
 
 
 def save_comparison(

@@ -57,7 +57,9 @@ class Result:
 
     @property
     def steps(self) -> pd.DataFrame:
-        """One row a step of a replica, in order of completion."""
+        """One row a step of a replica, in order of completion; InputError if none were kept."""
+        if not self.log.keep_steps:
+            raise InputError("the steps of this simulation were not kept")
         return metrics.step_table(self.log)
 
     @property
@@ -77,6 +79,7 @@ def simulate(
     latency_model: LatencyModel | None = None,
     scheduler: MakeScheduler | None = None,
     closed_loop: bool = False,
+    keep_steps: bool = True,
     step_by_step: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
@@ -85,7 +88,8 @@ def simulate(
     `latency_model` replaces the measured profile of the deployment's GPU and model; `scheduler`
     makes a scheduler for each replica from its KV cache. With `closed_loop`, a later turn of a
     session arrives when the turn before is finished and its think time (0 if unknown) has passed,
-    instead of at its recorded time. `step_by_step` takes every step by itself
+    instead of at its recorded time. Without `keep_steps`, `Result.steps` is left empty and memory
+    grows with requests only. `step_by_step` takes every step by itself
     and moves every request's counters in it: slow, equal in result, the reference. `on_progress`
     is told how many requests have arrived, now and then. Raises InputError for an unknown model or
     GPU, or when there is no profile for them.
@@ -98,7 +102,7 @@ def simulate(
     if scheduler is None:
         scheduler = built_in_scheduler(deployment, max_model_len, latency_model, step_by_step)
     env = simpy.Environment()
-    log = EventLog()
+    log = EventLog(keep_steps=keep_steps)
     replicas = []
     for index in range(deployment.replicas):
         prefixes = _prefix_cache(trace, deployment) if deployment.prefix_caching else None

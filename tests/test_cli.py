@@ -61,6 +61,20 @@ def test_simulate_prints_a_table_and_leaves_a_folder(trace: Path, tmp_path: Path
     assert steps["num_decodes"].sum() == 45 - 3
 
 
+def test_without_steps_the_numbers_are_the_same(trace: Path, tmp_path: Path) -> None:
+    kept, dropped = tmp_path / "kept", tmp_path / "dropped"
+    podsim("simulate", trace, "--out", kept)
+    run = podsim("simulate", trace, "--no-steps", "--out", dropped)
+    assert run.returncode == 0, run.stderr
+    assert "the steps were not kept" in run.stdout
+    assert {p.name for p in dropped.iterdir()} == {"summary.json", "requests.csv", "config.toml"}
+    full, brief = (json.loads((f / "summary.json").read_text()) for f in (kept, dropped))
+    assert brief.pop("max_output_tokens_per_s") is None
+    full.pop("max_output_tokens_per_s")
+    assert brief == full
+    assert "keeps nothing" in refusal("simulate", trace, "--no-steps", "--error-bars")
+
+
 def test_summary_has_the_keys_of_vllm_bench_serve(trace: Path, tmp_path: Path) -> None:
     podsim("simulate", trace, "--out", tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

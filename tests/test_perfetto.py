@@ -37,7 +37,6 @@ def test_every_event_has_what_its_phase_needs(result: Result, tmp_path: Path) ->
         "C": {"name", "ts", "pid", "args"},
         "b": {"name", "cat", "id", "ts", "pid"},
         "e": {"name", "cat", "id", "ts", "pid"},
-        "n": {"name", "cat", "id", "ts", "pid"},
         "i": {"name", "s", "ts", "pid"},
     }
     for event in events(result, tmp_path):
@@ -134,3 +133,14 @@ def test_a_cap_keeps_the_beginning_and_says_so(result: Result, tmp_path: Path) -
     assert content["otherData"]["holds"] == cut.note
     begins = [e["ts"] for e in timed if e["ph"] == "X" or (e["ph"], e["name"]) == ("b", "request")]
     assert max(begins) < cut.until * 1e6
+
+
+def test_a_preempted_request_shows_when_it_stood_still(tmp_path: Path) -> None:
+    trace = podsim.Trace.of((0.0, 19, 5), (0.0, 19, 5))
+    deployment = podsim.Deployment(token_budget=100, max_num_seqs=10, block_size=10, num_blocks=4)
+    stalled = podsim.simulate(trace, deployment, latency_model=podsim.ConstantLatency(1.0))
+    spans = [
+        (e["ph"], e["id"], e["ts"]) for e in events(stalled, tmp_path) if e["name"] == "preempted"
+    ]
+    # The second request loses its blocks at 2 s and is computed again from 5 s on.
+    assert spans == [("b", "1", 2e6), ("e", "1", 5e6)]

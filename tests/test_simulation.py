@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 
+from podsim import event_log
 from podsim.batch import Batch, BatchShape, Chunk
 from podsim.config import Deployment
 from podsim.decode_group import DecodeGroup
@@ -263,6 +264,27 @@ def test_a_scheduler_of_ones_own_plugs_in() -> None:
 def test_budgets_that_contradict_are_refused() -> None:
     with pytest.raises(InputError, match=r"token_budget is 64, expected at least max_num_seqs"):
         Deployment(token_budget=64, max_num_seqs=256)
+
+
+def test_steps_that_are_not_kept_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "STEP_CHUNK", 7)
+    trace = Trace.of(*((0.3 * i, 150, 20) for i in range(30)))
+    deployment = Deployment(token_budget=100, max_num_seqs=10, block_size=10, num_blocks=70)
+    kept, added = (
+        simulate(trace, deployment, latency_model=ConstantLatency(0.1), keep_steps=keep)
+        for keep in (True, False)
+    )
+    assert len(added.log.steps["start"]) < 7 < len(kept.steps)
+    assert kept.log.step_totals() == added.log.step_totals()
+    assert kept.log.step_totals().num_steps == len(kept.steps)
+    assert kept.log.step_totals().busy == pytest.approx(kept.steps["duration"].sum())
+    with pytest.raises(InputError, match="were not kept"):
+        _ = added.steps
+
+
+def test_a_preemption_ends_when_the_request_is_worked_on_again() -> None:
+    result = run((0.0, 19, 5), (0.0, 19, 5), num_blocks=4)
+    assert result.preemptions.values.tolist() == [[1, 2.0, 5.0]]
 
 
 def test_error_bars_span_the_runs_that_the_profiles_error_allows() -> None:
