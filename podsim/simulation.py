@@ -24,7 +24,7 @@ from podsim.replica import LONGEST_RUN, Replica
 from podsim.request import Request
 from podsim.router import ROUTERS
 from podsim.scheduler import SarathiScheduler, Scheduler
-from podsim.workload import Trace, load_trace, synthetic_trace
+from podsim.workload import Trace, load_once, synthetic_trace
 
 MakeScheduler = Callable[[PagedKVCache, Deployment], Scheduler]
 
@@ -156,7 +156,7 @@ def workload_trace(workload: Workload) -> Trace:
             seed=workload.seed,
         )
     else:
-        trace = load_trace(
+        trace = load_once(
             workload.trace,
             zero_length=workload.zero_length,
             format=workload.format,

@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"errors"},
-    {"request", "batch", "model", "hardware", "config"},
+    {"errors", "workers", "ray_workers"},
+    {"request", "batch", "model", "hardware", "config", "variants"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
     {"trace_clients", "trace_folders"},
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
@@ -20,8 +20,10 @@ LAYERS = [
     {"profile", "points", "attention_model", "latency", "calibration"},
     {"kv_cache", "decode_group", "scheduler"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation"},
-    {"report", "trace_figure"},
-    {"measure", "trace_command", "cli"},
+    {"slo", "result_row", "capacity_search", "capacity"},
+    {"pareto", "sweep_plan", "sweep_point", "sweep_journal", "sweep_table", "sweep"},
+    {"report", "trace_figure", "capacity_report"},
+    {"command_options", "measure", "trace_command", "search_command", "cli"},
     {"__init__", "__main__"},
 ]
 
