@@ -48,13 +48,18 @@ class Capacity:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the mean over seeds, by Student's t; None of a single seed."""
+        """The 95 % interval of the mean over seeds, by Student's t; None of a single seed.
+
+        It spans from below the mean of the loads that passed to above that of those that failed:
+        the search tells no more of a seed than that its capacity lies between the two.
+        """
         if len(self.seeds) < 2:
             return None
         values = [seed.qps for seed in self.seeds]
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
         half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
-        return max(self.mean - half, 0.0), self.mean + half
+        failed = float(np.mean([seed.failed_qps for seed in self.seeds]))
+        return max(self.mean - half, 0.0), failed + half
 
     @property
     def per_gpu(self) -> float:
@@ -284,7 +289,7 @@ def _run(
 ) -> Iterator[tuple[Search, Found]]:
     for task, result in in_processes(function, tasks, min(jobs, len(tasks))):
         if isinstance(result, Died):
-            raise InputError(f"{task.variant}, seed {task.seed}: {result.reason}")
+            raise InputError(f"{task.variant}, seed {task.seed}: {result}")
         yield task, result
 
 

@@ -47,9 +47,14 @@ def on_ray(
                 pending[call.remote(shared, following)] = following
             try:
                 yield task, ray.get(ready)
-            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-                reason = f"{MAX_DEATHS} Ray workers died of it ({type(error).__name__})"
-                yield task, Died(reason)
+            except (
+                ray.exceptions.WorkerCrashedError,
+                ray.exceptions.OutOfMemoryError,
+                ray.exceptions.NodeDiedError,
+            ) as error:
+                yield task, Died(type(error).__name__)
+            except ray.exceptions.RayError as error:
+                raise InputError(f"Ray: {str(error).strip().splitlines()[-1]}") from None
     finally:
         ray.shutdown()
 

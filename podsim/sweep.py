@@ -57,11 +57,15 @@ def run_sweep(
         plan = read_plan(plan)
     check_pareto(plan)
     _make_folder(out)
-    with Journal(out / JOURNAL_FILE, _identity(plan), len(plan)) as journal:
-        before = journal.num_done
-        _simulate_missing(plan, journal, jobs or num_cores(), ray, on_progress)
-        num_failed = write_table(plan, journal, out)
-        return SweepOutcome(out / "sweep.csv", len(plan), num_failed, len(plan) - before)
+    try:
+        with Journal(out / JOURNAL_FILE, _identity(plan), len(plan)) as journal:
+            before = journal.num_done
+            _simulate_missing(plan, journal, jobs or num_cores(), ray, on_progress)
+            num_failed = write_table(plan, journal, out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{out}: {reason}; what is finished there is kept") from None
+    return SweepOutcome(out / "sweep.csv", len(plan), num_failed, len(plan) - before)
 
 
 def _simulate_missing(
@@ -79,7 +83,7 @@ def _simulate_missing(
     with closing(results):
         for index, point in results:
             if isinstance(point, Died):
-                point = Point(error=point.reason)
+                point = Point(error=str(point))
             journal.append(index, point.error, point.numbers)
             num_failed += point.error != ""
             if on_progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from podsim.errors import InputError
+from podsim.workers import WORKER_DIED
 
 SYNC_SECONDS = 1.0
 """At most so much is lost when the machine, not only the process, goes down."""
@@ -24,7 +26,8 @@ class Journal:
     """Appends rows to a file and knows which it has. The first line says whose rows they are.
 
     A row is [index, error, numbers], whose numbers are null where there is none. What a killed
-    process left half-written at the end is cut off. Only one process may have it open.
+    process left half-written at the end is cut off. Simulations whose worker died are missing when
+    a journal is opened, to be tried again. Only one process may have it open.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object], num_rows: int) -> None:
@@ -32,7 +35,7 @@ class Journal:
         self.offset = array("q", [MISSING]) * num_rows
         """Of each row, its place in the file."""
         self.num_done = 0
-        self._file = path.open("a+b")
+        self._file = path.open("ab", buffering=0)
         self._synced = time.monotonic()
         try:
             self._lock()
@@ -60,24 +63,26 @@ class Journal:
             raise InputError(f"{self.path.parent}: another sweep is writing here") from None
 
     def _read(self, identity: bytes) -> None:
-        self._file.seek(0)
-        header = self._file.readline()
-        if not header.endswith(b"\n"):  # new, or killed within the first line
-            self._file.truncate(0)
-            self._file.write(identity)
-            self._sync()
-            return
-        if header != identity:
-            raise InputError(
-                f"{self.path.parent}: holds another sweep ({_difference(header, identity)}); name "
-                "another --out, or remove it"
-            )
-        place = len(header)
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            self._note(json.loads(line)[0], place)
-            place += len(line)
+        with self.path.open("rb") as file:
+            header = file.readline()
+            if not header.endswith(b"\n"):  # new, or killed within the first line
+                self._file.truncate(0)
+                self._write(identity)
+                self._sync()
+                return
+            if header != identity:
+                raise InputError(
+                    f"{self.path.parent}: holds another sweep ({_difference(header, identity)}); "
+                    "name another --out, or remove it"
+                )
+            place = len(header)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                index, error, _ = json.loads(line)
+                if not error.startswith(WORKER_DIED):
+                    self._note(index, place)
+                place += len(line)
         self._file.truncate(place)
 
     def _note(self, index: int, place: int) -> None:
@@ -89,14 +94,16 @@ class Journal:
         """Keep a finished row."""
         place = self._file.seek(0, os.SEEK_END)
         line = json.dumps([index, error, numbers], allow_nan=False, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._write(line.encode() + b"\n")
         self._note(index, place)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
+    def _write(self, line: bytes) -> None:
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _sync(self) -> None:
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 

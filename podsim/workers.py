@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from podsim.errors import InputError
 
@@ -17,6 +17,8 @@ Task = TypeVar("Task")
 Done = TypeVar("Done")
 
 MAX_DEATHS = 3
+WORKER_DIED = "worker died"
+"""How the text of `Died` begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class Died:
     """In place of a result: every process that was given the task died of it."""
 
     reason: str
+
+    def __str__(self) -> str:
+        return f"{WORKER_DIED}, {MAX_DEATHS} times: {self.reason}"
 
 
 def num_cores() -> int:
@@ -85,9 +90,8 @@ class _Pool(Generic[Task, Done]):
 
     def _answer(self, pipe: Connection) -> Iterator[tuple[Task, Done | Died]]:
         worker = self.workers[pipe]
-        try:
-            kind, value = pipe.recv()
-        except (EOFError, ConnectionResetError):
+        kind, value = worker.answer()
+        if kind == "died":
             yield from self._died(worker)
             return
         if kind == "raised":
@@ -109,7 +113,7 @@ class _Pool(Generic[Task, Done]):
     def _died(self, worker: _Worker[Task]) -> Iterator[tuple[Task, Done | Died]]:
         del self.workers[worker.pipe]
         code = worker.end()
-        if not worker.is_ready:
+        if not worker.is_ready and (code or 0) >= 0:  # not by a signal
             raise InputError(
                 f"worker processes cannot start (exit code {code}): a script that uses several "
                 "jobs must keep its calls under `if __name__ == '__main__':`"
@@ -122,7 +126,7 @@ class _Pool(Generic[Task, Done]):
         for task in self.tasks:
             self._start(_Assigned(task))
             break
-        yield assigned.task, Died(f"{MAX_DEATHS} worker processes died of it (exit code {code})")
+        yield assigned.task, Died(f"exit code {code}")
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -147,6 +151,14 @@ class _Worker(Generic[Task]):
         self.assigned = assigned
         with suppress(BrokenPipeError):  # it has died, which the next read of the pipe shows
             self.pipe.send(assigned.task)
+
+    def answer(self) -> tuple[str, Any]:
+        """What it sent, or that it died."""
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return "died", None
+        return kind, value
 
     def end(self) -> int | None:
         self.pipe.close()

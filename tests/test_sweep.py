@@ -342,6 +342,33 @@ def test_only_one_sweep_writes_into_a_folder(plan: Path, tmp_path: Path) -> None
         process.communicate()
 
 
+def test_a_simulation_whose_workers_died_is_tried_again(
+    plan: Path, tmp_path: Path, reference: bytes
+) -> None:
+    out = tmp_path / "out"
+    run_sweep(plan, out, jobs=1)
+    lines = (out / "journal.jsonl").read_text().splitlines(keepends=True)
+    lines[8] = '[7,"worker died, 3 times: exit code -9",[]]\n'
+    (out / "journal.jsonl").write_text("".join(lines))
+    assert run_sweep(plan, out, jobs=1).num_simulated == 1
+    assert (out / "sweep.csv").read_bytes() == reference
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    plan: Path, tmp_path: Path, reference: bytes
+) -> None:
+    out = tmp_path / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+    command = [sys.executable, "-c", limit + "from podsim.cli import main; main()", "sweep", plan]
+    run = subprocess.run([*command, "--jobs", "1", "--out", out], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"podsim: {out}: ")
+    assert run.stderr.endswith("; what is finished there is kept\n")
+    assert 0 < num_rows(out / "journal.jsonl") < NUM_ROWS
+    finish(sweep(plan, "--out", out, "--jobs", 1))
+    assert (out / "sweep.csv").read_bytes() == reference
+
+
 def test_a_task_that_kills_its_workers_is_given_up() -> None:
     done = list(in_processes(os._exit, [3, 4], 2))
     assert sorted(task for task, _ in done) == [3, 4]
