@@ -31,19 +31,23 @@ seed = [0, 1, 2, 3, 4]
 NUM_SIMULATIONS = 25 * 4 * 2 * 5
 
 
-def sweep(plan: Path, out: Path, *options: object) -> tuple[float, float]:
-    """Seconds of one sweep, and the cores that other processes took meanwhile."""
+def sweep(plan: Path, out: Path, *options: object) -> tuple[float, float, float]:
+    """Seconds of one sweep, its CPU seconds, and the cores that others took meanwhile.
+
+    Where CPU seconds grow with the processes, cores are not whole: shared, or two threads of one.
+    """
     command = [sys.executable, "-m", "podsim", "sweep", plan, "--out", out, *options]
     started, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - started
-    return seconds, (busy_seconds() - busy - (own_seconds() - own)) / seconds
+    seconds, own = time.perf_counter() - started, own_seconds() - own
+    return seconds, own, (busy_seconds() - busy - own) / seconds
 
 
 def busy_seconds() -> float:
-    """Of all cores, since the machine started."""
-    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    """Of all cores, since the machine started, with what a host took away."""
+    columns = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    user, nice, system, _, _, irq, softirq, steal = map(int, columns)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def own_seconds() -> float:
@@ -67,12 +71,13 @@ def main() -> None:
         plan = Path(folder) / "plan.toml"
         plan.write_text(PLAN.format(requests=options.requests))
         for name, arguments in runs.items():
-            seconds, others = sweep(plan, Path(folder) / name, *arguments)
+            seconds, own, others = sweep(plan, Path(folder) / name, *arguments)
             first = first or seconds
             tables.add((Path(folder) / name / "sweep.csv").read_bytes())
+            use = "" if "--ray" in arguments else f" ({own:.1f} CPU s; others {others:.2f} cores)"
             print(
                 f"{name:14} {seconds:6.1f} s, {NUM_SIMULATIONS / seconds:6.1f} simulations/s, "
-                f"{first / seconds:.2f} x the first (others: {others:.2f} cores)",
+                f"{first / seconds:.2f} x the first{use}",
                 flush=True,
             )
     if len(tables) > 1:

@@ -10,7 +10,6 @@ from typing import TypedDict, TypeVar, Unpack
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from podsim.capacity_search import PRECISION, Search, SeedCapacity, Trial, at_loads, search
 from podsim.config import Deployment, Workload
@@ -55,6 +54,8 @@ class Capacity:
         """
         if len(self.seeds) < 2:
             return None
+        from scipy.special import stdtrit
+
         values = [seed.qps for seed in self.seeds]
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
         half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
