@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +12,13 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from podsim import calibration, config, report, terminal
+from podsim.command_options import (
+    ConfigOption,
+    OutOption,
+    TraceArgument,
+    given_options,
+    with_options,
+)
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
@@ -23,8 +26,10 @@ from podsim.model import Model, model_named
 from podsim.profile import PROFILE_FILE, Profile
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
+from podsim.search_command import capacity_command, sweep_command
 from podsim.simulation import Result, simulate, simulate_with_error_bars, workload_trace
 from podsim.trace_command import trace_app
+from podsim.variants import variants_of
 from podsim.workload import Trace
 
 app = typer.Typer(
@@ -33,20 +38,13 @@ app = typer.Typer(
     help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
 )
 app.add_typer(trace_app, name="trace")
+app.command("capacity")(capacity_command)
+app.command("sweep")(sweep_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
 FILES = "Further files in the folder of --out"
 
-TraceArgument = Annotated[
-    str | None,
-    typer.Argument(help="Trace file (Azure, Mooncake, Vidur or podsim) or name of a shipped one."),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="TOML file of options; those on the command line win."),
-]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to leave the results in.")]
 NoSteps = Annotated[
     bool,
     typer.Option(
@@ -94,48 +92,6 @@ SaveDetailed = Annotated[
 ]
 
 
-def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every option of Workload and Deployment, as declared there.
-
-    The command receives them as keyword arguments, None where not given; with `lists` as text,
-    to be split at commas.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        added = []
-        for options in (Workload, Deployment):
-            kinds = config.option_types(options)
-            for option in fields(options):
-                if option.name == "trace":
-                    continue
-                kind: Any = str if lists and options is Deployment else kinds[option.name]
-                default = "" if option.default is None else f" Default: {option.default}."
-                annotation = Annotated[
-                    kind | None,
-                    typer.Option(
-                        help=option.metadata["help"] + default,
-                        show_default=False,
-                        rich_help_panel=options.__name__,
-                    ),
-                ]
-                added.append(
-                    inspect.Parameter(
-                        option.name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=None,
-                        annotation=annotation,
-                    )
-                )
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
-
-
 @app.command("simulate")
 @with_options(lists=False)
 def simulate_command(
@@ -154,7 +110,7 @@ def simulate_command(
     """Serve a trace on a simulated deployment; report TTFT, TBT, TPOT and throughput."""
     if no_steps and (error_bars or trace_events or parquet or aiperf or save_detailed):
         raise InputError("--no-steps keeps nothing to make other files or error bars from")
-    given = _given(trace, config_file, options)
+    given = given_options(trace, config_file, options)
     workload = config.options_from(Workload, given)
     deployment = config.options_from(Deployment, given)
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
@@ -193,9 +149,11 @@ def compare_command(
 
     Example: podsim compare azure-conv-like --attention serial,pod --token-budget 512,1024
     """
-    given = _given(trace, config_file, options)
+    given = given_options(trace, config_file, options)
     workload = config.options_from(Workload, given)
-    variants = _variants(given)
+    variants = variants_of(given)
+    if len(variants) == 1:
+        raise InputError("nothing to compare: give an option a comma list: --attention serial,pod")
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
@@ -283,41 +241,6 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
     return calibration.write(
         folder, rows, model, gpu, measure.provenance(model) | {"command": command}
     )
-
-
-def _given(
-    trace: str | None, config_file: Path | None, options: dict[str, object]
-) -> dict[str, object]:
-    """The options of the file, overridden by those of the command line."""
-    from_file = config.read_toml(config_file) if config_file else {}
-    return from_file | {k: v for k, v in {"trace": trace, **options}.items() if v is not None}
-
-
-def _variants(given: dict[str, object]) -> dict[str, Deployment]:
-    """Every combination of the deployment options that hold a comma list, by name."""
-    names = [option.name for option in fields(Deployment) if option.name in given]
-    choices = {name: _split(given[name]) for name in names}
-    varied = [name for name, values in choices.items() if len(values) > 1]
-    if not varied:
-        raise InputError("nothing to compare: give an option a comma list: --attention serial,pod")
-    variants = {}
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(names, values, strict=True))
-        label = ",".join(_label(name, chosen[name]) for name in varied)
-        variants[label] = config.options_from(Deployment, chosen)
-    return variants
-
-
-def _split(value: object) -> list[object]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _label(name: str, value: object) -> str:
-    """Strategies and routers speak for themselves; a number needs its option's name."""
-    text = str(value).replace("/", "_")  # a variant's results lie in a folder of this name
-    return text if text[:1].isalpha() else f"{name}={text}"
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -205,14 +205,15 @@ def options_from(options: type[Options], values: Mapping[str, object]) -> Option
     Raises InputError if a value is not of its option's type.
     """
     given: dict[str, Any] = {
-        name: _converted(name, values[name], kind)
+        name: converted(name, values[name], kind)
         for name, kind in option_types(options).items()
         if values.get(name) is not None
     }
     return options(**given)
 
 
-def _converted(name: str, value: object, kind: type) -> object:
+def converted(name: str, value: object, kind: type) -> object:
+    """A loosely typed value of an option as its type; InputError if it is not one."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     wrong = InputError(f"{name} is {value!r}, expected {words[kind]}")
     if kind is bool:
@@ -237,19 +238,34 @@ def read_toml(path: Path) -> dict[str, object]:
 
     Raises InputError, naming file and key, for a file that is missing, broken or has unknown keys.
     """
+    values = load_toml(path)
+    require_known(path, values, [*option_types(Workload), *option_types(Deployment)])
+    return values
+
+
+def load_toml(path: Path) -> dict[str, object]:
+    """What a TOML file holds. Raises InputError if it is missing or broken."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
-    known = [*option_types(Workload), *option_types(Deployment)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
-            raise InputError(f"{path}: unknown key '{key}'{hint}")
-    return values
+
+
+def require_known(path: Path, keys: Iterable[str], known: Sequence[str], where: str = "") -> None:
+    """Raises InputError for a key of a file that is not known, with the nearest one that is."""
+    for key in keys:
+        require_name(f"{path}: unknown key", key, known, where)
+
+
+def require_name(what: str, name: str, known: Iterable[str], where: str = "") -> None:
+    """Raises InputError for a name that is not known, with the nearest one that is."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+        raise InputError(f"{what} '{name}'{where}{hint}")
 
 
 def to_toml(workload: Workload | None, deployment: Deployment) -> str:

@@ -29,7 +29,7 @@ from podsim.replica import LONGEST_RUN, Replica
 from podsim.request import Request
 from podsim.router import ROUTERS
 from podsim.scheduler import SCHEDULERS, Scheduler
-from podsim.workload import Trace, load_trace, synthetic_trace
+from podsim.workload import Trace, load_once, synthetic_trace
 
 MakeScheduler = Callable[[PagedKVCache, Deployment], Scheduler]
 
@@ -210,7 +210,7 @@ def workload_trace(workload: Workload) -> Trace:
             seed=workload.seed,
         )
     else:
-        trace = load_trace(
+        trace = load_once(
             workload.trace,
             zero_length=workload.zero_length,
             format=workload.format,

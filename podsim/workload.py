@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -25,6 +26,7 @@ __all__ = [
     "Synthetic",
     "Trace",
     "generate",
+    "load_once",
     "load_trace",
     "read_trace",
     "shipped_traces",
@@ -58,6 +60,27 @@ def load_trace(
         zero_length=zero_length, format=format, count_tokens=count_tokens, seed=seed
     )
     return read_trace(source, options)
+
+
+def load_once(source: str, *, zero_length: str, format: str | None, seed: int) -> Trace:
+    """`load_trace`, which keeps the last traces and reads a file again only if it has changed."""
+    try:
+        status = os.stat(source)
+    except OSError:
+        changed = None
+    else:
+        changed = (status.st_mtime_ns, status.st_size)
+    trace = _kept(source, changed, zero_length, format, 0)
+    if trace.format == "servegen" and seed:  # the only one that is drawn from a seed
+        return _kept(source, changed, zero_length, format, seed)
+    return trace
+
+
+@lru_cache(maxsize=4)
+def _kept(
+    source: str, changed: tuple[int, int] | None, zero_length: str, format: str | None, seed: int
+) -> Trace:
+    return load_trace(source, zero_length=zero_length, format=format, seed=seed)
 
 
 def read_trace(source: str | Path, options: ReadOptions) -> Trace:

@@ -159,7 +159,7 @@ def test_compare_puts_variants_side_by_side(trace: Path, tmp_path: Path) -> None
 
 
 def test_every_command_has_help() -> None:
-    for command in ("simulate", "compare", "profile"):
+    for command in ("simulate", "compare", "profile", "capacity", "sweep"):
         assert podsim(command, "--help").returncode == 0
     shown = podsim("simulate", "--help").stdout
     for option in ("--qps", "--rate-scale", "--attention", "--num-blocks", "--replicas", "--seed"):

@@ -1,0 +1,74 @@
+"""What commands share: every option of a workload and a deployment, the trace and the files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from podsim import config
+from podsim.config import Deployment, Workload
+
+TraceArgument = Annotated[
+    str | None,
+    typer.Argument(help="Trace file (Azure, Mooncake, Vidur or podsim) or name of a shipped one."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file of options; those on the command line win."),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to leave the results in.")]
+
+
+def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every option of Workload and Deployment, as declared there.
+
+    The command receives them as keyword arguments, None where not given; with `lists` as text,
+    to be split at commas.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = []
+        for options in (Workload, Deployment):
+            kinds = config.option_types(options)
+            for option in fields(options):
+                if option.name == "trace":
+                    continue
+                kind: Any = str if lists and options is Deployment else kinds[option.name]
+                default = "" if option.default is None else f" Default: {option.default}."
+                annotation = Annotated[
+                    kind | None,
+                    typer.Option(
+                        help=option.metadata["help"] + default,
+                        show_default=False,
+                        rich_help_panel=options.__name__,
+                    ),
+                ]
+                added.append(
+                    inspect.Parameter(
+                        option.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=None,
+                        annotation=annotation,
+                    )
+                )
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def given_options(
+    trace: str | None, config_file: Path | None, options: dict[str, object]
+) -> dict[str, object]:
+    """The options of the file, overridden by those of the command line."""
+    from_file = config.read_toml(config_file) if config_file else {}
+    return from_file | {k: v for k, v in {"trace": trace, **options}.items() if v is not None}

@@ -1,0 +1,199 @@
+"""The commands `podsim capacity` and `podsim sweep`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from podsim import config, report
+from podsim.capacity import (
+    NUM_SEEDS,
+    Capacity,
+    find_capacities,
+    measure_loads,
+)
+from podsim.capacity_report import (
+    capacity_lines,
+    capacity_table,
+    loads_table,
+    save_capacities,
+    save_trials,
+)
+from podsim.capacity_search import PRECISION
+from podsim.command_options import (
+    ConfigOption,
+    OutOption,
+    TraceArgument,
+    given_options,
+    with_options,
+)
+from podsim.config import Workload
+from podsim.errors import InputError
+from podsim.slo import RELAXED, STRICT, parse_slo
+from podsim.sweep import run_sweep
+from podsim.sweep_plan import read_plan
+from podsim.variants import variants_of
+from podsim.workers import num_cores
+
+SloOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slo",
+        help="METRIC:STATISTIC:SECONDS, of ttft, tbt, tpot, e2e, queue and mean or p99; repeat it. "
+        "Default: tbt:p99 of 5 decode iterations (32 requests of 4K tokens) and queue:p50:2.",
+    ),
+]
+JobsOption = Annotated[
+    int | None, typer.Option("--jobs", help="Processes; default: one a core.", show_default=False)
+]
+
+
+@with_options(lists=True)
+def capacity_command(
+    trace: TraceArgument = None,
+    slo: SloOption = None,
+    relaxed: Annotated[
+        bool, typer.Option("--relaxed", help="The default limit on TBT 25 iterations long.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="Searches, each with a seed of its own.")] = NUM_SEEDS,
+    precision: Annotated[float, typer.Option(help="Where the bisection ends.")] = PRECISION,
+    at: Annotated[
+        str | None, typer.Option("--at", help="Measure goodput at these loads instead: 4,8,12.")
+    ] = None,
+    jobs: JobsOption = None,
+    config_file: ConfigOption = None,
+    out: OutOption = None,
+    **options: Any,
+) -> None:
+    """Find the highest load that meets the SLOs: give any deployment option a comma list.
+
+    The load of synthetic requests is their rate; a trace's time is stretched. --qps is the first
+    load that is tried, --requests are those of a trial (default 2048).
+
+    Example: podsim capacity --arrivals poisson --attention serial,pod --slo tbt:p99:0.05
+    """
+    given = given_options(trace, config_file, options)
+    has_start = "qps" in given
+    if given.get("trace") is None:
+        given.setdefault("arrivals", "poisson")
+    if "rate_scale" not in given:
+        given.setdefault("qps", 1.0)  # only where the search starts, and it sets that itself
+    workload = config.options_from(Workload, given)
+    variants = variants_of(given)
+    slos = [parse_slo(text) for text in slo or ()]
+    trials: dict[str, Any] = {
+        "slos": slos,
+        "seeds": seeds,
+        "jobs": jobs or num_cores(),
+        "iterations": RELAXED if relaxed else STRICT,
+    }
+    console = _console()
+    name = Path(workload.trace).name if workload.trace else "synthetic requests"
+    with ExitStack() as stack:
+        made_by = "capacity.csv"
+        folder = stack.enter_context(report.result_folder(out, made_by)) if out else None
+        if at is not None:
+            measured = measure_loads(workload, variants, _loads(at), **trials)
+            console.print(loads_table(measured, name))
+            if folder is not None:
+                save_trials(measured, folder)
+        else:
+            search = {"precision": precision, "start": workload.qps if has_start else None}
+            found = _searched(workload, variants, trials | search)
+            console.print(capacity_table(found, name))
+            console.print("\n".join(capacity_lines(found)), highlight=False, soft_wrap=True)
+            if folder is not None:
+                save_capacities(found, folder)
+    if out is not None:
+        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+def sweep_command(
+    plan_file: Annotated[
+        Path, typer.Argument(help="TOML file of options: values, lists and ranges; docs/sweep.md.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: results/ and the file's name.")
+    ] = None,
+    jobs: JobsOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on the Ray cluster at this address, or 'local' to start one."),
+    ] = None,
+    pareto: Annotated[
+        str | None, typer.Option(help="Two columns whose front is marked: gpus,ttft_p99_s.")
+    ] = None,
+) -> None:
+    """Simulate every combination of options, or a random sample; leave one table.
+
+    Run the same command again to go on with a sweep that was stopped, however it was.
+    """
+    plan = read_plan(plan_file)
+    if pareto is not None:
+        plan = replace(plan, pareto=tuple(part.strip() for part in pareto.split(",")))
+    folder = out or Path("results") / plan_file.stem
+    messages = Console(stderr=True)
+    columns = (
+        *(TextColumn("simulations"), *Progress.get_default_columns()[1:2], MofNCompleteColumn()),
+        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")),
+        TextColumn("{task.fields[failed]}"),
+    )
+    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
+        task = progress.add_task("", total=len(plan), rate="", failed="")
+
+        def show(done: int, failed: int) -> None:
+            speed = progress.tasks[0].speed
+            progress.update(
+                task,
+                completed=done,
+                rate=f"{speed:,.1f}/s" if speed else "",
+                failed=f"{failed} failed" if failed else "",
+            )
+
+        try:
+            outcome = run_sweep(plan, folder, jobs=jobs, ray=ray, on_progress=show)
+        except KeyboardInterrupt:
+            print("podsim: interrupted; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if plan_file.resolve() != (folder / "sweep.toml").resolve():
+        shutil.copyfile(plan_file, folder / "sweep.toml")
+    console = _console()
+    earlier = outcome.num_rows - outcome.num_simulated
+    lines = [
+        f"Simulations  {outcome.num_rows:,}"
+        + (f", {earlier:,} of them earlier" if earlier else "")
+        + (f", {outcome.num_failed:,} failed (column error)" if outcome.num_failed else ""),
+        f"Results      {outcome.table}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _loads(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--at is '{text}', expected loads such as 4,8,12") from None
+
+
+def _searched(
+    workload: Workload, variants: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Capacity]:
+    messages = Console(stderr=True)
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        total = len(variants) * options["seeds"]
+        task = progress.add_task("searching", total=total)
+        return find_capacities(
+            workload, variants, on_search=lambda _: progress.advance(task), **options
+        )
