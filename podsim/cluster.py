@@ -60,11 +60,15 @@ class Cluster:
             self.router(request, self.replicas).submit(request)
 
     def _start_follow_up(self, request: Request) -> None:
-        if request.request_id in self.follow_ups:
-            self.env.process(self._follow_up(*self.follow_ups[request.request_id]))
+        if request.request_id not in self.follow_ups:
+            return
+        # A replica may be ahead of the clock: the time is that of the request.
+        ended = request.finish_time if request.finish_time >= 0 else self.env.now
+        following, think_time = self.follow_ups[request.request_id]
+        following.arrival_time = ended + think_time
+        self.env.process(self._follow_up(following))
 
-    def _follow_up(self, request: Request, think_time: float) -> Generator[simpy.Event, None, None]:
-        request.arrival_time = self.env.now + think_time
+    def _follow_up(self, request: Request) -> Generator[simpy.Event, None, None]:
         yield At(self.env, request.arrival_time, URGENT)
         self._receive(request)
 

@@ -51,6 +51,8 @@ class Replica:
         self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
         self._work_arrived = env.event()
+        self._now = env.now
+        """This replica's time: ahead of the clock while nothing else happens in between."""
         self._run: _Run | None = None
         self._process = env.process(self._serve())
 
@@ -89,7 +91,7 @@ class Replica:
         while True:
             batch = self.scheduler.schedule()
             for request, was_decoding in batch.preempted:
-                self.log.record_preemption(request, self.env.now)
+                self.log.record_preemption(request, self._now)
                 if was_decoding:
                     self.gaps.preempted(request)
             if batch:
@@ -99,10 +101,11 @@ class Replica:
                 raise RuntimeError("the scheduler left its replica idle with requests waiting")
             self._work_arrived = self.env.event()
             yield self._work_arrived
+            self._now = self.env.now
 
     def _take(self, batch: Batch) -> Generator[simpy.Event, None, None]:
         """Let the time of a batch, or of a run of batches like it, pass; then book it."""
-        start = self.env.now
+        start = self._now
         for request, _ in batch.prefills:
             if request.scheduled_time < 0:
                 request.scheduled_time = start
@@ -112,15 +115,17 @@ class Replica:
         times = self._step_times(batch, shape)
         ends = list(accumulate(times, initial=start))[1:]
         run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
-        self._run = run
-        try:
-            yield At(self.env, run.ends[-1])
-        except simpy.Interrupt:
-            under_way = bisect_left(run.ends, self.env.now)
-            del run.ends[under_way + 1 :]
-            if run.ends[-1] > self.env.now:
+        if self.longest_run == 1 or self.env.peek() <= ends[-1]:
+            self._run = run
+            try:
                 yield At(self.env, run.ends[-1])
-        self._run = None
+            except simpy.Interrupt:
+                under_way = bisect_left(run.ends, self.env.now)
+                del run.ends[under_way + 1 :]
+                if run.ends[-1] > self.env.now:
+                    yield At(self.env, run.ends[-1])
+            self._run = None
+        self._now = run.ends[-1]
         self._adapt_run_limit(run)
         self._book(batch, shape, start, run)
 
