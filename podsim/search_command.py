@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from podsim import config, report
+from podsim import config, report, terminal
 from podsim.capacity import (
+    NUM_REQUESTS,
     NUM_SEEDS,
     Capacity,
     find_capacities,
@@ -35,8 +37,9 @@ from podsim.command_options import (
     given_options,
     with_options,
 )
-from podsim.config import Workload
+from podsim.config import Deployment, Workload
 from podsim.errors import InputError
+from podsim.simulation import simulate, workload_trace
 from podsim.slo import RELAXED, STRICT, parse_slo
 from podsim.sweep import run_sweep
 from podsim.sweep_plan import read_plan
@@ -112,8 +115,26 @@ def capacity_command(
             console.print("\n".join(capacity_lines(found)), highlight=False, soft_wrap=True)
             if folder is not None:
                 save_capacities(found, folder)
+                _save_report(found, workload, variants, folder)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+def _save_report(
+    found: Mapping[str, Capacity],
+    workload: Workload,
+    variants: Mapping[str, Deployment],
+    folder: Path,
+) -> None:
+    """report.html: each variant at the load it was found to hold."""
+    results = {}
+    for name, capacity in found.items():
+        if capacity.mean > 0:
+            load = replace(workload, qps=capacity.mean, requests=workload.requests or NUM_REQUESTS)
+            label = f"{name} at {capacity.mean:.2f} req/s"
+            results[label] = simulate(workload_trace(load), variants[name])
+    if results:
+        report.save_comparison(terminal.comparison(results), results, workload, folder)
 
 
 def sweep_command(
