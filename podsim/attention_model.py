@@ -18,6 +18,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,29 +191,44 @@ def unified_features(
     )
 
 
-def mixed_features(
-    prefill_time: float, decode_time: float, work: TileWork, geometry: Geometry
-) -> tuple[float, ...]:
-    """The times of the two sides alone, whole and by what the prefill leaves free.
+class PrefillSide(NamedTuple):
+    """The prefill of a mixed batch: its time alone, and what it leaves free."""
 
-    busy: share of the SMs' time that the prefill works. Filled: share of the SMs that have a tile
-    (once), or two (twice).
-    """
+    work: TileWork
+    seconds: float
+    busy: float
+    """Share of the SMs' time that it works."""
+    once: float
+    """Share of the SMs that have a tile."""
+    twice: float
+    """Share of the SMs that could hold two tiles and do, counting one for half."""
+
+    @classmethod
+    def of(cls, work: TileWork, seconds: float, geometry: Geometry) -> PrefillSide:
+        walked = work.blocks + geometry.tile_overhead * work.tiles
+        return cls(
+            work,
+            seconds,
+            busy=walked / (work.makespan * geometry.num_sms),
+            once=min(1.0, work.tiles / geometry.num_sms),
+            twice=min(1.0, work.tiles / (2 * geometry.num_sms)),
+        )
+
+
+def mixed_features(prefill: PrefillSide, decode_time: float) -> tuple[float, ...]:
+    """The times of the two sides alone, whole and by what the prefill leaves free."""
+    prefill_time = prefill.seconds
     shorter = min(prefill_time, decode_time)
-    walked = work.blocks + geometry.tile_overhead * work.tiles
-    busy = walked / (work.makespan * geometry.num_sms)
-    once = min(1.0, work.tiles / geometry.num_sms)
-    twice = min(1.0, work.tiles / (2 * geometry.num_sms))
     return (
         1.0,
         max(prefill_time, decode_time),
         shorter,
-        busy * prefill_time,
-        busy * decode_time,
-        busy * shorter,
-        once * shorter,
-        twice * prefill_time,
-        twice * shorter,
+        prefill.busy * prefill_time,
+        prefill.busy * decode_time,
+        prefill.busy * shorter,
+        prefill.once * shorter,
+        prefill.twice * prefill_time,
+        prefill.twice * shorter,
     )
 
 
@@ -226,41 +242,46 @@ class AttentionModel:
     def __init__(self, geometry: Geometry, coefficients: Coefficients) -> None:
         self.geometry = geometry
         self.coefficients = coefficients
-        self._tile_work = lru_cache(maxsize=100_000)(self._simulate_tiles)
+        self._prefill_side = lru_cache(maxsize=100_000)(self._compute_prefill_side)
+        self._unified_work = lru_cache(maxsize=100_000)(self._compute_unified_work)
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
         if not shape.num_decodes:
-            return self._prefill(self.work(shape))
+            return self._prefill(shape).seconds
         if not shape.prefills:
             return self._decode(shape)
         return dot(self.coefficients[strategy], self.features(strategy, shape))
 
     def features(self, strategy: str, shape: BatchShape) -> tuple[float, ...]:
         """Of a mixed batch."""
-        work = self.work(shape)
-        if strategy == "unified":
-            return unified_features(shape, self._unified_work(shape), work, self.geometry)
-        return mixed_features(self._prefill(work), self._decode(shape), work, self.geometry)
+        prefill = self._prefill(shape)
+        if strategy != "unified":
+            return mixed_features(prefill, self._decode(shape))
+        work = self._unified_work(
+            row_tiles(shape.prefills, self.geometry), self._decode_tiles(shape)
+        )
+        return unified_features(shape, work, prefill.work, self.geometry)
 
-    def work(self, shape: BatchShape) -> TileWork:
-        """The prefill tiles of a batch."""
-        return self._tile_work(row_tiles(shape.prefills, self.geometry))
-
-    def _unified_work(self, shape: BatchShape) -> TileWork:
-        """With each decode as a tile: the longest, and the others at their mean."""
+    def _decode_tiles(self, shape: BatchShape) -> tuple[int, int, int]:
+        """Blocks of the longest decode, how many others there are, and their mean blocks."""
         block_n, others = self.geometry.block_n, shape.num_decodes - 1
-        longest = -(-shape.decode_context_max // block_n)
         rest = shape.decode_context_sum - shape.decode_context_max
         mean = round(rest / others / block_n + 0.5) if others else 0
-        chunks = row_tiles(shape.prefills, self.geometry)
-        return self._tile_work(chunks, (longest, *[mean] * others))
+        return -(-shape.decode_context_max // block_n), others, mean
 
-    def _simulate_tiles(self, chunks: Tiles, decode_blocks: Sequence[int] = ()) -> TileWork:
-        return tile_work(chunks, self.geometry, decode_blocks)
+    def _compute_unified_work(self, chunks: Tiles, decodes: tuple[int, int, int]) -> TileWork:
+        longest, others, mean = decodes
+        return tile_work(chunks, self.geometry, (longest, *[mean] * others))
 
-    def _prefill(self, work: TileWork) -> float:
-        return dot(self.coefficients["prefill"], prefill_features(work, self.geometry))
+    def _prefill(self, shape: BatchShape) -> PrefillSide:
+        return self._prefill_side(row_tiles(shape.prefills, self.geometry))
+
+    def _compute_prefill_side(self, chunks: Tiles) -> PrefillSide:
+        work = tile_work(chunks, self.geometry)
+        features = prefill_features(work, self.geometry)
+        seconds = dot(self.coefficients["prefill"], features)
+        return PrefillSide.of(work, seconds, self.geometry)
 
     def decode_seconds(
         self,

@@ -20,15 +20,12 @@ class BatchShape(NamedTuple):
     """What the cost of a step depends on. Lengths in tokens; a context includes the new token."""
 
     prefills: tuple[PrefillShape, ...]
+    num_prefill_tokens: int
     num_decodes: int
     decode_context_sum: int
     decode_context_max: int
     num_sampled: int
     """Tokens that come out of the step: rows of the LM head."""
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.prefills)
 
     @property
     def num_tokens(self) -> int:
@@ -41,11 +38,17 @@ class BatchShape(NamedTuple):
         """The shape of a batch given by its lengths, each chunk the last of its prompt."""
         return cls(
             prefills=tuple(PrefillShape(*chunk) for chunk in prefills),
+            num_prefill_tokens=sum(num_tokens for num_tokens, _ in prefills),
             num_decodes=len(decode_contexts),
             decode_context_sum=sum(decode_contexts),
             decode_context_max=max(decode_contexts, default=0),
             num_sampled=len(prefills) + len(decode_contexts),
         )
+
+    @classmethod
+    def of_decodes(cls, num_decodes: int, context_sum: int, context_max: int) -> BatchShape:
+        """The shape of a batch of decodes alone."""
+        return cls((), 0, num_decodes, context_sum, context_max, num_decodes)
 
 
 class Chunk(NamedTuple):
@@ -77,15 +80,19 @@ class Batch:
     def shape(self) -> BatchShape:
         """The lengths of this batch; call it before `Scheduler.complete` moves the counters."""
         if not self.prefills:
-            n = self.num_decodes
-            return BatchShape((), n, self.decode_context_sum, self.decode_context_max, n)
+            return BatchShape.of_decodes(
+                self.num_decodes, self.decode_context_sum, self.decode_context_max
+            )
         prefills = []
+        num_prefill_tokens = 0
         num_sampled = self.num_decodes
         for request, num_tokens in self.prefills:
+            num_prefill_tokens += num_tokens
             prefills.append(PrefillShape(num_tokens, request.num_computed_tokens + num_tokens))
             num_sampled += num_tokens == request.num_uncomputed_tokens
         return BatchShape(
             tuple(prefills),
+            num_prefill_tokens,
             self.num_decodes,
             self.decode_context_sum,
             self.decode_context_max,

@@ -121,8 +121,10 @@ def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:
     count, time = launches["num_tokens"].to_numpy(float), launches["time_us"].to_numpy() * 1e-6
     if len(count) < 2:
         raise InputError("measurements.csv: no rows of the empty kernel (op launch)")
-    kernel = (time[-1] - time[0]) / (count[-1] - count[0])
-    return {"graph": float(time[0] - kernel * count[0]), "kernel": float(kernel)}
+    # Theil and Sen: a host that stalled during one of these short timings does not move the line.
+    later, earlier = np.triu_indices(len(count), 1)
+    kernel = np.median((time[later] - time[earlier]) / (count[later] - count[earlier]))
+    return {"graph": float(np.median(time - kernel * count)), "kernel": float(kernel)}
 
 
 def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
@@ -178,7 +180,8 @@ def _fit_attention(grid: pd.DataFrame, geometry: Geometry) -> AttentionModel:
         rows = _kind(grid, name)
         shapes = _points(rows)
         if name == "prefill":
-            features = [prefill_features(model.work(shape), geometry) for shape in shapes]
+            works = [tile_work(row_tiles(shape.prefills, geometry), geometry) for shape in shapes]
+            features = [prefill_features(work, geometry) for work in works]
         elif name == "decode":
             features = [decode_features(shape, geometry) for shape in shapes]
         else:

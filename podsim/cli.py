@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from podsim import calibration, config, report
+from podsim import calibration, config, report, terminal
 from podsim.command_options import (
     ConfigOption,
     OutOption,
@@ -24,6 +24,8 @@ from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
 from podsim.model import Model, model_named
 from podsim.profile import PROFILE_FILE, Profile
+from podsim.report import Outputs
+from podsim.request_records import AIPERF_FILE
 from podsim.search_command import capacity_command, sweep_command
 from podsim.simulation import Result, simulate, workload_trace
 from podsim.trace_command import trace_app
@@ -32,7 +34,6 @@ from podsim.workload import Trace
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
 )
@@ -42,6 +43,40 @@ app.command("sweep")(sweep_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
+FILES = "Further files in the folder of --out"
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
+]
+TraceEvents = Annotated[
+    int | None,
+    typer.Option(
+        help="Leave trace.json, for ui.perfetto.dev and chrome://tracing, with at most N events.",
+        metavar="N",
+        rich_help_panel=FILES,
+    ),
+]
+Parquet = Annotated[
+    bool,
+    typer.Option(
+        "--parquet", help="Leave requests and steps as Parquet too.", rich_help_panel=FILES
+    ),
+]
+AiPerf = Annotated[
+    bool,
+    typer.Option(
+        "--aiperf", help=f"Leave {AIPERF_FILE}, records as AIPerf's.", rich_help_panel=FILES
+    ),
+]
+SaveDetailed = Annotated[
+    bool,
+    typer.Option(
+        "--save-detailed",
+        help="Put every request's latencies and gaps into summary.json, as vLLM's option does.",
+        rich_help_panel=FILES,
+    ),
+]
+
 
 @app.command("simulate")
 @with_options(lists=False)
@@ -49,21 +84,28 @@ def simulate_command(
     trace: TraceArgument = None,
     config_file: ConfigOption = None,
     out: OutOption = None,
+    as_json: JsonOption = False,
+    trace_events: TraceEvents = None,
+    parquet: Parquet = False,
+    aiperf: AiPerf = False,
+    save_detailed: SaveDetailed = False,
     **options: Any,
 ) -> None:
     """Serve a trace on a simulated deployment; report TTFT, TBT, TPOT and throughput."""
     given = given_options(trace, config_file, options)
     workload = config.options_from(Workload, given)
     deployment = config.options_from(Deployment, given)
+    outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
         result = _run(workload_trace(workload), deployment)
-        if folder is not None:
-            report.save(result, workload, folder)
-    console.print(report.summary_table(result))
-    console.print("\n".join(report.summary_lines(result)), highlight=False, soft_wrap=True)
-    if out is not None:
-        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+        notes = report.save(result, workload, folder, outputs) if folder is not None else []
+    if as_json:
+        typer.echo(report.to_json(report.full_summary(result, workload)), nl=False)
+        return
+    console.print(terminal.summary_table(result))
+    console.print("\n".join(terminal.summary_lines(result)), highlight=False, soft_wrap=True)
+    _print_results(out, notes)
 
 
 @app.command("compare")
@@ -72,6 +114,11 @@ def compare_command(
     trace: TraceArgument = None,
     config_file: ConfigOption = None,
     out: OutOption = None,
+    as_json: JsonOption = False,
+    trace_events: TraceEvents = None,
+    parquet: Parquet = False,
+    aiperf: AiPerf = False,
+    save_detailed: SaveDetailed = False,
     **options: Any,
 ) -> None:
     """Serve the same requests under each variant: give any deployment option a comma list.
@@ -83,20 +130,26 @@ def compare_command(
     variants = variants_of(given)
     if len(variants) == 1:
         raise InputError("nothing to compare: give an option a comma list: --attention serial,pod")
+    outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
-        folder = stack.enter_context(report.result_folder(out)) if out else None
+        folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
         loaded = workload_trace(workload)
         results = {name: _run(loaded, variant, name) for name, variant in variants.items()}
-        compared = report.comparison(results)
+        compared = terminal.comparison(results)
+        notes: list[str] = []
         if folder is not None:
-            report.save_comparison(compared, results, folder)
+            report.save_comparison(compared, results, workload, folder)
             for name, result in results.items():
                 (folder / name).mkdir()
-                report.save(result, workload, folder / name)
+                found = report.save(result, workload, folder / name, outputs, name)
+                notes += [f"{name}/{note}" for note in found]
+    if as_json:
+        summaries = {name: report.full_summary(r, workload) for name, r in results.items()}
+        typer.echo(report.to_json(summaries), nl=False)
+        return
     title = f"{loaded.name}: {len(loaded)} requests, {loaded.qps:.2f} req/s"
-    console.print(report.comparison_table(compared, title))
-    if out is not None:
-        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+    console.print(terminal.comparison_table(compared, title))
+    _print_results(out, notes)
 
 
 @app.command("profile")
@@ -120,7 +173,22 @@ def profile_command(
         folder = out or Path("profiles") / gpu / model
         with report.result_folder(folder, made_by=PROFILE_FILE) as scratch:
             profile = _measured_profile(model_named(model), gpu_named(gpu), scratch)
-    console.print(report.error_table(profile))
+    console.print(terminal.error_table(profile))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Show versions, GPU, profiles and traces, and run a small simulation; exit 1 on a fault."""
+    from podsim.doctor import examine
+
+    marks = {None: "[dim]-[/dim]", True: "[green]ok[/green]", False: "[red]FAULT[/red]"}
+    faults = 0
+    for finding in examine():
+        faults += finding.ok is False
+        console.print(f"{finding.subject:<12}", marks[finding.ok], end=" ", highlight=False)
+        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+    if faults:
+        raise typer.Exit(1)
 
 
 def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
@@ -136,21 +204,32 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
         task = progress.add_task(f"timing {model.name} on {gpu.name}", total=None)
         rows = list(
             measure.measure_profile(
-                model, lambda done, total: progress.update(task, completed=done, total=total)
+                model, gpu, lambda done, total: progress.update(task, completed=done, total=total)
             )
         )
-    command = "podsim " + " ".join(sys.argv[1:])
-    return calibration.write(folder, rows, model, gpu, measure.provenance() | {"command": command})
+    command = f"podsim profile --model {model.name} --gpu {gpu.name}"
+    return calibration.write(
+        folder, rows, model, gpu, measure.provenance(model) | {"command": command}
+    )
 
 
 def _run(trace: Trace, deployment: Deployment, label: str = "simulating") -> Result:
-    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
-        task = progress.add_task(label, total=len(trace))
-        return simulate(
-            trace,
-            deployment,
-            on_progress=lambda arrived: progress.update(task, completed=arrived),
-        )
+    with terminal.progress_bar(label, len(trace), messages) as arrived:
+        return simulate(trace, deployment, on_progress=arrived)
+
+
+def _outputs(out: Path | None, *asked: Any) -> Outputs:
+    names = ("trace_events", "parquet", "aiperf", "save_detailed")
+    outputs = Outputs(**dict(zip(names, asked, strict=True)))
+    outputs.require_folder(out)
+    return outputs
+
+
+def _print_results(out: Path | None, notes: list[str]) -> None:
+    for note in notes:
+        console.print(f"Note         {note}", highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 
 import simpy
 
-from podsim.clock import URGENT, until
+from podsim.clock import URGENT, At
 from podsim.event_log import EventLog
 from podsim.replica import Replica
 from podsim.request import Request
@@ -37,7 +37,7 @@ class Cluster:
     def _arrive(self, requests: Iterable[Request]) -> Generator[simpy.Event, None, None]:
         for request in requests:
             if request.arrival_time > self.env.now:
-                yield from until(self.env, request.arrival_time, URGENT)
+                yield At(self.env, request.arrival_time, URGENT)
             reason = self._reason_to_refuse(request)
             if reason:
                 self.log.record_request(request, refused=reason)

@@ -15,8 +15,12 @@ from podsim.errors import InputError
 STRATEGIES = ("serial", "streams", "unified", "pod")
 """How the attention of a mixed batch runs; each is measured for itself."""
 
-ROUTERS = ("round_robin", "least_outstanding_tokens")
-SCHEDULERS = ("sarathi",)
+ROUTERS = (
+    *("round_robin", "random", "least_outstanding_tokens", "join_shortest_queue"),
+    *("power_of_two", "session_affinity", "prefix_affinity"),
+)
+SCHEDULERS = ("sarathi", "vllm-v1", "vllm-v0", "orca", "static")
+ORDERS = ("fcfs", "shortest_first")
 ARRIVALS = ("poisson", "gamma", "weibull", "uniform", "static")
 ZERO_LENGTH = ("error", "drop")
 
@@ -38,6 +42,21 @@ class Deployment:
     replicas: int = _option(1, "Model replicas, one GPU each.")
     router: str = _option("round_robin", f"Spreads requests over replicas: {', '.join(ROUTERS)}.")
     scheduler: str = _option("sarathi", f"Builds the batch of each step: {', '.join(SCHEDULERS)}.")
+    router_seed: int = _option(0, "Seed of the routers that draw replicas.")
+    order: str = _option("fcfs", f"Which waiting request is let in next: {', '.join(ORDERS)}.")
+    chunk_size: int | None = _option(
+        None, "Most tokens of one prompt in a step (sarathi, vllm-v1); default: the budget."
+    )
+    max_prefills: int | None = _option(
+        None, "Most prompts in a step; 1 is POD-Attention's own integration."
+    )
+    tbt_target: float | None = _option(
+        None,
+        "Seconds a step may take by prediction: the budget shrinks to it (sarathi).",
+    )
+    prefix_caching: bool = _option(
+        False, "Keep the KV blocks of prompts for later ones with the same hash ids."
+    )
     token_budget: int = _option(1024, "Most tokens computed in one step.")
     max_num_seqs: int = _option(256, "Most requests running on a replica.")
     max_model_len: int | None = _option(
@@ -61,14 +80,24 @@ class Deployment:
         _check_choice("attention", self.attention, STRATEGIES)
         _check_choice("router", self.router, ROUTERS)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        _check_choice("order", self.order, ORDERS)
         for name in ("replicas", "token_budget", "max_num_seqs", "block_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("max_model_len", "num_blocks"):
+        for name in ("max_model_len", "num_blocks", "chunk_size", "max_prefills"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
         utilization = self.gpu_memory_utilization
         _check(0 < utilization <= 1, "gpu_memory_utilization", utilization, "over 0, at most 1")
         _check(self.host_overhead >= 0, "host_overhead", self.host_overhead, "at least 0")
+        _check(self.router_seed >= 0, "router_seed", self.router_seed, "at least 0")
+        target = self.tbt_target
+        _check(target is None or target > 0, "tbt_target", target, "over 0")
+        if target is not None and self.scheduler != "sarathi":
+            raise InputError(f"tbt_target is an option of sarathi, not of '{self.scheduler}'")
+        if self.chunk_size is not None and self.scheduler not in ("sarathi", "vllm-v1"):
+            raise InputError(f"'{self.scheduler}' computes whole prompts: it has no chunk_size")
+        if self.router == "prefix_affinity" and not self.prefix_caching:
+            raise InputError("router 'prefix_affinity' needs prefix_caching")
         _check(0 <= self.watermark < 1, "watermark", self.watermark, "at least 0, below 1")
         _check(
             self.token_budget >= self.max_num_seqs,
@@ -146,7 +175,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def option_types(options: type[Deployment] | type[Workload]) -> dict[str, type]:
-    """The plain type (int, float or str) of each option."""
+    """The plain type (int, float, str or bool) of each option."""
     hints = get_type_hints(options)
     return {f.name: _plain_type(hints[f.name]) for f in fields(options)}
 
@@ -173,8 +202,13 @@ def options_from(options: type[Options], values: Mapping[str, object]) -> Option
 
 def converted(name: str, value: object, kind: type) -> object:
     """A loosely typed value of an option as its type; InputError if it is not one."""
-    words = {int: "a whole number", float: "a number", str: "text"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     wrong = InputError(f"{name} is {value!r}, expected {words[kind]}")
+    if kind is bool:
+        truth = {"true": True, "false": False}.get(str(value).lower())
+        if truth is None:
+            raise wrong
+        return truth
     if isinstance(value, str) and kind is not str:
         try:
             return kind(value)
@@ -232,4 +266,4 @@ def _toml(value: object) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
-    return repr(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)

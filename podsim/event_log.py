@@ -19,6 +19,7 @@ REQUEST_COLUMNS = {
     "scheduled_time": "d",
     "first_token_time": "d",
     "finish_time": "d",
+    "num_cached_tokens": "q",
     "num_preemptions": "i",
 }
 STEP_COLUMNS = {

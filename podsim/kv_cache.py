@@ -6,15 +6,30 @@ from podsim.config import Deployment
 from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.model import BYTES_PER_VALUE, Model
+from podsim.prefix_cache import PrefixCache
+from podsim.request import Request
 
 
 class PagedKVCache:
-    """Counts blocks of `block_size` tokens; a request holds enough for its context (vLLM)."""
+    """Counts blocks of `block_size` tokens; a request holds enough for its context (vLLM).
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    With a prefix cache, requests share the blocks of equal prompt beginnings, and blocks that
+    nobody uses any more are as good as free.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, prefixes: PrefixCache | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_free_blocks = num_blocks
+        self.prefixes = prefixes
+        self._num_empty = num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        if self.prefixes is None:
+            return self._num_empty
+        return self._num_empty + self.prefixes.num_unused_blocks
 
     @property
     def num_used_blocks(self) -> int:
@@ -32,11 +47,56 @@ class PagedKVCache:
         """Take free blocks; False, and no change, if that would leave fewer than `keep_free`."""
         if num_blocks > self.num_free_blocks - keep_free:
             return False
-        self.num_free_blocks -= num_blocks
+        if num_blocks > self._num_empty:
+            assert self.prefixes is not None
+            self._num_empty += self.prefixes.evict(num_blocks - self._num_empty)
+        self._num_empty -= num_blocks
         return True
 
-    def give_back(self, num_blocks: int) -> None:
-        self.num_free_blocks += num_blocks
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens at the start of a request that the prefix cache holds."""
+        if self.prefixes is None:
+            return 0
+        num_ids = self.prefixes.match(request.hash_ids, request.num_prompt_tokens)
+        return num_ids * self.prefixes.hash_block_size
+
+    def start(self, request: Request, num_tokens: int, keep_free: int) -> bool:
+        """Give a request blocks for its first `num_tokens`, the cached ones among them shared.
+
+        False, and no change, if too few are free.
+        """
+        num_blocks = self.blocks_for(num_tokens)
+        if self.prefixes is None:
+            if not self.take(num_blocks, keep_free):
+                return False
+        else:
+            found = self.prefixes.match(request.hash_ids, request.num_prompt_tokens)
+            shared = list(request.hash_ids[:found])
+            new_blocks = num_blocks - found * self.prefixes.blocks_per_id
+            if new_blocks > self.num_free_blocks - self.prefixes.num_unused(shared) - keep_free:
+                return False
+            self.prefixes.pin(shared)
+            taken = self.take(new_blocks)
+            assert taken
+            request.shared_ids = shared
+        request.num_blocks = num_blocks
+        return True
+
+    def keep_prompt(self, request: Request) -> None:
+        """Offer the blocks of a computed prompt to later requests."""
+        if self.prefixes is not None:
+            whole = request.num_prompt_tokens // self.prefixes.hash_block_size
+            found = len(request.shared_ids)
+            request.shared_ids += self.prefixes.insert(request.hash_ids[found:whole])
+
+    def release(self, request: Request, num_blocks: int) -> None:
+        """Take back the blocks of a request, which holds so many; shared ones may live on."""
+        if self.prefixes is not None:
+            num_blocks -= len(request.shared_ids) * self.prefixes.blocks_per_id
+            self.prefixes.unpin(request.shared_ids)
+            request.shared_ids = []
+        self._num_empty += num_blocks
+        request.num_blocks = 0
         assert self.num_free_blocks <= self.num_blocks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -30,6 +30,10 @@ SAMPLED_OPS = ("lm_head", "sampling")
 """What a step runs once, over all its tokens and over those that come out."""
 
 
+WORTH_AN_ARRAY = 8
+"""Steps of a run from which on NumPy is faster than a loop."""
+
+
 class LatencyModel(Protocol):
     """Anything that knows the seconds of a step from its shape."""
 
@@ -50,17 +54,22 @@ class RunsOfDecodes(Protocol):
         """See `RunTimes`."""
 
 
+def decode_steps(shape: BatchShape, num_steps: int) -> Iterator[BatchShape]:
+    """The shapes of consecutive steps of decodes, the contexts one longer in each."""
+    n = shape.num_decodes
+    for step in range(num_steps):
+        yield BatchShape.of_decodes(
+            n, shape.decode_context_sum + n * step, shape.decode_context_max + step
+        )
+
+
 def decode_run_times(model: LatencyModel) -> RunTimes:
     """The model's own way to time a run of decodes, or `step_time` asked for every step."""
     if isinstance(model, RunsOfDecodes):
         return model.decode_run_times
 
     def one_by_one(shape: BatchShape, num_steps: int) -> list[float]:
-        n, total, longest = shape[1:4]
-        return [
-            model.step_time(BatchShape((), n, total + n * i, longest + i, n))
-            for i in range(num_steps)
-        ]
+        return [model.step_time(step) for step in decode_steps(shape, num_steps)]
 
     return one_by_one
 
@@ -143,6 +152,8 @@ class ProfiledLatency:
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
+        if num_steps < WORTH_AN_ARRAY:
+            return [self.step_time(step) for step in decode_steps(shape, num_steps)]
         n = shape.num_decodes
         steps = np.arange(num_steps)
         sums = shape.decode_context_sum + n * steps
@@ -152,7 +163,7 @@ class ProfiledLatency:
         once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
         seconds = attention + layers + once
         self.seconds_predicted += float(seconds.sum())
-        last = BatchShape((), n, int(sums[-1]), int(longest[-1]), n)
+        last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
         if not self.is_inside(last):
             outside = sums > self._hull.decode_context_sum
             outside |= longest > self._hull.context_len

@@ -28,10 +28,10 @@ from podsim.kernels.plan import AttentionPlan, Decode, PrefillChunk
 from podsim.model import Model
 from podsim.points import (
     MAX_CONTEXT,
-    POOL_TOKENS,
     AttentionPoint,
     attention_points,
     linear_points,
+    pool_tokens,
 )
 
 PASSES = 2
@@ -51,6 +51,8 @@ POD_50_50 = "pod_50_50"
 MIXED_STRATEGIES = (*STRATEGIES, POD_50_50)
 HOST_SECONDS_PER_LAUNCH = 20e-6
 """At most, to queue a graph and an event."""
+LEAST_LEAD = 2e-3
+"""Seconds that the host gets ahead of a card that keeps up with it."""
 SLEEP_CYCLES_PER_SECOND = 2e9
 
 Row = dict[str, object]
@@ -69,8 +71,8 @@ def require_gpu(gpu: Gpu) -> None:
         raise InputError(f"this machine's GPU is '{found}', but a profile of '{gpu.name}' is asked")
 
 
-def provenance() -> dict[str, object]:
-    """What the measurements depend on beside the model."""
+def provenance(model: Model) -> dict[str, object]:
+    """What the measurements depend on, the kernels' tiles for the model's heads among it."""
     query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
     output = subprocess.run(
         ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
@@ -89,13 +91,18 @@ def provenance() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "geometry": _geometry(),
+        "geometry": _geometry(model),
     }
 
 
-def _geometry() -> dict[str, int]:
+def _geometry(model: Model) -> dict[str, int]:
     """How the serial kernels cut their work: see `podsim.attention_model.Geometry`."""
-    config = config_for("serial", num_q_heads=32, num_kv_heads=8, head_dim=128)
+    config = config_for(
+        "serial",
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+    )
     return {
         "num_sms": torch.cuda.get_device_properties(0).multi_processor_count,
         "block_m": config.prefill.block_m,
@@ -158,7 +165,8 @@ def _warm_up(ops: Sequence[Timed]) -> None:
             op.graph.replay()
     host_seconds = HOST_SECONDS_PER_LAUNCH * len(ops)
     if seconds < 2 * host_seconds:  # the card keeps up with the host: hold it back once
-        torch.cuda._sleep(int(REPEATS * host_seconds * SLEEP_CYCLES_PER_SECOND))
+        lead = max(REPEATS * host_seconds, LEAST_LEAD)
+        torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
 
 
 def timing_row(seconds: Sequence[float]) -> Row:
@@ -200,13 +208,13 @@ class LayerBench:
         self.activated = torch.empty(max_tokens, inter, device="cuda", dtype=torch.bfloat16)
         self.token_ids = torch.randint(model.vocab_size, (max_tokens,), device="cuda")
         self.cos_sin = rope.rope_table(MAX_CONTEXT, model.head_dim, 500000.0, "cuda")
-        shape = (POOL_TOKENS, model.num_kv_heads, model.head_dim)
+        shape = (pool_tokens(model), model.num_kv_heads, model.head_dim)
         self.k_pool, self.v_pool = _random(*shape), _random(*shape)
 
     def caches(self, num_slots: int, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The KV pool as [num_slots, max_len, num_kv_heads, head_dim]."""
         used = num_slots * max_len
-        if used > POOL_TOKENS:
+        if used > len(self.k_pool):
             raise ValueError(f"{num_slots} slots of {max_len} tokens exceed the KV pool")
         shape = (num_slots, max_len, self.model.num_kv_heads, self.model.head_dim)
         return self.k_pool[:used].view(shape), self.v_pool[:used].view(shape)
@@ -383,13 +391,15 @@ def measure_steps(bench: LayerBench, point: AttentionPoint) -> Iterator[Row]:
         }
 
 
-def measure_profile(model: Model, on_progress: Callable[[int, int], None]) -> Iterator[Row]:
+def measure_profile(
+    model: Model, gpu: Gpu, on_progress: Callable[[int, int], None]
+) -> Iterator[Row]:
     """Every row of a profile, in an order that mixes small and large batches.
 
     `on_progress` is told how many of how many points are done.
     """
     rng = np.random.default_rng(0)
-    linear, attention_batches = linear_points(rng), attention_points(rng)
+    linear, attention_batches = linear_points(rng), attention_points(rng, model, gpu)
     steps = [point for point in attention_batches if point.split == "held_out"][:STEP_CHECKS]
     bench = LayerBench(model, max_tokens=MAX_TOKENS)
     jobs: list[Callable[[], Iterator[Row]]] = [measure_launches]

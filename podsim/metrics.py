@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,11 +10,14 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from podsim.event_log import EventLog
+from podsim.trace_prefix import prefix_statistics
 
 if TYPE_CHECKING:
     from podsim.simulation import Result
 
 PERCENTILES = (50, 90, 99)
+
+STEP_KINDS = ("prefill", "decode", "mixed")
 
 
 def request_table(log: EventLog) -> pd.DataFrame:
@@ -44,6 +48,46 @@ def preemption_table(log: EventLog) -> pd.DataFrame:
 def step_table(log: EventLog) -> pd.DataFrame:
     """One row a step: `start` and `duration` in seconds, then tokens, requests and blocks."""
     return pd.DataFrame({name: np.asarray(column) for name, column in log.steps.items()})
+
+
+def step_kinds(steps: pd.DataFrame) -> NDArray[np.int64]:
+    """Of each step: the index of its kind in STEP_KINDS."""
+    has_prefill = steps["num_prefills"].to_numpy() > 0
+    has_decode = steps["num_decodes"].to_numpy() > 0
+    return np.where(has_prefill, np.where(has_decode, 2, 0), 1)
+
+
+def tokens_out(steps: pd.DataFrame, requests: pd.DataFrame) -> NDArray[np.int64]:
+    """Of each step: the tokens that came out, one a decode and one a prompt that it completed.
+
+    A prompt computed again after a preemption, whose last chunk emits too, is not counted.
+    """
+    emitted = steps["num_decodes"].to_numpy().copy()
+    first = requests.dropna(subset=["first_token_time"])
+    for replica, rows in first.groupby("replica"):
+        index = np.flatnonzero(steps["replica"].to_numpy() == replica)
+        start, duration = (steps[name].to_numpy()[index] for name in ("start", "duration"))
+        # The step with this end: its middle is before the token, the middle of the next is not.
+        step = np.searchsorted(start + duration / 2, rows["first_token_time"].to_numpy()) - 1
+        np.add.at(emitted, index[step], 1)
+    return emitted
+
+
+def max_output_tokens_per_s(steps: pd.DataFrame, requests: pd.DataFrame) -> float:
+    """The most tokens that came out in a whole second after the first arrival, as vLLM counts."""
+    served = requests[requests["refused"] == ""]
+    if served.empty or steps.empty:
+        return 0.0
+    end = (steps["start"] + steps["duration"]).to_numpy() - served["arrival_time"].min()
+    return float(np.bincount(end.astype(np.int64), tokens_out(steps, requests)).max())
+
+
+def max_concurrent_requests(requests: pd.DataFrame) -> int:
+    """The most requests between arrival and last token at once; one that ends makes room first."""
+    served = requests[requests["refused"] == ""]
+    times = np.concatenate([served["finish_time"], served["arrival_time"]])
+    change = np.repeat([-1, 1], len(served))
+    return int(np.cumsum(change[np.lexsort((change, times))]).max(initial=0))
 
 
 def weighted_percentiles(
@@ -97,15 +141,23 @@ def summarize(result: Result) -> dict[str, object]:
     input_tokens = int(served["num_prompt_tokens"].sum())
     output_tokens = int(served["num_output_tokens"].sum())
     per_second = 1 / duration if duration else 0.0
+    qps = result.trace.qps
     summary: dict[str, object] = {
+        "backend": "podsim",
+        "model_id": result.deployment.model,
+        "num_prompts": len(requests),
+        "request_rate": "inf" if math.isinf(qps) else qps,
         "duration": duration,
         "completed": len(served),
         "failed": len(requests) - len(served),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
         "request_throughput": len(served) * per_second,
+        "request_goodput": None,
         "output_throughput": output_tokens * per_second,
         "total_token_throughput": (input_tokens + output_tokens) * per_second,
+        "max_output_tokens_per_s": max_output_tokens_per_s(result.steps, requests),
+        "max_concurrent_requests": max_concurrent_requests(requests),
     }
     for vllm_name, name in _VLLM_NAMES.items():
         for statistic, value in latency[name].items():
@@ -114,6 +166,7 @@ def summarize(result: Result) -> dict[str, object]:
     summary["podsim"] = {
         **latency,
         **_use(result, duration),
+        **_prefix_cache(result, served),
         "refused": requests.loc[requests["refused"] != "", "refused"].value_counts().to_dict(),
         "trace": _provenance(result),
     }
@@ -139,6 +192,18 @@ def _use(result: Result, duration: float) -> dict[str, object]:
         "batch_size_mean": float(seconds @ batch) / busy if busy else 0.0,
         "batch_size_max": int(batch.max(initial=0)),
         "preemptions": int(sum(result.log.requests["num_preemptions"])),
+    }
+
+
+def _prefix_cache(result: Result, served: pd.DataFrame) -> dict[str, object]:
+    """Prompt tokens found in the prefix cache, and what a cache without end would find."""
+    if not result.deployment.prefix_caching:
+        return {}
+    prompt_tokens = int(served["num_prompt_tokens"].sum())
+    ideal = prefix_statistics(result.trace)
+    return {
+        "prefix_hit_rate": int(served["num_cached_tokens"].sum()) / max(prompt_tokens, 1),
+        "prefix_hit_rate_ideal": ideal["hit_tokens"] if ideal else float("nan"),
     }
 
 

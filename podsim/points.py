@@ -9,12 +9,12 @@ import numpy as np
 from numpy.random import Generator
 
 from podsim.batch import BatchShape
+from podsim.hardware import Gpu
+from podsim.model import BYTES_PER_VALUE, Model
 
 MAX_CONTEXT = 131072
-MAX_DECODE_TOKENS = 900_000
-"""Contexts of all decodes together: what the KV cache of an H200 holds beside an 8B model."""
-POOL_TOKENS = 9_000_000
-"""Slots times longest context: what the KV pool of a measurement holds."""
+POOL_BYTES = 37_000_000_000
+"""Of the keys, and of the values, of one layer in the KV pool of a measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,18 @@ def _pair(text: str, separator: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def attention_points(rng: Generator, num_held_out: int = 120) -> list[AttentionPoint]:
-    """Grid points of each kind of batch, then random batches as serving makes them."""
+def pool_tokens(model: Model) -> int:
+    """Slots times longest context: what the KV pool of a measurement holds."""
+    return POOL_BYTES // (model.num_kv_heads * model.head_dim * BYTES_PER_VALUE)
+
+
+def attention_points(
+    rng: Generator, model: Model, gpu: Gpu, num_held_out: int = 120
+) -> list[AttentionPoint]:
+    """Grid points of each kind of batch, then random batches as serving makes them.
+
+    Decodes together hold no more tokens than the GPU's KV cache beside the model's weights.
+    """
     points = [
         *_prefill_grid(),
         *_several_chunks(rng),
@@ -85,14 +95,13 @@ def attention_points(rng: Generator, num_held_out: int = 120) -> list[AttentionP
         *_mixed_uneven(rng),
     ]
     held_out = [_random_batch(rng, "held_out") for _ in range(num_held_out)]
-    return [point for point in points + held_out if _fits(point)]
-
-
-def _fits(point: AttentionPoint) -> bool:
-    return (
-        sum(point.decode_contexts) <= MAX_DECODE_TOKENS
-        and point.num_slots * point.max_context <= POOL_TOKENS
-    )
+    most = int(gpu.memory - model.weight_bytes) // model.kv_bytes_per_token
+    return [
+        point
+        for point in points + held_out
+        if sum(point.decode_contexts) <= most
+        and point.num_slots * point.max_context <= pool_tokens(model)
+    ]
 
 
 def _prefill_grid() -> list[AttentionPoint]:
@@ -130,7 +139,7 @@ def _mixed_grid() -> list[AttentionPoint]:
 
 
 def _mixed_uneven(rng: Generator) -> list[AttentionPoint]:
-    return [_random_batch(rng, "grid") for _ in range(80)]
+    return [_random_batch(rng, "grid") for _ in range(160)]
 
 
 def _random_batch(rng: Generator, split: str) -> AttentionPoint:

@@ -13,15 +13,16 @@ from itertools import accumulate
 import simpy
 
 from podsim.batch import Batch, BatchShape
-from podsim.clock import until
+from podsim.clock import At
 from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
 from podsim.latency import LatencyModel, decode_run_times
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
 
-LONGEST_RUN = 256
-"""Steps: longer runs would mostly be computed in vain, because an arrival ends them."""
+FIRST_RUN = 16
+LONGEST_RUN = 1024
+"""Steps computed at once: first, and at most, when no arrival cuts the runs short."""
 
 
 class Replica:
@@ -44,12 +45,24 @@ class Replica:
         self.latency_model = latency_model
         self.log = log
         self.longest_run = longest_run
+        self._run_limit = min(FIRST_RUN, longest_run)
         self.gaps = TokenGaps(log)
         self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
         self._work_arrived = env.event()
         self._run: _Run | None = None
         self._process = env.process(self._serve())
+
+    @property
+    def num_requests(self) -> int:
+        """Waiting and running."""
+        return len(self.scheduler.waiting) + len(self.scheduler.running)
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of a prompt that the prefix cache holds at this moment."""
+        if self._run is not None:
+            self._take_blocks(self._run, before=self.env.now)
+        return self.kv_cache.cached_tokens(request)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -94,24 +107,33 @@ class Replica:
                 request.scheduled_time = start
         shape = batch.shape()
         times = self._step_times(batch, shape)
-        run = _Run(list(accumulate(times, initial=start))[1:], batch.num_decodes)
+        ends = list(accumulate(times, initial=start))[1:]
+        run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
         self._run = run
         try:
-            yield from until(self.env, run.ends[-1])
+            yield At(self.env, run.ends[-1])
         except simpy.Interrupt:
             under_way = bisect_left(run.ends, self.env.now)
             del run.ends[under_way + 1 :]
             if run.ends[-1] > self.env.now:
-                yield from until(self.env, run.ends[-1])
+                yield At(self.env, run.ends[-1])
         self._run = None
+        self._adapt_run_limit(run)
         self._book(batch, shape, start, run)
+
+    def _adapt_run_limit(self, run: _Run) -> None:
+        """Compute about as many steps at once as arrivals let happen."""
+        if run.cut:
+            self._run_limit = min(len(run.ends) + 2, self.longest_run)
+        elif len(run.ends) == self._run_limit:
+            self._run_limit = min(2 * self._run_limit, self.longest_run)
 
     def _step_times(self, batch: Batch, shape: BatchShape) -> Sequence[float]:
         """Seconds of this step, and of the steps after it that are sure to be like it."""
         num_steps = 1
         if self.longest_run > 1 and self.scheduler.repeats(batch):
             decodes = self.scheduler.decodes
-            num_steps = min(self.longest_run, decodes.steps_to_finish())
+            num_steps = min(self._run_limit, decodes.steps_to_finish())
             if num_steps > 1:
                 num_steps = self._steps_with_blocks(num_steps)
         if num_steps == 1:
@@ -130,22 +152,23 @@ class Replica:
         return num_steps
 
     def _book(self, batch: Batch, shape: BatchShape, start: float, run: _Run) -> None:
-        ends, num_steps = run.ends, len(run.ends)
-        used = [self.kv_cache.num_used_blocks]
-        for step in range(1, num_steps):
-            needed = self.scheduler.decodes.blocks_needed(step)
+        if len(run.ends) > 1:
+            self._take_blocks(run, before=run.ends[-1])
+        num_running = len(self.scheduler.running)
+        completed = self.scheduler.complete(batch, len(run.ends))
+        self._record_steps(shape, start, run, num_running)
+        self._record_tokens(batch, completed, run.ends)
+
+    def _take_blocks(self, run: _Run, before: float) -> None:
+        """The KV blocks of the run's steps that began before a time; its first step has its own."""
+        while len(run.used) < len(run.ends) and run.ends[len(run.used) - 1] < before:
+            needed = self.scheduler.decodes.blocks_needed(len(run.used))
             taken = self.kv_cache.take(needed)
             assert taken, "a run is no longer than the free blocks allow"
-            used.append(used[-1] + needed)
-        num_running = len(self.scheduler.running)
-        completed = self.scheduler.complete(batch, num_steps)
-        self._record_steps(shape, start, run, num_running, used)
-        self._record_tokens(batch, completed, ends)
+            run.used.append(run.used[-1] + needed)
 
-    def _record_steps(
-        self, shape: BatchShape, start: float, run: _Run, num_running: int, used: list[int]
-    ) -> None:
-        ends = run.ends
+    def _record_steps(self, shape: BatchShape, start: float, run: _Run, num_running: int) -> None:
+        ends, used = run.ends, run.used
         num_waiting = len(self.scheduler.waiting)
         same = (len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes)
         if len(ends) == 1:
@@ -190,12 +213,13 @@ class Replica:
 
 
 class _Run:
-    """Steps under way: when each ends, and what arrived meanwhile."""
+    """Steps under way: when each ends, its used KV blocks, and what arrived meanwhile."""
 
-    __slots__ = ("arrivals", "cut", "ends", "num_decodes")
+    __slots__ = ("arrivals", "cut", "ends", "num_decodes", "used")
 
-    def __init__(self, ends: list[float], num_decodes: int) -> None:
+    def __init__(self, ends: list[float], num_decodes: int, used: int) -> None:
         self.ends = ends
         self.num_decodes = num_decodes
+        self.used = [used]
         self.arrivals: list[float] = []
         self.cut = False

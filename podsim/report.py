@@ -1,7 +1,9 @@
-"""Reports: the tables on the terminal and the folder of files a run leaves."""
+"""The folder of files that a run leaves."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -9,181 +11,48 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from rich import box
-from rich.table import Table
 
-from podsim import metrics
 from podsim.config import Workload, to_toml
 from podsim.errors import InputError
-from podsim.profile import Profile
+from podsim.perfetto import write_trace_events
+from podsim.report_charts import Run
+from podsim.report_html import comparison_page, run_page
+from podsim.request_records import AIPERF_FILE, aiperf_lines, detailed_lists
 from podsim.simulation import Result
 
-_LATENCY_ROWS = {
-    "ttft": "TTFT",
-    "tbt": "TBT",
-    "tpot": "TPOT",
-    "e2e_latency": "End-to-end latency",
-    "queue_time": "Queue time",
-}
 _TIME_COLUMNS = (
     *("arrival_time", "scheduled_time", "first_token_time", "finish_time"),
     *("queue_time", "ttft", "e2e_latency", "tpot"),
     *("start", "duration"),
 )
 
-# ---------------------------------------------------------------------------------- terminal
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Files to leave beside the usual ones. Raises InputError for what cannot be written."""
 
-def summary_table(result: Result) -> Table:
-    """Latencies of a run: mean and percentiles."""
-    table = _table(describe(result))
-    table.add_column("")
-    for name in ("mean", *(f"P{p}" for p in metrics.PERCENTILES)):
-        table.add_column(name, justify="right")
-    latency = metrics.latencies(result.log, result.requests)
-    for key, label in _LATENCY_ROWS.items():
-        row = latency[key]
-        names = ("mean", *(f"p{p}" for p in metrics.PERCENTILES))
-        table.add_row(label, *(format_seconds(row[name]) for name in names))
-    return table
+    trace_events: int | None = None
+    """Write trace.json with at most so many events."""
+    parquet: bool = False
+    aiperf: bool = False
+    save_detailed: bool = False
+    """Put the lists of every request into summary.json, as vLLM's option of this name does."""
 
+    def __post_init__(self) -> None:
+        if self.trace_events is not None and self.trace_events < 1:
+            raise InputError(f"trace_events is {self.trace_events}, expected at least 1")
+        if self.parquet and importlib.util.find_spec("pyarrow") is None:
+            raise InputError("--parquet needs pyarrow: pip install 'podsim[parquet]'")
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-
-
-def describe(result: Result) -> str:
-    deployment = result.deployment
-    replicas = f"{deployment.replicas} x " if deployment.replicas > 1 else ""
-    return (
-        f"{deployment.model} on {replicas}{deployment.gpu}, {deployment.attention} attention, "
-        f"token budget {deployment.token_budget}; {result.trace.name}, {result.trace.qps:.2f} req/s"
-    )
-
-
-def summary_lines(result: Result) -> list[str]:
-    """Throughput and use of a run, one fact a line."""
-    summary = result.summary()
-    own = _podsim(summary)
-    lines = [
-        f"Requests     {summary['completed']} completed, {summary['failed']} refused, "
-        f"{own['preemptions']} preemptions",
-        f"Throughput   {summary['request_throughput']:.2f} req/s, "
-        f"{summary['output_throughput']:,.0f} output tokens/s, "
-        f"{summary['total_token_throughput']:,.0f} tokens/s over {summary['duration']:,.1f} s",
-        f"Replicas     busy {own['busy_share']:.1%}, batch {own['batch_size_mean']:.1f} mean "
-        f"{own['batch_size_max']} max, KV cache {own['kv_used_mean']:.1%} mean "
-        f"{own['kv_used_max']:.1%} max of {own['num_blocks']:,} blocks",
-        f"Mixed steps  {own['mixed_step_share']:.1%} of the busy time had prefill and decode",
-        f"Simulated    {own['num_steps']:,} steps in {result.wall_time:.1f} s",
-    ]
-    refused = own["refused"]
-    assert isinstance(refused, dict)
-    lines += [f"Refused      {count}: {reason}" for reason, count in refused.items()]
-    lines += [f"Dropped      {n}: {reason}" for reason, n in result.trace.dropped.items() if n]
-    lines += [f"Note         {note}" for note in result.trace.notes]
-    return lines + [f"Note         {note}" for note in _latency_notes(result)]
-
-
-def _latency_notes(result: Result) -> list[str]:
-    notes = getattr(result.latency_model, "notes", None)
-    return list(notes()) if notes is not None else []
-
-
-def format_seconds(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "-"
-    if seconds < 1:
-        return f"{seconds * 1000:.1f} ms"
-    return f"{seconds:,.2f} s"
-
-
-def _podsim(summary: Mapping[str, object]) -> Mapping[str, object]:
-    own = summary["podsim"]
-    assert isinstance(own, dict)
-    return own
-
-
-# ------------------------------------------------------------------------------------ compare
-
-_COMPARED = {
-    "ttft_p50": ("TTFT P50", "s"),
-    "ttft_p99": ("TTFT P99", "s"),
-    "tbt_p50": ("TBT P50", "s"),
-    "tbt_p99": ("TBT P99", "s"),
-    "tpot_p50": ("TPOT P50", "s"),
-    "e2e_latency_p50": ("E2E P50", "s"),
-    "e2e_latency_p99": ("E2E P99", "s"),
-    "queue_time_p50": ("Queue P50", "s"),
-    "request_throughput": ("Requests/s", ""),
-    "output_throughput": ("Output tok/s", ""),
-    "busy_share": ("Busy", "%"),
-    "kv_used_max": ("KV cache max", "%"),
-    "preemptions": ("Preemptions", ""),
-    "completed": ("Completed", ""),
-}
-
-
-def comparison(results: Mapping[str, Result]) -> pd.DataFrame:
-    """One row a metric (seconds, shares, counts), one column a variant."""
-    return pd.DataFrame({name: _headline(result) for name, result in results.items()})
-
-
-def _headline(result: Result) -> dict[str, float]:
-    summary = result.summary()
-    own = _podsim(summary)
-    values: dict[str, float] = {}
-    for key in _COMPARED:
-        latency, _, statistic = key.rpartition("_")
-        if latency in _LATENCY_ROWS:
-            distribution = own[latency]
-            assert isinstance(distribution, dict)
-            values[key] = distribution[statistic]
-        else:
-            value = own[key] if key in own else summary[key]
-            assert isinstance(value, int | float)
-            values[key] = float(value)
-    return values
-
-
-def comparison_table(compared: pd.DataFrame, title: str) -> Table:
-    """Variants side by side, with differences from the first in per cent."""
-    table = _table(title)
-    table.add_column("", no_wrap=True)
-    first, *others = compared.columns
-    table.add_column(str(first), justify="right", no_wrap=True)
-    for variant in others:
-        table.add_column(str(variant), justify="right", no_wrap=True)
-        table.add_column("", justify="right", style="dim", no_wrap=True)
-    for key, (label, unit) in _COMPARED.items():
-        base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()
-        cells = [_format(base, unit)]
-        for value in values:
-            cells += [_format(value, unit), _difference(value, base)]
-        table.add_row(label, *cells)
-    return table
-
-
-def _format(value: float, unit: str) -> str:
-    if unit == "s":
-        return format_seconds(value)
-    if unit == "%":
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
-
-
-def _difference(value: float, first: float) -> str:
-    if first == 0 or math.isnan(first) or math.isnan(value):
-        return ""
-    return f"{value / first - 1:+.1%}"
-
-
-# ------------------------------------------------------------------------------------- folder
+    def require_folder(self, folder: Path | None) -> None:
+        """InputError if files are asked for and there is no folder to leave them in."""
+        asked = [name for name in self.__slots__ if getattr(self, name)]
+        if folder is None and asked:
+            raise InputError(f"--{asked[0].replace('_', '-')} needs a folder: give --out FOLDER")
 
 
 @contextmanager
@@ -218,80 +87,93 @@ def _may_replace(directory: Path, made_by: str) -> bool:
     return not any(directory.iterdir()) or (directory / made_by).exists()
 
 
-def save(result: Result, workload: Workload | None, directory: Path) -> None:
-    """Write one run: summary.json, requests.csv, steps.csv, config.toml, latency.png."""
-    summary = json.dumps(_without_nan(result.summary()), indent=2)
-    (directory / "summary.json").write_text(summary + "\n", encoding="utf-8")
-    _write_csv(result.requests, directory / "requests.csv")
-    _write_csv(result.steps, directory / "steps.csv")
+def save(
+    result: Result,
+    workload: Workload | None,
+    directory: Path,
+    outputs: Outputs | None = None,
+    name: str | None = None,
+) -> list[str]:
+    """Write one run; docs/metrics.md lists the files. Notes on what a file does not hold."""
+    outputs = outputs or Outputs()
+    run = Run.of(name or result.deployment.attention, result)
     config = to_toml(workload, result.deployment)
+    hashes = run_hashes(result, config)
     (directory / "config.toml").write_text(config, encoding="utf-8")
-    plot_latencies({result.deployment.attention: result}, directory / "latency.png")
+    summary = _complete(run.summary, hashes)
+    if outputs.save_detailed:
+        summary = {**summary, **detailed_lists(result), "podsim": summary["podsim"]}
+    (directory / "summary.json").write_text(to_json(summary), encoding="utf-8")
+    tables = {"requests": _with_units(run.requests), "steps": _with_units(run.steps)}
+    for file, table in tables.items():
+        table.to_csv(directory / f"{file}.csv", index=False, float_format="%.9f")
+        if outputs.parquet:
+            table.to_parquet(directory / f"{file}.parquet", engine="pyarrow", index=False)
+    if outputs.aiperf:
+        with (directory / AIPERF_FILE).open("w", encoding="utf-8") as lines:
+            lines.writelines(aiperf_lines(result))
+    _write_page(run_page(run, workload, hashes), directory)
+    if outputs.trace_events is None:
+        return []
+    written = write_trace_events(result, directory / "trace.json", outputs.trace_events)
+    return [f"trace.json holds {written.note}"]
 
 
-def save_comparison(compared: pd.DataFrame, results: Mapping[str, Result], directory: Path) -> None:
-    """Write compare.csv and latency.png."""
+def save_comparison(
+    compared: pd.DataFrame,
+    results: Mapping[str, Result],
+    workload: Workload | None,
+    directory: Path,
+) -> None:
+    """Write compare.csv and the report of all variants."""
     compared.rename_axis("metric").to_csv(directory / "compare.csv", float_format="%.9g")
-    plot_latencies(results, directory / "latency.png")
+    runs = [Run.of(name, result) for name, result in results.items()]
+    hashes = {
+        run.name: run_hashes(run.result, to_toml(workload, run.result.deployment)) for run in runs
+    }
+    _write_page(comparison_page(runs, compared, workload, hashes), directory)
 
 
-def error_table(profile: Profile) -> Table:
-    """How far each kernel model of a profile is from points it was not fitted on."""
-    title = f"{profile.model} on {profile.gpu}: error on held-out points"
-    table = _table(title)
-    for name in ("kernel", "points", "median", "P90", "worst", "bias"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
-    for kernel, error in profile.errors.items():
-        cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
-        table.add_row(kernel, f"{error['points']:.0f}", *cells, f"{error['bias']:+.1%}")
-    return table
+def run_hashes(result: Result, config: str) -> dict[str, str]:
+    """SHA-256 of what a run was made from: trace, config.toml, kernels that were measured."""
+    hashes = {
+        "trace_sha256": result.trace.sha256,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+    }
+    profile = getattr(result.latency_model, "profile", None)
+    if profile is not None:
+        hashes["kernels_sha256"] = str(profile.provenance.get("kernels_sha256", "unknown"))
+    return hashes
 
 
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Seconds to the nanosecond, and the unit in the column's name."""
-    renamed = table.rename(columns={name: f"{name}_s" for name in _TIME_COLUMNS})
-    renamed.to_csv(path, index=False, float_format="%.9f")
+def full_summary(result: Result, workload: Workload | None) -> dict[str, object]:
+    """What summary.json holds: the summary of a run and the hashes of what it was made from."""
+    return _complete(result.summary(), run_hashes(result, to_toml(workload, result.deployment)))
+
+
+def _complete(summary: Mapping[str, object], hashes: Mapping[str, str]) -> dict[str, object]:
+    own = summary["podsim"]
+    assert isinstance(own, dict)
+    return {**summary, "podsim": {**own, "hashes": dict(hashes)}}
+
+
+def to_json(value: object) -> str:
+    """JSON, with null for a metric that has no sample."""
+    return json.dumps(_without_nan(value), indent=2) + "\n"
+
+
+def _write_page(page: str, directory: Path) -> None:
+    (directory / "report.html").write_text(page, encoding="utf-8", newline="\n")
+
+
+def _with_units(table: pd.DataFrame) -> pd.DataFrame:
+    """Seconds carry their unit in the column's name; a CSV has them to the nanosecond."""
+    return table.rename(columns={name: f"{name}_s" for name in _TIME_COLUMNS})
 
 
 def _without_nan(value: object) -> object:
-    """JSON has no NaN: a metric without any sample is null."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, float) and math.isnan(value):
         return None
     return value
-
-
-def plot_latencies(results: Mapping[str, Result], path: Path) -> None:
-    """Cumulative distributions of TTFT, TBT and end-to-end latency, one line a variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for name, result in results.items():
-        requests = result.requests
-        ones = np.ones(len(requests), dtype=np.int64)
-        _plot_cdf(axes[0], requests["ttft"], ones, name)
-        _plot_cdf(axes[1], result.log.gap_duration, result.log.gap_count, name)
-        _plot_cdf(axes[2], requests["e2e_latency"], ones, name)
-    for axis, label in zip(axes, ("TTFT", "TBT", "End-to-end latency"), strict=True):
-        axis.set(xlabel=f"{label} (s)", ylim=(0, 1))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("share of samples")
-    if len(results) > 1:
-        axes[2].legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _plot_cdf(axis: object, values: ArrayLike, counts: ArrayLike, name: str) -> None:
-    """Draw a CDF up to its 99.9th percentile, through at most 400 points."""
-    array, weights = np.asarray(values, dtype=np.float64), np.asarray(counts)
-    array, weights = array[~np.isnan(array)], weights[~np.isnan(array)]
-    if array.size == 0:
-        return
-    shares = np.linspace(0, 99.9, 400)
-    points = metrics.weighted_percentiles(array, weights, shares)
-    axis.plot(points, shares / 100, label=name)  # type: ignore[attr-defined]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +20,10 @@ class Request:
     arrival_time: float
     num_prompt_tokens: int
     num_output_tokens: int
+    session_id: int = -1
+    """Requests of one conversation share it; -1: none."""
+    hash_ids: Sequence[int] = ()
+    """Of the blocks of the prompt, where a trace has them."""
 
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the KV cache."""
@@ -26,6 +31,10 @@ class Request:
     """Output tokens the user has received."""
     num_blocks: int = 0
     """KV blocks held while its prompt is computed."""
+    shared_ids: list[int] = field(default_factory=list)
+    """Hash ids of the blocks it holds in the prefix cache."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when it was first let in."""
     num_preemptions: int = 0
     admission: int = -1
     """Counts up with each admission of the replica: the order in which requests lose blocks."""

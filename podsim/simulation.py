@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import simpy
@@ -13,17 +15,19 @@ import simpy
 from podsim import metrics
 from podsim.cluster import Cluster
 from podsim.config import Deployment, Workload
-from podsim.decode_group import ListedDecodes
+from podsim.decode_group import DecodeGroup, ListedDecodes
+from podsim.errors import InputError
 from podsim.event_log import EventLog
 from podsim.hardware import gpu_named
 from podsim.kv_cache import PagedKVCache, num_blocks_for
 from podsim.latency import LatencyModel, ProfiledLatency
 from podsim.model import Model, model_named
+from podsim.prefix_cache import PrefixCache
 from podsim.profile import find_profile
 from podsim.replica import LONGEST_RUN, Replica
 from podsim.request import Request
 from podsim.router import ROUTERS
-from podsim.scheduler import SarathiScheduler, Scheduler
+from podsim.scheduler import SCHEDULERS, Scheduler
 from podsim.workload import Trace, load_once, synthetic_trace
 
 MakeScheduler = Callable[[PagedKVCache, Deployment], Scheduler]
@@ -84,29 +88,31 @@ def simulate(
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
     latency_model = latency_model or latency_model_for(deployment, model)
     num_blocks = num_blocks_for(deployment, model, gpu)
-    make_scheduler = scheduler or (plain_sarathi if step_by_step else sarathi)
-    longest_run = 1 if step_by_step else LONGEST_RUN
+    max_model_len = deployment.max_model_len or model.max_model_len
+    if scheduler is None:
+        scheduler = built_in_scheduler(deployment, max_model_len, latency_model, step_by_step)
     env = simpy.Environment()
     log = EventLog()
     replicas = []
     for index in range(deployment.replicas):
-        kv_cache = PagedKVCache(num_blocks, deployment.block_size)
+        prefixes = _prefix_cache(trace, deployment) if deployment.prefix_caching else None
+        kv_cache = PagedKVCache(num_blocks, deployment.block_size, prefixes)
         replicas.append(
             Replica(
                 env,
                 index,
-                make_scheduler(kv_cache, deployment),
+                scheduler(kv_cache, deployment),
                 kv_cache,
                 latency_model,
                 log,
-                longest_run,
+                1 if step_by_step else LONGEST_RUN,
             )
         )
     cluster = Cluster(
         env,
         replicas,
-        ROUTERS[deployment.router](),
-        deployment.max_model_len or model.max_model_len,
+        ROUTERS[deployment.router](deployment.router_seed),
+        max_model_len,
         log,
     )
     started = time.perf_counter()
@@ -116,22 +122,26 @@ def simulate(
     return Result(trace, deployment, num_blocks, log, latency_model, time.perf_counter() - started)
 
 
-def sarathi(kv_cache: PagedKVCache, deployment: Deployment) -> Scheduler:
-    """The Sarathi-Serve scheduler with the deployment's budgets."""
-    return SarathiScheduler(
-        kv_cache, deployment.token_budget, deployment.max_num_seqs, deployment.watermark
+def built_in_scheduler(
+    deployment: Deployment, max_model_len: int, latency_model: LatencyModel, step_by_step: bool
+) -> MakeScheduler:
+    """Makes the deployment's scheduler. InputError if its budget cannot hold a whole prompt."""
+    kind = SCHEDULERS[deployment.scheduler]
+    if kind.whole_prompts and deployment.token_budget < max_model_len:
+        raise InputError(
+            f"token_budget is {deployment.token_budget}, but '{deployment.scheduler}' computes "
+            f"prompts whole: give at least max_model_len ({max_model_len})"
+        )
+    decodes = ListedDecodes if step_by_step else DecodeGroup
+    return lambda kv_cache, deployment: kind(
+        kv_cache, deployment, decodes(kv_cache.block_size), latency_model.step_time
     )
 
 
-def plain_sarathi(kv_cache: PagedKVCache, deployment: Deployment) -> Scheduler:
-    """The same, counting every request's tokens in every step."""
-    return SarathiScheduler(
-        kv_cache,
-        deployment.token_budget,
-        deployment.max_num_seqs,
-        deployment.watermark,
-        ListedDecodes(kv_cache.block_size),
-    )
+def _prefix_cache(trace: Trace, deployment: Deployment) -> PrefixCache:
+    if trace.hash_ids is None or trace.hash_block_size is None:
+        raise InputError(f"{trace.name}: prefix_caching needs hash ids, and this trace has none")
+    return PrefixCache(trace.hash_block_size, deployment.block_size)
 
 
 def latency_model_for(deployment: Deployment, model: Model) -> LatencyModel:
@@ -178,15 +188,19 @@ def workload_trace(workload: Workload) -> Trace:
 
 
 def _requests(trace: Trace, on_progress: Callable[[int], None] | None) -> Iterator[Request]:
+    nothing: repeat[Any] = repeat(None)
     columns = zip(
         trace.arrival_time.tolist(),
         trace.num_prompt_tokens.tolist(),
         trace.num_output_tokens.tolist(),
-        strict=True,
+        repeat(-1) if trace.session_id is None else trace.session_id.tolist(),
+        nothing if trace.hash_ids is None else trace.hash_ids,
+        strict=False,
     )
-    for request_id, (arrival_time, num_prompt_tokens, num_output_tokens) in enumerate(columns):
+    for request_id, (arrival, prompt, output, session_id, hash_ids) in enumerate(columns):
         if on_progress is not None and request_id % 100 == 0:
             on_progress(request_id)
-        yield Request(request_id, arrival_time, num_prompt_tokens, num_output_tokens)
+        ids = () if hash_ids is None else hash_ids.tolist()
+        yield Request(request_id, arrival, prompt, output, session_id, ids)
     if on_progress is not None:
         on_progress(len(trace))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -47,6 +48,21 @@ class Trace:
     """
     format: str | None = None
     """The name of the file's format, of podsim.trace_formats; None if it is from no file."""
+
+    @classmethod
+    def of(cls, *requests: tuple[float, int, int], name: str = "by hand") -> Trace:
+        """Requests given as (arrival_time, num_prompt_tokens, num_output_tokens), in order."""
+        times, prompts, outputs = zip(*requests, strict=True)
+        return cls(
+            name=name,
+            arrival_time=np.array(times, dtype=np.float64),
+            num_prompt_tokens=np.array(prompts, dtype=np.int64),
+            num_output_tokens=np.array(outputs, dtype=np.int64),
+            rows_read=len(requests),
+            dropped={},
+            notes=(),
+            sha256=hashlib.sha256(repr(requests).encode()).hexdigest(),
+        )
 
     def __post_init__(self) -> None:
         assert len(self) > 0, "a trace holds at least one request"

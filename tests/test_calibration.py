@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from podsim.hardware import gpu_named
 from podsim.latency import LAYER_OPS, ProfiledLatency, op_seconds
 from podsim.model import model_named
 from podsim.points import AttentionPoint
-from podsim.profile import find_profile, kernels_hash
+from podsim.profile import find_profile, kernels_hash, read_profile
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
 LLAMA = model_named("llama-3-8b")
@@ -33,40 +34,46 @@ chunks = st.lists(
 contexts = st.lists(st.integers(1, 16384), max_size=64)
 
 
-def rows() -> pd.DataFrame:
-    table = pd.read_csv(SHIPPED / "measurements.csv", keep_default_na=False)
+ALL_SHIPPED = sorted(path.name for path in SHIPPED.parent.iterdir())
+
+
+def rows(model: str = "llama-3-8b") -> pd.DataFrame:
+    table = pd.read_csv(SHIPPED.parent / model / "measurements.csv", keep_default_na=False)
     table["seconds"] = table["time_us"].astype(float) * 1e-6
     return table
 
 
-def test_the_shipped_profile_is_the_fit_of_its_rows(tmp_path: Path) -> None:
-    for name in ("measurements.csv", "profile.json"):
-        shutil.copy(SHIPPED / name, tmp_path / name)
+@pytest.mark.parametrize("name", ALL_SHIPPED)
+def test_a_shipped_profile_is_the_fit_of_its_rows(name: str, tmp_path: Path) -> None:
+    for file in ("measurements.csv", "profile.json"):
+        shutil.copy(SHIPPED.parent / name / file, tmp_path / file)
+    shipped = read_profile(SHIPPED.parent / name, name)
     refitted = calibration.refit(tmp_path)
-    assert refitted.ops == PROFILE.ops
-    for name, coefficients in PROFILE.attention["coefficients"].items():
-        assert refitted.attention["coefficients"][name] == pytest.approx(coefficients, rel=1e-6)
-    for kernel, error in PROFILE.errors.items():
+    assert refitted.ops == shipped.ops
+    for kernel, coefficients in shipped.attention["coefficients"].items():
+        assert refitted.attention["coefficients"][kernel] == pytest.approx(coefficients, rel=1e-6)
+    for kernel, error in shipped.errors.items():
         assert refitted.errors[kernel] == pytest.approx(error, abs=2e-4)
 
 
-def test_the_shipped_profile_is_of_the_shipped_kernels() -> None:
-    assert PROFILE.provenance["kernels_sha256"] == kernels_hash()
+@pytest.mark.parametrize("name", ALL_SHIPPED)
+def test_a_shipped_profile_is_of_its_model_and_of_the_shipped_kernels(name: str) -> None:
+    profile = find_profile("h200", model_named(name))
+    assert profile.model == name
+    assert profile.provenance["kernels_sha256"] == kernels_hash()
+    for fact in ("device_name", "driver", "torch", "triton", "cuda", "date", "command"):
+        assert profile.provenance[fact]
 
 
-def test_provenance_names_what_the_times_depend_on() -> None:
-    for name in ("device_name", "driver", "torch", "triton", "cuda", "date", "command"):
-        assert PROFILE.provenance[name]
-
-
-def test_no_linear_layer_is_faster_than_the_hardware() -> None:
-    gpu, table = gpu_named("h200"), rows()
+@pytest.mark.parametrize("name", ALL_SHIPPED)
+def test_no_linear_layer_is_faster_than_the_hardware(name: str) -> None:
+    gpu, table, model = gpu_named("h200"), rows(name), model_named(name)
     outputs = {
-        "qkv": (LLAMA.qkv_size, LLAMA.hidden_size),
-        "output": (LLAMA.hidden_size, LLAMA.hidden_size),
-        "gate_up": (2 * LLAMA.intermediate_size, LLAMA.hidden_size),
-        "down": (LLAMA.hidden_size, LLAMA.intermediate_size),
-        "lm_head": (LLAMA.vocab_size, LLAMA.hidden_size),
+        "qkv": (model.qkv_size, model.hidden_size),
+        "output": (model.hidden_size, model.hidden_size),
+        "gate_up": (2 * model.intermediate_size, model.hidden_size),
+        "down": (model.hidden_size, model.intermediate_size),
+        "lm_head": (model.vocab_size, model.hidden_size),
     }
     for op, (n, k) in outputs.items():
         timed = table[table["op"] == op]
@@ -77,18 +84,19 @@ def test_no_linear_layer_is_faster_than_the_hardware() -> None:
         assert max(flops.max() / gpu.peak_flops, bandwidth.max() / gpu.peak_bandwidth) > 0.5
 
 
-def test_no_attention_is_faster_than_the_hardware() -> None:
-    gpu, table = gpu_named("h200"), rows()
+@pytest.mark.parametrize("name", ALL_SHIPPED)
+def test_no_attention_is_faster_than_the_hardware(name: str) -> None:
+    gpu, table, model = gpu_named("h200"), rows(name), model_named(name)
     timed = table[table["op"] == "attention"]
     for prefills, decodes, seconds in zip(
         timed["prefills"], timed["decodes"], timed["seconds"], strict=True
     ):
         point = AttentionPoint.from_text(prefills, decodes, "")
         flops = sum(
-            4 * LLAMA.num_q_heads * LLAMA.head_dim * n * (context - n / 2)
+            4 * model.num_q_heads * model.head_dim * n * (context - n / 2)
             for n, context in point.prefills
         )
-        read = 4 * LLAMA.num_kv_heads * LLAMA.head_dim * sum(point.decode_contexts)
+        read = 4 * model.num_kv_heads * model.head_dim * sum(point.decode_contexts)
         assert flops / seconds < gpu.peak_flops
         if read > 200e6:  # smaller caches may still lie in the L2
             assert read / seconds < gpu.peak_bandwidth
@@ -175,6 +183,11 @@ def test_rows_that_are_missing_are_named(tmp_path: Path) -> None:
     table.drop(columns="time_us").to_csv(tmp_path / "measurements.csv", index=False)
     with pytest.raises(InputError, match="misses the column time_us"):
         calibration.refit(tmp_path)
+
+
+def test_a_model_without_a_profile_is_told_how_to_get_one() -> None:
+    with pytest.raises(InputError, match=r"no shipped profile of deeper on h200 .*llama-3-8b.*"):
+        find_profile("h200", replace(LLAMA, name="deeper", num_layers=33))
 
 
 def test_held_out_errors_are_recorded_for_every_kernel() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from hypothesis import given, settings
@@ -37,8 +39,32 @@ deployments = st.fixed_dictionaries(
         "replicas": st.sampled_from([1, 1, 2, 3]),
         "router": st.sampled_from(["round_robin", "least_outstanding_tokens"]),
         "attention": st.sampled_from(["serial", "pod"]),
+        "order": st.sampled_from(["fcfs", "fcfs", "shortest_first"]),
+        "max_prefills": st.sampled_from([None, None, 1]),
     }
 )
+schedulers = st.one_of(
+    deployments,
+    deployments.map(lambda d: d | {"chunk_size": 13}),
+    deployments.map(lambda d: d | {"tbt_target": 0.02, "token_budget": 256}),
+    deployments.map(lambda d: d | {"scheduler": "vllm-v1"}),
+    deployments.map(lambda d: d | {"scheduler": "vllm-v1", "chunk_size": 13}),
+    *(
+        deployments.map(
+            lambda d, name=name: d | {"scheduler": name, "token_budget": 450, "max_model_len": 450}
+        )
+        for name in ("vllm-v0", "orca", "static")
+    ),
+)
+
+
+def with_prefixes(trace: Trace, shared: int) -> Trace:
+    """Hash ids of 16 tokens; each request shares a prompt beginning with every `shared`-th."""
+    ids = tuple(
+        np.array([i % shared * 1000 + block for block in range(-(-prompt // 16))], dtype=np.int64)
+        for i, prompt in enumerate(trace.num_prompt_tokens.tolist())
+    )
+    return replace(trace, hash_ids=ids, hash_block_size=16)
 
 
 class ContextLatency:
@@ -53,17 +79,9 @@ class ContextLatency:
 
 
 def trace_of(rows: list[tuple[float, int, int]]) -> Trace:
-    gaps, prompts, outputs = zip(*rows, strict=True)
-    return Trace(
-        name="drawn",
-        arrival_time=np.cumsum(gaps) - gaps[0],
-        num_prompt_tokens=np.array(prompts, dtype=np.int64),
-        num_output_tokens=np.array(outputs, dtype=np.int64),
-        rows_read=len(rows),
-        dropped={},
-        notes=(),
-        sha256="",
-    )
+    """Requests as (gap before it, num_prompt_tokens, num_output_tokens)."""
+    arrivals = np.cumsum([gap for gap, _, _ in rows]) - rows[0][0]
+    return Trace.of(*((float(t), p, o) for t, (_, p, o) in zip(arrivals, rows, strict=True)))
 
 
 def gaps(result: Result) -> list[tuple[float, int]]:
@@ -86,8 +104,8 @@ def assert_equal(fast: Result, plain: Result) -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
-@given(requests, deployments, st.sampled_from([0.001, 0.0625, 0.01]))
+@settings(max_examples=300, deadline=None)
+@given(requests, schedulers, st.sampled_from([0.001, 0.0625, 0.01]))
 def test_runs_equal_single_steps(
     rows: list[tuple[float, int, int]], options: dict[str, object], unit: float
 ) -> None:
@@ -100,8 +118,28 @@ def test_runs_equal_single_steps(
     assert_equal(fast, plain)
 
 
+@settings(max_examples=100, deadline=None)
+@given(requests, schedulers, st.integers(1, 5))
+def test_runs_equal_single_steps_with_a_prefix_cache(
+    rows: list[tuple[float, int, int]], options: dict[str, object], shared: int
+) -> None:
+    router = "prefix_affinity" if options["router"] == "round_robin" else options["router"]
+    sizes = {"block_size": 16 if options["block_size"] == 16 else 4}
+    deployment = Deployment(**(options | sizes | {"router": router}), prefix_caching=True)
+    fast, plain = (
+        simulate(
+            with_prefixes(trace_of(rows), shared),
+            deployment,
+            latency_model=ContextLatency(0.01),
+            step_by_step=step_by_step,
+        )
+        for step_by_step in (False, True)
+    )
+    assert_equal(fast, plain)
+
+
 @settings(max_examples=40, deadline=None)
-@given(requests, deployments)
+@given(requests, schedulers)
 def test_runs_equal_single_steps_with_measured_costs(
     rows: list[tuple[float, int, int]], options: dict[str, object]
 ) -> None:

@@ -18,25 +18,10 @@ from podsim.simulation import Result, simulate
 from podsim.workload import Trace
 
 
-def trace_of(*requests: tuple[float, int, int]) -> Trace:
-    """Requests as (arrival_time, num_prompt_tokens, num_output_tokens)."""
-    times, prompts, outputs = zip(*requests, strict=True)
-    return Trace(
-        name="by hand",
-        arrival_time=np.array(times, dtype=np.float64),
-        num_prompt_tokens=np.array(prompts, dtype=np.int64),
-        num_output_tokens=np.array(outputs, dtype=np.int64),
-        rows_read=len(requests),
-        dropped={},
-        notes=(),
-        sha256="",
-    )
-
-
 def run(*requests: tuple[float, int, int], seconds: float = 1.0, **options: object) -> Result:
     defaults = {"token_budget": 100, "max_num_seqs": 10, "block_size": 10, "watermark": 0.0}
     deployment = Deployment(**(defaults | options))  # type: ignore[arg-type]
-    return simulate(trace_of(*requests), deployment, latency_model=ConstantLatency(seconds))
+    return simulate(Trace.of(*requests), deployment, latency_model=ConstantLatency(seconds))
 
 
 def times(result: Result, column: str) -> list[float]:
@@ -72,7 +57,7 @@ def test_a_request_alone_takes_exactly_the_sum_of_its_steps() -> None:
 def test_decodes_do_not_wait_for_prompts() -> None:
     latency = Recorder()
     deployment = Deployment(token_budget=100, max_num_seqs=10, block_size=10)
-    result = simulate(trace_of((0.0, 100, 5), (0.5, 250, 2)), deployment, latency_model=latency)
+    result = simulate(Trace.of((0.0, 100, 5), (0.5, 250, 2)), deployment, latency_model=latency)
     # 0-1: prompt of A. 1-4: a decode of A with 99, 99, 52 tokens of B. 4-5: both decode.
     assert [shape.num_decodes for shape in latency.shapes] == [0, 1, 1, 1, 2]
     assert [shape.prefills for shape in latency.shapes] == [
@@ -186,7 +171,7 @@ def test_every_token_once_blocks_conserved_and_no_step_over_its_budgets(num_bloc
     deployment = Deployment(
         token_budget=64, max_num_seqs=16, block_size=10, num_blocks=num_blocks, replicas=2
     )
-    result = simulate(trace_of(*requests), deployment, latency_model=CheckedLatency(64, 16))
+    result = simulate(Trace.of(*requests), deployment, latency_model=CheckedLatency(64, 16))
     log = result.log
     assert sorted(log.requests["request_id"]) == list(range(300))
     assert sum(log.gap_count) == sum(result.requests["num_output_tokens"] - 1)
@@ -261,7 +246,7 @@ class FirstComeAlone:
 
 def test_a_scheduler_of_ones_own_plugs_in() -> None:
     result = simulate(
-        trace_of((0.0, 500, 2), (0.0, 5, 3)),
+        Trace.of((0.0, 500, 2), (0.0, 5, 3)),
         Deployment(),
         latency_model=ConstantLatency(1.0),
         scheduler=lambda kv_cache, deployment: FirstComeAlone(kv_cache.block_size),

@@ -1,0 +1,113 @@
+"""Where the time of the steps went: by kind of step, and by kernel."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from podsim.batch import BatchShape
+from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
+from podsim.metrics import STEP_KINDS, step_kinds, tokens_out
+from podsim.simulation import Result
+
+Floats = NDArray[np.float64]
+
+KERNELS = {
+    "attention": "attention",
+    "gate_up": "gate-up",
+    "down": "down",
+    "qkv": "QKV",
+    "output": "output",
+    "rmsnorm": "element-wise",
+    "rope_and_cache": "element-wise",
+    "silu_mul": "element-wise",
+    "embedding": "embedding, launch, host",
+    "lm_head": "LM head, sampling",
+    "sampling": "LM head, sampling",
+    "launch": "embedding, launch, host",
+}
+"""The operations of a step and the name each is shown under."""
+
+
+def kind_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """One row a kind of step: how many, their seconds and tokens, percentiles of their duration."""
+    kinds = step_kinds(steps)
+    tokens = (steps["num_prefill_tokens"] + steps["num_decodes"]).to_numpy()
+    seconds = steps["duration"].to_numpy()
+    rows = {}
+    for index, kind in enumerate(STEP_KINDS):
+        mine = kinds == index
+        if mine.any():
+            p50, p99 = np.percentile(seconds[mine], (50, 99)).tolist()
+            rows[kind] = {
+                "steps": int(mine.sum()),
+                "seconds": float(seconds[mine].sum()),
+                "mean": float(seconds[mine].mean()),
+                "p50": p50,
+                "p99": p99,
+                "tokens": float(tokens[mine].mean()),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def kernel_table(
+    result: Result, steps: pd.DataFrame, requests: pd.DataFrame
+) -> pd.DataFrame | None:
+    """Seconds of each kernel (row) in each kind of step (column); None if the costs do not tell.
+
+    Attention is what is left of a step's time: the log does not hold the contexts it depends on.
+    """
+    model = result.latency_model
+    if not isinstance(model, ProfiledLatency) or steps.empty:
+        return None
+    tokens = (steps["num_prefill_tokens"] + steps["num_decodes"]).to_numpy()
+    shapes, which = np.unique(
+        np.stack([tokens, tokens_out(steps, requests)], axis=1), axis=0, return_inverse=True
+    )
+    parts = {name: seconds[which.ravel()] for name, seconds in _without_attention(model, shapes)}
+    total = steps["duration"].to_numpy()
+    parts = {"attention": total - sum(parts.values(), np.zeros(len(total))), **parts}
+    kinds = step_kinds(steps)
+    table = pd.DataFrame(
+        {
+            kind: {name: float(seconds[kinds == index].sum()) for name, seconds in parts.items()}
+            for index, kind in enumerate(STEP_KINDS)
+            if (kinds == index).any()
+        }
+    )
+    return table.groupby(lambda name: KERNELS[str(name)], sort=False).sum()
+
+
+def _without_attention(
+    model: ProfiledLatency, shapes: NDArray[np.int64]
+) -> list[tuple[str, Floats]]:
+    """Seconds of each operation but attention for rows of (tokens, tokens that come out).
+
+    The latency model's own sums, shared out by the measured times of the operations in them.
+    """
+    sums = [
+        asdict(model.breakdown(BatchShape.of([(n, n)])._replace(num_sampled=m)))
+        for n, m in shapes.tolist()
+    ]
+    layers = np.array([row["layers"] for row in sums])
+    once = np.array([row["once"] for row in sums])
+    tokens, sampled = shapes[:, 0], shapes[:, 1]
+    ops = model.profile.ops
+    in_layers = {name: n * op_seconds(ops[name], tokens) for name, n in LAYER_OPS.items()}
+    total = np.sum(list(in_layers.values()), axis=0)
+    parts = [(name, layers * seconds / total) for name, seconds in in_layers.items()]
+    at_ends = {name: op_seconds(ops[name], tokens) for name in TOKEN_OPS}
+    at_ends |= {
+        name: np.where(sampled > 0, op_seconds(ops[name], sampled), 0.0) for name in SAMPLED_OPS
+    }
+    total = np.sum(list(at_ends.values()), axis=0)
+    kernels = once - model.step_overhead
+    parts += [(name, kernels * seconds / total) for name, seconds in at_ends.items()]
+    overhead = np.full(len(shapes), model.step_overhead)
+    combined: dict[str, Floats] = {}
+    for name, seconds in [*parts, ("launch", overhead)]:
+        combined[name] = combined.get(name, np.zeros(len(shapes))) + seconds
+    return list(combined.items())

@@ -1,0 +1,242 @@
+"""What a run prints: tables and lines for the terminal."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from podsim import metrics
+from podsim.profile import Profile
+from podsim.simulation import Result
+
+LATENCY_ROWS = {
+    "ttft": "TTFT",
+    "tbt": "TBT",
+    "tpot": "TPOT",
+    "e2e_latency": "End-to-end latency",
+    "queue_time": "Queue time",
+}
+# ---------------------------------------------------------------------------------- terminal
+
+
+def summary_table(result: Result) -> Table:
+    """Latencies of a run: mean and percentiles."""
+    table = _table(describe(result))
+    table.add_column("")
+    for name in ("mean", *(f"P{p}" for p in metrics.PERCENTILES)):
+        table.add_column(name, justify="right")
+    latency = metrics.latencies(result.log, result.requests)
+    for key, label in LATENCY_ROWS.items():
+        row = latency[key]
+        names = ("mean", *(f"p{p}" for p in metrics.PERCENTILES))
+        table.add_row(label, *(format_seconds(row[name]) for name in names))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def describe(result: Result) -> str:
+    deployment = result.deployment
+    replicas = f"{deployment.replicas} x " if deployment.replicas > 1 else ""
+    return (
+        f"{deployment.model} on {replicas}{deployment.gpu}, {deployment.attention} attention, "
+        f"token budget {deployment.token_budget}; {result.trace.name}, {result.trace.qps:.2f} req/s"
+    )
+
+
+def summary_lines(result: Result) -> list[str]:
+    """Throughput and use of a run, one fact a line."""
+    summary = result.summary()
+    own = own_part(summary)
+    lines = [
+        f"Requests     {summary['completed']} completed, {summary['failed']} refused, "
+        f"{own['preemptions']} preemptions",
+        f"Throughput   {summary['request_throughput']:.2f} req/s, "
+        f"{summary['output_throughput']:,.0f} output tokens/s, "
+        f"{summary['total_token_throughput']:,.0f} tokens/s over {summary['duration']:,.1f} s",
+        f"Replicas     busy {own['busy_share']:.1%}, batch {own['batch_size_mean']:.1f} mean "
+        f"{own['batch_size_max']} max, KV cache {own['kv_used_mean']:.1%} mean "
+        f"{own['kv_used_max']:.1%} max of {own['num_blocks']:,} blocks",
+        f"Mixed steps  {own['mixed_step_share']:.1%} of the busy time had prefill and decode",
+        f"Simulated    {own['num_steps']:,} steps in {result.wall_time:.1f} s",
+    ]
+    if "prefix_hit_rate" in own:
+        lines.append(
+            f"Prefix cache {own['prefix_hit_rate']:.1%} of prompt tokens found; "
+            f"{own['prefix_hit_rate_ideal']:.1%} if it never lost any"
+        )
+    refused = own["refused"]
+    assert isinstance(refused, dict)
+    lines += [f"Refused      {count}: {reason}" for reason, count in refused.items()]
+    lines += [f"Dropped      {n}: {reason}" for reason, n in result.trace.dropped.items() if n]
+    lines += [f"Note         {note}" for note in result.trace.notes]
+    return lines + [f"Note         {note}" for note in latency_notes(result)]
+
+
+def latency_notes(result: Result) -> list[str]:
+    notes = getattr(result.latency_model, "notes", None)
+    return list(notes()) if notes is not None else []
+
+
+def format_seconds(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    return f"{seconds:,.2f} s"
+
+
+def own_part(summary: Mapping[str, object]) -> Mapping[str, object]:
+    """What a summary holds beside the keys of vLLM."""
+    own = summary["podsim"]
+    assert isinstance(own, dict)
+    return own
+
+
+# ------------------------------------------------------------------------------------ compare
+
+COMPARED = {
+    "ttft_p50": ("TTFT P50", "s"),
+    "ttft_p99": ("TTFT P99", "s"),
+    "tbt_p50": ("TBT P50", "s"),
+    "tbt_p99": ("TBT P99", "s"),
+    "tpot_p50": ("TPOT P50", "s"),
+    "e2e_latency_p50": ("E2E P50", "s"),
+    "e2e_latency_p99": ("E2E P99", "s"),
+    "queue_time_p50": ("Queue P50", "s"),
+    "request_throughput": ("Requests/s", ""),
+    "output_throughput": ("Output tok/s", ""),
+    "busy_share": ("Busy", "%"),
+    "kv_used_max": ("KV cache max", "%"),
+    "preemptions": ("Preemptions", ""),
+    "completed": ("Completed", ""),
+}
+
+
+def comparison(results: Mapping[str, Result]) -> pd.DataFrame:
+    """One row a metric (seconds, shares, counts), one column a variant."""
+    return pd.DataFrame({name: _headline(result) for name, result in results.items()})
+
+
+def _headline(result: Result) -> dict[str, float]:
+    summary = result.summary()
+    own = own_part(summary)
+    values: dict[str, float] = {}
+    for key in COMPARED:
+        latency, _, statistic = key.rpartition("_")
+        if latency in LATENCY_ROWS:
+            distribution = own[latency]
+            assert isinstance(distribution, dict)
+            values[key] = distribution[statistic]
+        else:
+            value = own[key] if key in own else summary[key]
+            assert isinstance(value, int | float)
+            values[key] = float(value)
+    return values
+
+
+def comparison_table(compared: pd.DataFrame, title: str) -> Table:
+    """Variants side by side, with differences from the first in per cent."""
+    table = _table(title)
+    table.add_column("", no_wrap=True)
+    first, *others = compared.columns
+    table.add_column(str(first), justify="right", no_wrap=True)
+    for variant in others:
+        table.add_column(str(variant), justify="right", no_wrap=True)
+        table.add_column("", justify="right", style="dim", no_wrap=True)
+    for key, (label, unit) in COMPARED.items():
+        base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()
+        cells = [format_metric(base, unit)]
+        for value in values:
+            cells += [format_metric(value, unit), format_difference(value, base)]
+        table.add_row(label, *cells)
+    return table
+
+
+def format_metric(value: float, unit: str) -> str:
+    if unit == "s":
+        return format_seconds(value)
+    if unit == "%":
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+def format_difference(value: float, first: float) -> str:
+    if first == 0 or math.isnan(first) or math.isnan(value):
+        return ""
+    return f"{value / first - 1:+.1%}".replace("-0.0%", "+0.0%")
+
+
+# ------------------------------------------------------------------------------------ profile
+
+
+def error_table(profile: Profile) -> Table:
+    """How far each kernel model of a profile is from points it was not fitted on."""
+    title = f"{profile.model} on {profile.gpu}: error on held-out points"
+    table = _table(title)
+    for name in ("kernel", "points", "median", "P90", "worst", "bias"):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for kernel, error in profile.errors.items():
+        cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
+        table.add_row(kernel, f"{error['points']:.0f}", *cells, f"{error['bias']:+.1%}")
+    return table
+
+
+# ----------------------------------------------------------------------------------- progress
+
+PATIENCE = 2.0
+"""Seconds before a progress bar appears."""
+
+
+class _Rate(ProgressColumn):
+    """Requests a second of real time."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} req/s" if speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bar(label: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal for what takes over two seconds, told how many requests have arrived.
+
+    Nothing is written where the console is no terminal.
+    """
+    if not console.is_terminal:
+        yield lambda arrived: None
+        return
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+        *(TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    task = progress.add_task(label, total=total)
+    timer = threading.Timer(PATIENCE, progress.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda arrived: progress.update(task, completed=arrived)
+    finally:
+        timer.cancel()
+        timer.join()
+        progress.stop()
