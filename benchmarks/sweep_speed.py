@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--requests", type=int, default=150, help="of each simulation")
+    parser.add_argument("--repeat", type=int, default=1, help="take the fastest of so many")
     parser.add_argument("--ray", action="store_true", help="also on a local Ray of the most jobs")
     options = parser.parse_args()
     runs = {f"{jobs} processes": ("--jobs", jobs) for jobs in options.jobs}
@@ -71,9 +72,10 @@ def main() -> None:
         plan = Path(folder) / "plan.toml"
         plan.write_text(PLAN.format(requests=options.requests))
         for name, arguments in runs.items():
-            seconds, own, others = sweep(plan, Path(folder) / name, *arguments)
+            outs = [Path(folder) / f"{name} {i}" for i in range(options.repeat)]
+            seconds, own, others = min(sweep(plan, out, *arguments) for out in outs)
             first = first or seconds
-            tables.add((Path(folder) / name / "sweep.csv").read_bytes())
+            tables |= {(out / "sweep.csv").read_bytes() for out in outs}
             use = "" if "--ray" in arguments else f" ({own:.1f} CPU s; others {others:.2f} cores)"
             print(
                 f"{name:14} {seconds:6.1f} s, {NUM_SIMULATIONS / seconds:6.1f} simulations/s, "

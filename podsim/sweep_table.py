@@ -116,7 +116,12 @@ def _write_parquet(
         from pyarrow import parquet
     except ModuleNotFoundError:
         return
-    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    types = {
+        int: pyarrow.int64(),
+        float: pyarrow.float64(),
+        str: pyarrow.string(),
+        bool: pyarrow.bool_(),
+    }
     kinds = {**option_types(Workload), **option_types(Deployment)}
     kinds |= {"index": int, "pareto": int, "error": str}
     schema = pyarrow.schema([(name, types[kinds.get(name, float)]) for name in columns])
