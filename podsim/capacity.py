@@ -111,6 +111,19 @@ class Capacity:
     def trials(self) -> list[Trial]:
         return [*(t for seed in self.seeds for t in seed.trials), *self.length_trials]
 
+    def description(self) -> dict[str, object]:
+        """The result as plain values; loads in requests/s."""
+        return {
+            "mean": self.mean,
+            "interval": self.interval,
+            "seeds": [seed.qps for seed in self.seeds],
+            "goodput": self.goodput,
+            "per_gpu": self.per_gpu,
+            "slos": [str(slo) for slo in self.slos],
+            "limited_by": self.limited_by,
+            "warnings": self.warnings,
+        }
+
     def table(self) -> pd.DataFrame:
         """One row a simulation."""
         return trial_table(self.variant, self.slos, self.trials)

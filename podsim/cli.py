@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from podsim import calibration, config, report, terminal
 from podsim.command_options import (
     ConfigOption,
+    JsonOption,
     OutOption,
     TraceArgument,
     given_options,
@@ -58,9 +60,6 @@ ErrorBars = Annotated[
         help="Simulate three times: as predicted, and with every step as long as P10 and P90 of "
         "the profile's held-out error say.",
     ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
 ]
 TraceEvents = Annotated[
     int | None,
@@ -191,6 +190,7 @@ def profile_command(
         Path | None,
         typer.Option(help="Fit the rows of this profile folder again; needs no GPU."),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Time the kernels and layers on this machine's GPU, fit the cost models, leave a profile.
 
@@ -203,14 +203,21 @@ def profile_command(
         folder = out or Path("profiles") / gpu / model
         with report.result_folder(folder, made_by=PROFILE_FILE) as scratch:
             profile = _measured_profile(model_named(model), gpu_named(gpu), scratch)
+    if as_json:
+        typer.echo(report.to_json(profile.description()), nl=False)
+        return
     console.print(terminal.error_table(profile))
 
 
 @app.command("doctor")
-def doctor_command() -> None:
+def doctor_command(as_json: JsonOption = False) -> None:
     """Show versions, GPU, profiles and traces, and run a small simulation; exit 1 on a fault."""
     from podsim.doctor import examine
 
+    if as_json:
+        findings = list(examine())
+        typer.echo(report.to_json({"findings": [asdict(f) for f in findings]}), nl=False)
+        raise typer.Exit(any(finding.ok is False for finding in findings))
     marks = {None: "[dim]-[/dim]", True: "[green]ok[/green]", False: "[red]FAULT[/red]"}
     faults = 0
     for finding in examine():

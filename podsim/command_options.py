@@ -21,6 +21,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file of options; those on the command line win."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to leave the results in.")]
 
 

@@ -45,6 +45,16 @@ class Profile:
     def with_errors(self, errors: Mapping[str, Mapping[str, float]]) -> Profile:
         return replace(self, errors=errors)
 
+    def description(self) -> dict[str, object]:
+        """What it is of, what it was measured on, and how far it is off."""
+        return {
+            "gpu": self.gpu,
+            "model": self.model,
+            "provenance": dict(self.provenance),
+            "hull": dict(self.hull),
+            "errors": {kernel: dict(error) for kernel, error in self.errors.items()},
+        }
+
     def to_json(self) -> str:
         content = {
             "schema": SCHEMA_VERSION,

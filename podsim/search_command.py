@@ -32,6 +32,7 @@ from podsim.capacity_report import (
 from podsim.capacity_search import PRECISION
 from podsim.command_options import (
     ConfigOption,
+    JsonOption,
     OutOption,
     TraceArgument,
     given_options,
@@ -74,6 +75,7 @@ def capacity_command(
     jobs: JobsOption = None,
     config_file: ConfigOption = None,
     out: OutOption = None,
+    as_json: JsonOption = False,
     **options: Any,
 ) -> None:
     """Find the highest load that meets the SLOs: give any deployment option a comma list.
@@ -98,7 +100,7 @@ def capacity_command(
         "jobs": jobs or num_cores(),
         "iterations": RELAXED if relaxed else STRICT,
     }
-    console = _console()
+    console = Console(quiet=True) if as_json else _console()
     name = Path(workload.trace).name if workload.trace else "synthetic requests"
     with ExitStack() as stack:
         made_by = "capacity.csv"
@@ -106,16 +108,20 @@ def capacity_command(
         if at is not None:
             measured = measure_loads(workload, variants, _loads(at), **trials)
             console.print(loads_table(measured, name))
+            described: Mapping[str, object] = {"trials": measured.to_dict("records")}
             if folder is not None:
                 save_trials(measured, folder)
         else:
             search = {"precision": precision, "start": workload.qps if has_start else None}
             found = _searched(workload, variants, trials | search)
+            described = {variant: c.description() for variant, c in found.items()}
             console.print(capacity_table(found, name))
             console.print("\n".join(capacity_lines(found)), highlight=False, soft_wrap=True)
             if folder is not None:
                 save_capacities(found, folder)
                 _save_report(found, workload, variants, folder)
+    if as_json:
+        typer.echo(report.to_json(described), nl=False)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 
@@ -152,6 +158,7 @@ def sweep_command(
     pareto: Annotated[
         str | None, typer.Option(help="Two columns whose front is marked: gpus,ttft_p99_s.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Simulate every combination of options, or a random sample; leave one table.
 
@@ -186,6 +193,15 @@ def sweep_command(
             raise typer.Exit(130) from None
     if plan_file.resolve() != (folder / "sweep.toml").resolve():
         shutil.copyfile(plan_file, folder / "sweep.toml")
+    if as_json:
+        described = {
+            "simulations": outcome.num_rows,
+            "simulated_now": outcome.num_simulated,
+            "failed": outcome.num_failed,
+            "table": str(outcome.table),
+        }
+        typer.echo(report.to_json(described), nl=False)
+        return
     console = _console()
     earlier = outcome.num_rows - outcome.num_simulated
     lines = [

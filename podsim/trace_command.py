@@ -13,6 +13,7 @@ from typing import IO, Annotated
 
 import typer
 
+from podsim.command_options import JsonOption
 from podsim.errors import InputError
 from podsim.trace_clients import client_statistics
 from podsim.trace_report import statistics_lines
@@ -79,7 +80,7 @@ def inspect_command(
     block_size: BlockSize = None,
     client_window: ClientWindow = None,
     seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     figure: Annotated[
         Path | None, typer.Option(help="PNG of arrivals over time and length distributions.")
     ] = None,
@@ -119,6 +120,7 @@ def convert_command(
     max_tokens: MaxTokens = None,
     overflow: Overflow = "drop",
     seed: Seed = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a trace of any format as podsim, mooncake, vidur or vllm-timed."""
     options = _options(
@@ -135,7 +137,7 @@ def convert_command(
             trace = trace.spread_ties(seed, tick)
         return trace if rate_scale is None else trace.scaled(rate_scale)
 
-    _write(make, out, to)
+    _write(make, out, to, as_json)
 
 
 @trace_app.command("slice")
@@ -157,6 +159,7 @@ def slice_command(
     block_size: BlockSize = None,
     client_window: ClientWindow = None,
     seed: Seed = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a part of a trace: a window of time, a range of rows, or the rows of a window."""
     options = _options(
@@ -174,7 +177,7 @@ def slice_command(
             return trace
         return trace.rows(int(first), len(trace) if math.isinf(last) else int(last))
 
-    _write(make, out, to)
+    _write(make, out, to, as_json)
 
 
 @trace_app.command("generate")
@@ -212,6 +215,7 @@ def generate_command(
     think_time: Annotated[float, typer.Option(help="Mean seconds before a later turn.")] = 10.0,
     block_size: Annotated[int, typer.Option(help="Tokens of a block of hash_ids.")] = 16,
     seed: Seed = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a synthetic trace in podsim's format; it records its seed and command."""
     options = Synthetic(
@@ -236,7 +240,7 @@ def generate_command(
         lengths = ReadOptions(zero_length="drop")
         return generate(options, read_trace(lengths_from, lengths) if lengths_from else None)
 
-    _write(make, out, "podsim", made=(f"seed {seed}",))
+    _write(make, out, "podsim", as_json, made=(f"seed {seed}",))
 
 
 # ---- shared
@@ -284,14 +288,27 @@ def _output(path: Path | None) -> Iterator[IO[bytes] | None]:
         yield file
 
 
-def _write(make: Callable[[], Trace], out: Path, to: str, made: Sequence[str] = ()) -> None:
+def _write(
+    make: Callable[[], Trace], out: Path, to: str, as_json: bool, made: Sequence[str] = ()
+) -> None:
     check_format(to)
     command = "command podsim " + shlex.join(sys.argv[1:])
     with atomic_file(out) as file:
         trace = make()
         write_trace(trace, file, to, made=(command, *made), zipped=out.suffix == ".gz")
-    typer.echo(f"{len(trace)} requests of {trace.rows_read} rows: {out}")
     lost = not_kept(trace, to)
+    if as_json:
+        described = {
+            "file": str(out),
+            "requests": len(trace),
+            "rows_read": trace.rows_read,
+            "dropped": dict(trace.dropped),
+            "notes": list(trace.notes),
+            "not_kept": list(lost),
+        }
+        typer.echo(json.dumps(described, indent=2))
+        return
+    typer.echo(f"{len(trace)} requests of {trace.rows_read} rows: {out}")
     lines = [*trace.notes, *([f"not kept by {to}: {', '.join(lost)}"] if lost else [])]
     for line in [*(f"dropped {n}: {reason}" for reason, n in trace.dropped.items()), *lines]:
         typer.echo(line)
