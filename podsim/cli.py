@@ -47,10 +47,12 @@ messages = Console(stderr=True)
 
 FILES = "Further files in the folder of --out"
 
-NoSteps = Annotated[
+Stream = Annotated[
     bool,
     typer.Option(
-        "--no-steps", help="Keep no row of a step: for runs whose steps would fill the memory."
+        "--stream",
+        help="For runs that would fill the memory: keep no steps, and write requests.csv as the "
+        "requests finish.",
     ),
 ]
 ErrorBars = Annotated[
@@ -99,7 +101,7 @@ def simulate_command(
     out: OutOption = None,
     as_json: JsonOption = False,
     error_bars: ErrorBars = False,
-    no_steps: NoSteps = False,
+    stream: Stream = False,
     trace_events: TraceEvents = None,
     parquet: Parquet = False,
     aiperf: AiPerf = False,
@@ -107,18 +109,16 @@ def simulate_command(
     **options: Any,
 ) -> None:
     """Serve a trace on a simulated deployment; report TTFT, TBT, TPOT and throughput."""
-    if no_steps and (error_bars or trace_events or parquet or aiperf or save_detailed):
-        raise InputError("--no-steps keeps nothing to make other files or error bars from")
+    if stream and (error_bars or trace_events or parquet or aiperf or save_detailed):
+        raise InputError("--stream keeps nothing to make other files or error bars from")
     given = given_options(trace, config_file, options)
     workload = config.options_from(Workload, given)
     deployment = config.options_from(Deployment, given)
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
-        if no_steps:
-            closed_loop = workload.replay == "closed"
-            requests = workload_trace(workload)
-            result = simulate(requests, deployment, closed_loop=closed_loop, keep_steps=False)
+        if stream:
+            result = _streamed(workload_trace(workload), deployment, workload, folder)
         else:
             result = _run(workload_trace(workload), deployment, workload, error_bars)
         notes = report.save(result, workload, folder, outputs) if folder is not None else []
@@ -261,6 +261,20 @@ def _run(
     with terminal.progress_bar(label, len(trace), messages) as arrived:
         closed_loop = workload.replay == "closed"
         return run(trace, deployment, closed_loop=closed_loop, on_progress=arrived)
+
+
+def _streamed(
+    trace: Trace, deployment: Deployment, workload: Workload, folder: Path | None
+) -> Result:
+    with terminal.progress_bar("simulating", len(trace), messages) as arrived:
+        return simulate(
+            trace,
+            deployment,
+            closed_loop=workload.replay == "closed",
+            keep_steps=False,
+            request_sink=report.request_writer(folder),
+            on_progress=arrived,
+        )
 
 
 def _outputs(out: Path | None, *asked: Any) -> Outputs:

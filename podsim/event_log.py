@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -41,7 +41,7 @@ STEP_COLUMNS = {
 
 Columns = dict[str, "array[Any]"]
 
-STEP_CHUNK = 65536
+CHUNK = 65536
 
 
 def _columns(codes: dict[str, str]) -> Columns:
@@ -89,6 +89,8 @@ class EventLog:
     steps: Columns = field(default_factory=lambda: _columns(STEP_COLUMNS))
     keep_steps: bool = True
     """Otherwise rows of steps are added up and dropped, and memory does not grow with steps."""
+    when_full: Callable[[], None] | None = None
+    """Told when a chunk of requests is complete, and expected to call `drop_requests`."""
     gap_duration: array[float] = field(default_factory=lambda: array("d"))
     gap_count: array[int] = field(default_factory=lambda: array("q"))
     preempted_id: array[int] = field(default_factory=lambda: array("q"))
@@ -103,6 +105,13 @@ class EventLog:
             column.append(getattr(request, name))
         if refused:
             self.refused[request.request_id] = refused
+        if self.when_full is not None and len(self.requests["request_id"]) >= CHUNK:
+            self.when_full()
+
+    def drop_requests(self) -> None:
+        """Forget the requests so far."""
+        self.requests = _columns(REQUEST_COLUMNS)
+        self.refused = {}
 
     def record_step(self, row: Sequence[float]) -> None:
         """A row of STEP_COLUMNS."""
@@ -120,16 +129,16 @@ class EventLog:
 
     def _fold(self) -> None:
         """Add up full chunks of steps and drop them."""
-        while len(self.steps["start"]) >= STEP_CHUNK:
-            self._totals.add({name: column[:STEP_CHUNK] for name, column in self.steps.items()})
+        while len(self.steps["start"]) >= CHUNK:
+            self._totals.add({name: column[:CHUNK] for name, column in self.steps.items()})
             for column in self.steps.values():
-                del column[:STEP_CHUNK]
+                del column[:CHUNK]
 
     def step_totals(self) -> StepTotals:
         """Sums over all steps, the same whether they were kept or not."""
         totals = replace(self._totals)
-        for start in range(0, len(self.steps["start"]), STEP_CHUNK):
-            chunk = slice(start, start + STEP_CHUNK)
+        for start in range(0, len(self.steps["start"]), CHUNK):
+            chunk = slice(start, start + CHUNK)
             totals.add({name: column[chunk] for name, column in self.steps.items()})
         return totals
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,8 +128,10 @@ def distribution(values: ArrayLike, counts: ArrayLike | None = None) -> dict[str
     return {"mean": mean, "std": std, **dict(zip(names, map(float, quantiles), strict=True))}
 
 
-def latencies(log: EventLog, requests: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """The distribution of each latency metric, in seconds."""
+def latencies(
+    log: EventLog, requests: pd.DataFrame | Mapping[str, ArrayLike]
+) -> dict[str, dict[str, float]]:
+    """The distribution of each latency metric, in seconds, from the requests' columns."""
     return {
         "ttft": distribution(requests["ttft"]),
         "tbt": distribution(log.gap_duration, log.gap_count),
@@ -164,34 +169,69 @@ def _own_number(summary: Mapping[str, object], latency: str, statistic: str) -> 
     return float(own[latency][statistic])
 
 
+@dataclass(slots=True)
+class RequestTotals:
+    """What a summary needs of the requests: sums, and the latencies of each."""
+
+    completed: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    finish_time: float = 0.0
+    latencies: dict[str, array[float]] = field(
+        default_factory=lambda: {name: array("d") for name in LATENCIES if name != "tbt"}
+    )
+
+    def add(self, requests: pd.DataFrame) -> None:
+        """Requests of a table like `request_table`."""
+        is_refused = requests["refused"] != ""
+        self.refused.update(requests.loc[is_refused, "refused"].tolist())
+        served = requests[~is_refused]
+        self.completed += len(served)
+        self.prompt_tokens += int(served["num_prompt_tokens"].sum())
+        self.output_tokens += int(served["num_output_tokens"].sum())
+        self.cached_tokens += int(served["num_cached_tokens"].sum())
+        self.preemptions += int(served["num_preemptions"].sum())
+        if len(served):
+            self.finish_time = max(self.finish_time, float(served["finish_time"].max()))
+        for name, values in self.latencies.items():
+            values.extend(requests[name].tolist())
+
+
 def summarize(result: Result) -> dict[str, object]:
     """Headline numbers of a run: `vllm bench serve` keys (ms), podsim's own under "podsim" (s)."""
-    requests = result.requests
-    served = requests[requests["refused"] == ""]
-    latency = latencies(result.log, requests)
-    duration = float(served["finish_time"].max()) if len(served) else 0.0
-    input_tokens = int(served["num_prompt_tokens"].sum())
-    output_tokens = int(served["num_output_tokens"].sum())
+    totals = result.streamed
+    most_concurrent: int | None = None
+    if totals is None:
+        totals = RequestTotals()
+        totals.add(result.requests)
+        most_concurrent = max_concurrent_requests(result.requests)
+    keeps_all = result.log.keep_steps and result.streamed is None
+    latency = latencies(result.log, totals.latencies)
+    duration = totals.finish_time
+    refused = sum(totals.refused.values())
     per_second = 1 / duration if duration else 0.0
     qps = result.trace.qps
     summary: dict[str, object] = {
         "backend": "podsim",
         "model_id": result.deployment.model,
-        "num_prompts": len(requests),
+        "num_prompts": totals.completed + refused,
         "request_rate": "inf" if math.isinf(qps) else qps,
         "duration": duration,
-        "completed": len(served),
-        "failed": len(requests) - len(served),
-        "total_input_tokens": input_tokens,
-        "total_output_tokens": output_tokens,
-        "request_throughput": len(served) * per_second,
+        "completed": totals.completed,
+        "failed": refused,
+        "total_input_tokens": totals.prompt_tokens,
+        "total_output_tokens": totals.output_tokens,
+        "request_throughput": totals.completed * per_second,
         "request_goodput": None,
-        "output_throughput": output_tokens * per_second,
-        "total_token_throughput": (input_tokens + output_tokens) * per_second,
-        "max_output_tokens_per_s": max_output_tokens_per_s(result.steps, requests)
-        if result.log.keep_steps
+        "output_throughput": totals.output_tokens * per_second,
+        "total_token_throughput": (totals.prompt_tokens + totals.output_tokens) * per_second,
+        "max_output_tokens_per_s": max_output_tokens_per_s(result.steps, result.requests)
+        if keeps_all
         else None,
-        "max_concurrent_requests": max_concurrent_requests(requests),
+        "max_concurrent_requests": most_concurrent,
     }
     for vllm_name, name in _VLLM_NAMES.items():
         for statistic, value in latency[name].items():
@@ -200,16 +240,17 @@ def summarize(result: Result) -> dict[str, object]:
     summary["podsim"] = {
         **latency,
         **_use(result, duration),
-        **_prefix_cache(result, served),
+        "preemptions": totals.preemptions,
+        **_prefix_cache(result, totals),
         **({"intervals": result.intervals} if result.intervals else {}),
-        "refused": requests.loc[requests["refused"] != "", "refused"].value_counts().to_dict(),
+        "refused": dict(totals.refused.most_common()),
         "trace": _provenance(result),
     }
     return summary
 
 
 def _use(result: Result, duration: float) -> dict[str, object]:
-    """How busy the replicas were, weighted by time; preemptions."""
+    """How busy the replicas were, weighted by time."""
     totals = result.log.step_totals()
     span = duration * result.deployment.replicas
     return {
@@ -221,18 +262,16 @@ def _use(result: Result, duration: float) -> dict[str, object]:
         "kv_used_max": totals.max_used_blocks / result.num_blocks,
         "batch_size_mean": totals.batch / totals.busy if totals.busy else 0.0,
         "batch_size_max": totals.max_batch,
-        "preemptions": int(sum(result.log.requests["num_preemptions"])),
     }
 
 
-def _prefix_cache(result: Result, served: pd.DataFrame) -> dict[str, object]:
+def _prefix_cache(result: Result, totals: RequestTotals) -> dict[str, object]:
     """Prompt tokens found in the prefix cache, and what a cache without end would find."""
     if not result.deployment.prefix_caching:
         return {}
-    prompt_tokens = int(served["num_prompt_tokens"].sum())
     ideal = prefix_statistics(result.trace)
     return {
-        "prefix_hit_rate": int(served["num_cached_tokens"].sum()) / max(prompt_tokens, 1),
+        "prefix_hit_rate": totals.cached_tokens / max(totals.prompt_tokens, 1),
         "prefix_hit_rate_ideal": ideal["hit_tokens"] if ideal else float("nan"),
     }
 

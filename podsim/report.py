@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +96,8 @@ def save(
 ) -> list[str]:
     """Write one run; docs/metrics.md lists the files. Notes on what a file does not hold."""
     outputs = outputs or Outputs()
-    if not result.log.keep_steps:
-        return _save_without_steps(result, workload, directory)
+    if result.streamed is not None:
+        return _save_streamed(result, workload, directory)
     run = Run.of(name or result.deployment.attention, result)
     config = to_toml(workload, result.deployment)
     hashes = run_hashes(result, config)
@@ -121,14 +121,27 @@ def save(
     return [f"trace.json holds {written.note}"]
 
 
-def _save_without_steps(result: Result, workload: Workload | None, directory: Path) -> list[str]:
+def _save_streamed(result: Result, workload: Workload | None, directory: Path) -> list[str]:
+    """The rest of a run whose requests were written as they finished."""
     config = to_toml(workload, result.deployment)
     (directory / "config.toml").write_text(config, encoding="utf-8")
     summary = _complete(result.summary(), run_hashes(result, config))
     (directory / "summary.json").write_text(to_json(summary), encoding="utf-8")
-    requests = _with_units(result.requests)
-    requests.to_csv(directory / "requests.csv", index=False, float_format="%.9f")
-    return ["no steps.csv and no report.html: the steps were not kept"]
+    return ["no steps.csv and no report.html; requests.csv is in order of leaving"]
+
+
+def request_writer(directory: Path | None) -> Callable[[pd.DataFrame], None]:
+    """Appends tables of requests to requests.csv; without a folder, nothing is kept."""
+    if directory is None:
+        return lambda table: None
+    path = directory / "requests.csv"
+
+    def append(table: pd.DataFrame) -> None:
+        renamed = _with_units(table)
+        header = not path.exists()
+        renamed.to_csv(path, mode="a", header=header, index=False, float_format="%.9f")
+
+    return append
 
 
 def save_comparison(

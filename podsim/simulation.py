@@ -49,10 +49,17 @@ class Result:
     """Seconds the simulation itself took."""
     intervals: metrics.Intervals | None = None
     """Where the headline numbers may lie; see `simulate_with_error_bars`."""
+    streamed: metrics.RequestTotals | None = None
+    """What is left of requests that went to a sink."""
 
     @property
     def requests(self) -> pd.DataFrame:
-        """One row a request, in order of arrival; times of a refused request are NaN."""
+        """One row a request, in order of arrival; times of a refused request are NaN.
+
+        InputError if the requests went to a sink.
+        """
+        if self.streamed is not None:
+            raise InputError("the requests of this simulation went to a sink")
         return metrics.request_table(self.log)
 
     @property
@@ -80,6 +87,7 @@ def simulate(
     scheduler: MakeScheduler | None = None,
     closed_loop: bool = False,
     keep_steps: bool = True,
+    request_sink: Callable[[pd.DataFrame], None] | None = None,
     step_by_step: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
@@ -88,11 +96,12 @@ def simulate(
     `latency_model` replaces the measured profile of the deployment's GPU and model; `scheduler`
     makes a scheduler for each replica from its KV cache. With `closed_loop`, a later turn of a
     session arrives when the turn before is finished and its think time (0 if unknown) has passed,
-    instead of at its recorded time. Without `keep_steps`, `Result.steps` is left empty and memory
-    grows with requests only. `step_by_step` takes every step by itself
-    and moves every request's counters in it: slow, equal in result, the reference. `on_progress`
-    is told how many requests have arrived, now and then. Raises InputError for an unknown model or
-    GPU, or when there is no profile for them.
+    instead of at its recorded time. Without `keep_steps`, steps are added up and dropped; a
+    `request_sink` is given tables like `Result.requests`, in order of leaving, which are dropped
+    then: memory is left to the latencies. `step_by_step` takes every step by itself and moves every
+    request's counters in it: slow, equal in result, the reference. `on_progress` is told how many
+    requests have arrived, now and then. Raises InputError for an unknown model or GPU, or when
+    there is no profile for them.
     """
     trace.require_times()
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
@@ -103,6 +112,7 @@ def simulate(
         scheduler = built_in_scheduler(deployment, max_model_len, latency_model, step_by_step)
     env = simpy.Environment()
     log = EventLog(keep_steps=keep_steps)
+    streamed = None if request_sink is None else _stream_requests(log, request_sink)
     replicas = []
     for index in range(deployment.replicas):
         prefixes = _prefix_cache(trace, deployment) if deployment.prefix_caching else None
@@ -134,7 +144,24 @@ def simulate(
     cluster.serve(requests)
     env.run()
     assert all(replica.kv_cache.num_used_blocks == 0 for replica in replicas)
-    return Result(trace, deployment, num_blocks, log, latency_model, time.perf_counter() - started)
+    if log.when_full is not None:
+        log.when_full()
+    wall_time = time.perf_counter() - started
+    return Result(trace, deployment, num_blocks, log, latency_model, wall_time, streamed=streamed)
+
+
+def _stream_requests(log: EventLog, sink: Callable[[pd.DataFrame], None]) -> metrics.RequestTotals:
+    """Hand the log's requests to a sink, chunk by chunk; what is added up of them."""
+    totals = metrics.RequestTotals()
+
+    def hand_over() -> None:
+        table = metrics.request_table(log)
+        totals.add(table)
+        sink(table)
+        log.drop_requests()
+
+    log.when_full = hand_over
+    return totals
 
 
 def simulate_with_error_bars(

@@ -43,9 +43,10 @@ def summary_table(result: Result) -> Table:
     table.add_column("")
     for name in ("mean", *(f"P{p}" for p in metrics.PERCENTILES)):
         table.add_column(name, justify="right")
-    latency = metrics.latencies(result.log, result.requests)
+    latency = own_part(result.summary())
     for key, label in LATENCY_ROWS.items():
         row = latency[key]
+        assert isinstance(row, dict)
         names = ("mean", *(f"p{p}" for p in metrics.PERCENTILES))
         table.add_row(label, *(format_seconds(row[name]) for name in names))
         if result.intervals:

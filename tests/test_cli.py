@@ -61,18 +61,22 @@ def test_simulate_prints_a_table_and_leaves_a_folder(trace: Path, tmp_path: Path
     assert steps["num_decodes"].sum() == 45 - 3
 
 
-def test_without_steps_the_numbers_are_the_same(trace: Path, tmp_path: Path) -> None:
-    kept, dropped = tmp_path / "kept", tmp_path / "dropped"
+def test_a_streamed_run_gives_the_same_numbers(trace: Path, tmp_path: Path) -> None:
+    kept, streamed = tmp_path / "kept", tmp_path / "streamed"
     podsim("simulate", trace, "--out", kept)
-    run = podsim("simulate", trace, "--no-steps", "--out", dropped)
+    run = podsim("simulate", trace, "--stream", "--out", streamed)
     assert run.returncode == 0, run.stderr
-    assert "the steps were not kept" in run.stdout
-    assert {p.name for p in dropped.iterdir()} == {"summary.json", "requests.csv", "config.toml"}
-    full, brief = (json.loads((f / "summary.json").read_text()) for f in (kept, dropped))
-    assert brief.pop("max_output_tokens_per_s") is None
-    full.pop("max_output_tokens_per_s")
-    assert brief == full
-    assert "keeps nothing" in refusal("simulate", trace, "--no-steps", "--error-bars")
+    assert "in order of leaving" in run.stdout
+    assert {p.name for p in streamed.iterdir()} == {"summary.json", "requests.csv", "config.toml"}
+    full, brief = (json.loads((f / "summary.json").read_text()) for f in (kept, streamed))
+    for name in ("max_output_tokens_per_s", "max_concurrent_requests"):
+        assert brief[name] is None
+        full[name] = None
+    for name, value in full.items():
+        assert brief[name] == (pytest.approx(value) if isinstance(value, float) else value)
+    rows = [pd.read_csv(f / "requests.csv").sort_values("request_id") for f in (kept, streamed)]
+    pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in rows))
+    assert "keeps nothing" in refusal("simulate", trace, "--stream", "--error-bars")
 
 
 def test_summary_has_the_keys_of_vllm_bench_serve(trace: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from podsim import event_log
@@ -267,7 +268,7 @@ def test_budgets_that_contradict_are_refused() -> None:
 
 
 def test_steps_that_are_not_kept_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_log, "STEP_CHUNK", 7)
+    monkeypatch.setattr(event_log, "CHUNK", 7)
     trace = Trace.of(*((0.3 * i, 150, 20) for i in range(30)))
     deployment = Deployment(token_budget=100, max_num_seqs=10, block_size=10, num_blocks=70)
     kept, added = (
@@ -280,6 +281,24 @@ def test_steps_that_are_not_kept_are_added_up(monkeypatch: pytest.MonkeyPatch) -
     assert kept.log.step_totals().busy == pytest.approx(kept.steps["duration"].sum())
     with pytest.raises(InputError, match="were not kept"):
         _ = added.steps
+
+
+def test_requests_go_to_a_sink_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "CHUNK", 7)
+    trace = Trace.of(*((0.3 * i, 150, 20) for i in range(30)), (9.0, 9000, 1))
+    deployment = Deployment(token_budget=100, max_num_seqs=10)
+    tables: list[pd.DataFrame] = []
+    latency = ConstantLatency(0.1)
+    streamed = simulate(trace, deployment, latency_model=latency, request_sink=tables.append)
+    kept = simulate(trace, deployment, latency_model=latency)
+    assert [len(table) for table in tables] == [7, 7, 7, 7, 3]
+    together = pd.concat(tables).sort_values("request_id", ignore_index=True)
+    pd.testing.assert_frame_equal(together, kept.requests)
+    whole, parts = kept.summary(), streamed.summary()
+    for name in ("completed", "failed", "duration", "median_ttft_ms", "p99_itl_ms"):
+        assert parts[name] == whole[name]
+    with pytest.raises(InputError, match="went to a sink"):
+        _ = streamed.requests
 
 
 def test_a_preemption_ends_when_the_request_is_worked_on_again() -> None:
