@@ -197,8 +197,8 @@ def find_capacities(
     start: the first load, in requests/s; default: the workload's qps, or 1 a replica. on_search is
     told the variant of each search that is finished. InputError for a workload without a rate.
     """
-    if not 0 < precision < 1:
-        raise InputError(f"precision is {precision:g}, expected above 0 and below 1")
+    if not 0 < precision <= 0.25:
+        raise InputError(f"precision is {precision:g}, expected above 0, at most 0.25")
     tasks = [
         replace(task, precision=precision, start=_start(task, start))
         for task in _searches(requests, variants, trials)

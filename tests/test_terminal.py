@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -137,3 +138,37 @@ def test_completion_scripts_are_printed(monkeypatch: pytest.MonkeyPatch) -> None
     printed = run("--show-completion", "bash")
     assert printed.exit_code == 0
     assert "complete" in printed.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("simulate", *TRACE),
+        ("compare", *TRACE, "--attention", "serial,pod"),
+        ("capacity", "--requests", "40", "--seeds", "2", "--precision", "0.25", "--jobs", "1"),
+        ("doctor",),
+        ("trace", "inspect", "azure-conv-like"),
+        ("trace", "generate", "--qps", "3", "--requests", "20", "--out", "made.csv"),
+        ("trace", "convert", "azure-conv-like", "--to", "vidur", "--out", "vidur.csv"),
+        ("trace", "slice", "azure-conv-like", "--rows", "0:9", "--out", "slice.csv"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_json_is_all_that_a_command_prints(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = run(*command, "--json")
+    assert printed.exit_code == 0, printed.output
+    assert json.loads(printed.stdout)
+
+
+def test_json_of_a_profile_and_of_a_sweep(tmp_path: Path) -> None:
+    folder = tmp_path / "llama-3-8b"
+    shutil.copytree(Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b", folder)
+    refitted = json.loads(run("profile", "--refit", str(folder), "--json").stdout)
+    assert refitted["errors"]["step pod"]["points"] > 0
+    plan = tmp_path / "plan.toml"
+    plan.write_text('arrivals = "poisson"\nqps = [4, 8]\nrequests = 20\n')
+    printed = run("sweep", str(plan), "--jobs", "1", "--out", str(tmp_path / "out"), "--json")
+    assert json.loads(printed.stdout)["simulations"] == 2
