@@ -20,7 +20,7 @@ ROUTERS = (
     *("power_of_two", "session_affinity", "prefix_affinity"),
 )
 SCHEDULERS = ("sarathi", "vllm-v1", "vllm-v0", "orca", "static")
-ORDERS = ("fcfs", "shortest_first")
+ORDERS = ("fcfs", "shortest_first", "priority")
 ARRIVALS = ("poisson", "gamma", "weibull", "uniform", "static")
 ZERO_LENGTH = ("error", "drop")
 REPLAYS = ("open", "closed")

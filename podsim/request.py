@@ -22,6 +22,8 @@ class Request:
     num_output_tokens: int
     session_id: int = -1
     """Requests of one conversation share it; -1: none."""
+    priority: int = 0
+    """The lower, the sooner it is let in, where the order is priority (as vLLM has it)."""
     hash_ids: Sequence[int] = ()
     """Of the blocks of the prompt, where a trace has them."""
 

@@ -104,6 +104,8 @@ def simulate(
     there is no profile for them.
     """
     trace.require_times()
+    if deployment.order == "priority" and trace.priority is None:
+        raise InputError(f"{trace.name}: order 'priority' needs a column 'priority'")
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
     latency_model = latency_model or latency_model_for(deployment, model)
     num_blocks = num_blocks_for(deployment, model, gpu)
@@ -283,13 +285,15 @@ def _requests(trace: Trace, on_progress: Callable[[int], None] | None) -> Iterat
         trace.num_prompt_tokens.tolist(),
         trace.num_output_tokens.tolist(),
         repeat(-1) if trace.session_id is None else trace.session_id.tolist(),
+        repeat(0) if trace.priority is None else trace.priority.tolist(),
         nothing if trace.hash_ids is None else trace.hash_ids,
         strict=False,
     )
-    for request_id, (arrival, prompt, output, session_id, hash_ids) in enumerate(columns):
+    for request_id, row in enumerate(columns):
+        arrival, prompt, output, session_id, priority, hash_ids = row
         if on_progress is not None and request_id % 100 == 0:
             on_progress(request_id)
         ids = () if hash_ids is None else hash_ids.tolist()
-        yield Request(request_id, arrival, prompt, output, session_id, ids)
+        yield Request(request_id, arrival, prompt, output, session_id, priority, ids)
     if on_progress is not None:
         on_progress(len(trace))

@@ -45,6 +45,8 @@ class Format:
     """Given: `session` names the turn, and this its parent turn."""
     think: str | None = None
     """May be absent or empty: time from the completion of the turn before, on `clock`."""
+    priority: str | None = None
+    """May be absent or empty: a whole number, the lower the sooner a request is served."""
     elapsed: str | None = None
     """May be absent or empty: time from this request to its completion, as recorded: seconds."""
     wraps_after: int = 0
@@ -68,7 +70,10 @@ class Format:
     @property
     def optional(self) -> list[str]:
         """The fields that are read where they are there."""
-        given = (self.hash_ids, self.session, self.parent, self.think, self.elapsed)
+        given = (
+            *(self.hash_ids, self.session, self.parent, self.think, self.elapsed),
+            self.priority,
+        )
         return [*(name for name in given if name), *self.only]
 
     @property
@@ -101,6 +106,7 @@ FORMATS = (  # the first that fits is taken, so the more demanding of two comes 
         hash_rounding="any",
         session="session_id",
         think="think_time",
+        priority="priority",
     ),
     Format(
         name="azure-lengths",

@@ -81,6 +81,7 @@ class Rows:
     hash_block_size: int = 0
     session: Ints | None = None
     """Numbers from 0; MISSING for a request without a session. Also of the next two."""
+    priority: Ints | None = None
     think_ns: Ints | None = None
     elapsed_ns: Ints | None = None
     notes: Sequence[str] = ()
@@ -137,6 +138,7 @@ def rows_of(table: Table, options: ReadOptions, sha256: str) -> Rows:
         hash_ids=hash_ids if any(map(len, hash_ids)) else None,
         hash_block_size=table.block_size,
         session=_unless_all_missing(column.get("session")),
+        priority=_unless_all_missing(column.get("priority")),
         think_ns=_unless_all_missing(column.get("think")),
         elapsed_ns=_unless_all_missing(column.get("elapsed")),
         notes=[*table.notes, *fmt.notes],
@@ -184,6 +186,7 @@ class Columns:
             ("output", fmt.output, text if fmt.output in fmt.texts else count),
             ("session", None if fmt.parent else fmt.session, self.sessions.of_names),
             ("think", fmt.think, partial(where_given, fmt.clock)),
+            ("priority", fmt.priority, partial(where_given, partial(parse_token_counts, 0))),
             ("elapsed", fmt.elapsed, partial(where_given, seconds)),
         ]
         self.readers = [(role, name, read) for role, name, read in readers if name]

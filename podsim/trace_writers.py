@@ -94,6 +94,9 @@ def _podsim(trace: Trace, made: Sequence[str]) -> Iterator[str]:
         names.append("think_time")
         known = np.nan_to_num(trace.think_time, nan=-1.0)
         columns.append("" if ns < 0 else _seconds(ns) for ns in _nanoseconds(known))
+    if trace.priority is not None:
+        names.append("priority")
+        columns.append(map(str, trace.priority.tolist()))
     if trace.hash_ids is not None:
         comments.insert(0, f"{HASH_BLOCK_SIZE}{trace.hash_block_size}")
         names.append("hash_ids")

@@ -11,11 +11,12 @@ from podsim.request import Request
 class Waiting:
     """Preempted requests first, the oldest of them at the head; then by the chosen order.
 
-    fcfs: first come, first served. shortest_first: the shortest prompt, then first come.
+    fcfs: first come, first served. shortest_first: the shortest prompt, then first come. priority:
+    the lowest priority, then first come.
     """
 
     def __init__(self, order: str = "fcfs") -> None:
-        self.shortest_first = order == "shortest_first"
+        self.order = order
         self._heap: list[tuple[bool, int, int, Request]] = []
         self._count = 0
 
@@ -32,8 +33,8 @@ class Waiting:
         return heapq.heappop(self._heap)[3]
 
     def add(self, request: Request) -> None:
-        length = request.num_prompt_tokens if self.shortest_first else 0
-        self._push(True, length, request)
+        keys = {"shortest_first": request.num_prompt_tokens, "priority": request.priority}
+        self._push(True, keys.get(self.order, 0), request)
 
     def add_preempted(self, request: Request) -> None:
         """Requests are preempted from the last one admitted on: each goes before the former."""

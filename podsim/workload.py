@@ -126,6 +126,7 @@ def _trace(path: Path, rows: Rows) -> Trace:
         hash_ids=tuple(hash_ids) if hash_ids is not None else None,
         hash_block_size=rows.hash_block_size if hash_ids is not None else None,
         session_id=rows.session[kept] if rows.session is not None else None,
+        priority=None if rows.priority is None else np.maximum(rows.priority[kept], 0),
         format=rows.format.name,
     )
     return replace(trace, think_time=_think_time(rows, kept, trace))

@@ -46,6 +46,8 @@ class Trace:
     """Seconds from the completion of the session's turn before to this turn; NaN where there is
     none, or it is not known. A closed-loop replay waits for it; arrival_time is the open loop's.
     """
+    priority: NDArray[np.int64] | None = None
+    """The lower, the sooner a request is let in, where the scheduler's order is priority."""
     format: str | None = None
     """The name of the file's format, of podsim.trace_formats; None if it is from no file."""
 
@@ -70,7 +72,7 @@ class Trace:
         assert self.hash_ids is None or len(self.hash_ids) == len(self)
         columns = (
             *(self.arrival_time, self.num_prompt_tokens, self.num_output_tokens),
-            *(self.session_id, self.think_time),
+            *(self.session_id, self.think_time, self.priority),
         )
         for column in columns:
             if column is not None:
@@ -307,4 +309,5 @@ class Trace:
             hash_ids=hash_ids,
             session_id=session_id,
             think_time=think_time,
+            priority=None if self.priority is None else self.priority[which],
         )

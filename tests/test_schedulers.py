@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.errors import InputError
 from podsim.simulation import Result, simulate
-from podsim.workload import Trace
+from podsim.workload import Trace, load_trace
 
 
 class Recorder:
@@ -112,6 +113,26 @@ def test_shortest_first_lets_short_prompts_overtake() -> None:
     assert first_tokens(in_order) == [1, 2, 2.0, 3]
     by_length, _ = run(trace, order="shortest_first", max_num_seqs=1)
     assert first_tokens(by_length) == [1, 4, 2, 3]
+
+
+def test_the_lowest_priority_is_let_in_first() -> None:
+    trace = Trace.of((0, 90, 1), (0.5, 80, 1), (0.6, 20, 1), (0.7, 50, 1))
+    with pytest.raises(InputError, match="needs a column 'priority'"):
+        run(trace, order="priority")
+    urgent = replace(trace, priority=np.array([5, 2, 2, 0]))
+    result, _ = run(urgent, order="priority", max_num_seqs=1)
+    assert first_tokens(result) == [1, 3, 4, 2]
+
+
+def test_priorities_are_read_from_podsims_own_csv(tmp_path: Path) -> None:
+    path = tmp_path / "urgent.csv"
+    path.write_text(
+        "arrival_time,num_prompt_tokens,num_output_tokens,priority\n0,5,1,3\n1,5,1,\n2,5,1,1\n"
+    )
+    trace = load_trace(path)
+    assert trace.priority is not None
+    assert trace.priority.tolist() == [3, 0, 1]
+    assert trace.head(2).priority.tolist() == [3, 0]  # type: ignore[union-attr]
 
 
 class LinearLatency:
