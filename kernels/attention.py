@@ -16,7 +16,7 @@ import torch
 
 from .config import STRATEGIES
 from .decode import decode_attention
-from .plan import AttentionPlan, Decode, PrefillChunk
+from .plan import Decode, Plan, PrefillChunk
 from .pod import pod_attention
 from .prefill import prefill_attention
 from .unified import unified_attention
@@ -28,7 +28,7 @@ def attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
     policy: str = "proportional",
 ) -> None:
     """Write the attention of the plan's batch to out; the plan's config must suit the strategy."""
@@ -50,7 +50,7 @@ def _streams_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
 ) -> None:
     """Fork from the current stream and join it again, which a CUDA graph can capture."""
     if q.device.type != "cuda":  # interpreted: there are no streams, the order is the only one

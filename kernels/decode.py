@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .plan import AttentionPlan
+from .plan import Plan
 from .tile import attention_tile, row_offsets, softmax_scale
 
 COMBINE_BLOCK = 16  # partials read in one iteration
@@ -170,7 +170,7 @@ def decode_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
 ) -> None:
     """Write the attention of the plan's decodes to their rows of out; the chunks' rows stay."""
     if plan.config.decode is None:
@@ -202,11 +202,11 @@ def decode_attention(
     combine_splits(out, plan)
 
 
-def combine_splits(out: torch.Tensor, plan: AttentionPlan) -> None:
+def combine_splits(out: torch.Tensor, plan: Plan) -> None:
     """Join the partial results of the decodes that have several; launch nothing if none has."""
-    if not len(plan.work.combines):
+    if not plan.num_combines:
         return
-    _combine_kernel[(len(plan.work.combines) * plan.num_q_heads,)](
+    _combine_kernel[(plan.num_combines * plan.num_q_heads,)](
         plan.partial_out,
         plan.partial_lse,
         out,

@@ -18,8 +18,11 @@ CTAs past a count leave: a captured launch of a large enough grid stays valid wh
 refilled.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +62,11 @@ class WorkLists:
     @property
     def counts(self) -> np.ndarray:
         return np.array([len(self.tiles), len(self.splits), len(self.combines), 0], np.int32)
+
+    @property
+    def sections(self) -> tuple[np.ndarray, ...]:
+        """In their order in device memory."""
+        return self.counts, self.requests, self.tiles, self.splits, self.combines
 
     @property
     def num_partials(self) -> int:
@@ -138,17 +146,28 @@ def _round_up(value: np.ndarray | int, multiple: int) -> np.ndarray | int:
     return -(-value // multiple) * multiple
 
 
-class AttentionPlan:
-    """The work lists of one batch on a device, and the workspaces that its launches write.
+class Plan:
+    """What a launch reads: a batch's lists and workspaces on a device, and the sizes of its grids.
 
-    The lists are copied on the stream that is current when the plan is made. A plan serves one call
-    at a time, as it owns the workspaces: calls that may overlap need a plan each.
+    A plan serves one call at a time, as it owns the workspaces: calls that may overlap need a plan
+    each.
     """
+
+    counts: torch.Tensor
+    requests: torch.Tensor
+    tiles: torch.Tensor
+    splits: torch.Tensor
+    combines: torch.Tensor
+    counters: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+    num_tiles: int
+    num_splits: int
+    num_combines: int
+    """Sizes of the grids: at least as many as the lists hold."""
 
     def __init__(
         self,
-        chunks: Sequence[PrefillChunk],
-        decodes: Sequence[Decode],
         *,
         num_q_heads: int,
         num_kv_heads: int,
@@ -157,15 +176,10 @@ class AttentionPlan:
         max_len: int,
         num_sms: int,
         config: AttentionConfig,
-        device: torch.device | str,
     ) -> None:
         require_heads(num_q_heads, num_kv_heads, head_dim)
-        _require_batch(chunks, decodes, num_slots, max_len)
         if num_sms < 1:
             raise ValueError(f"num_sms must be at least 1, got {num_sms}")
-        group = num_q_heads // num_kv_heads
-        if config.decode and config.decode.block_m < group:
-            raise ValueError(f"the decode tile has {config.decode.block_m} rows for {group} heads")
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -173,16 +187,36 @@ class AttentionPlan:
         self.max_len = max_len
         self.num_sms = num_sms
         self.config = config
-        self.num_tokens = sum(chunk.num_tokens for chunk in chunks) + len(decodes)
-        self.work = work_lists(
+        self.num_tokens = 0
+        if config.decode and config.decode.block_m < self.group:
+            raise ValueError(
+                f"the decode tile has {config.decode.block_m} rows for {self.group} heads"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def num_prefill_items(self) -> int:
+        return self.num_tiles * self.num_kv_heads
+
+    @property
+    def num_decode_items(self) -> int:
+        return self.num_splits * self.num_kv_heads
+
+    def cut(self, chunks: Sequence[PrefillChunk], decodes: Sequence[Decode]) -> WorkLists:
+        """The lists of a batch, which is refused if the kernels would read out of bounds."""
+        _require_batch(chunks, decodes, self.num_slots, self.max_len)
+        return work_lists(
             chunks,
             decodes,
-            group=group,
-            num_kv_heads=num_kv_heads,
-            num_sms=num_sms,
-            config=config,
+            group=self.group,
+            num_kv_heads=self.num_kv_heads,
+            num_sms=self.num_sms,
+            config=self.config,
         )
-        self._to_device(torch.device(device))
 
     def require_tensors(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
@@ -197,32 +231,158 @@ class AttentionPlan:
         if self.counts.device != q.device:
             raise ValueError(f"the plan is on {self.counts.device}, q on {q.device}")
 
-    @property
-    def num_prefill_items(self) -> int:
-        return len(self.work.tiles) * self.num_kv_heads
 
-    @property
-    def num_decode_items(self) -> int:
-        return len(self.work.splits) * self.num_kv_heads
+class AttentionPlan(Plan):
+    """The plan of one batch.
+
+    The lists are copied on the stream that is current when the plan is made.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[PrefillChunk],
+        decodes: Sequence[Decode],
+        *,
+        device: torch.device | str,
+        **sizes: Any,
+    ) -> None:
+        super().__init__(**sizes)
+        self.num_tokens = sum(chunk.num_tokens for chunk in chunks) + len(decodes)
+        self.work = self.cut(chunks, decodes)
+        self.num_tiles = len(self.work.tiles)
+        self.num_splits = len(self.work.splits)
+        self.num_combines = len(self.work.combines)
+        self._to_device(torch.device(device))
 
     def _to_device(self, device: torch.device) -> None:
         require_runnable(device)
-        work = self.work
-        counters = np.zeros(NUM_COUNTERS, np.int32)
-        sections = [work.counts, work.requests, work.tiles, work.splits, work.combines, counters]
-        # Lists start at multiples of 16 bytes: Triton compiles a kernel anew for each alignment.
-        sizes = [max(4, int(_round_up(section.size, 4))) for section in sections]
+        sections = self.work.sections
+        sizes = [_section_size(section.size) for section in sections]
         host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        for part, section in zip(host.split(sizes), sections, strict=True):
-            part[: section.size] = torch.from_numpy(section.reshape(-1))
-        lists = host.to(device, non_blocking=True)
-        self.counts, self.requests, self.tiles, self.splits, *rest = lists.split(sizes)
-        self.combines, self.counters = rest
+        _write_sections(host.numpy(), sections, sizes)
+        lists = host.to(device, non_blocking=True).split(sizes)
+        self.counts, self.requests, self.tiles, self.splits, self.combines = lists
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        self.partial_out, self.partial_lse = _workspaces(self, self.work.num_partials, device)
 
-        num_partials = max(1, work.num_partials)
-        shape = (num_partials, self.num_q_heads, self.head_dim)
-        self.partial_out = torch.empty(shape, dtype=torch.float32, device=device)
-        self.partial_lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The longest lists that a batch can have."""
+
+    requests: int
+    tiles: int
+    splits: int
+    combines: int
+
+    @classmethod
+    def of(cls, plan: Plan, num_tokens: int, max_chunks: int, max_decodes: int) -> Room:
+        """Of the batches of at most that many tokens, prefill chunks and decodes.
+
+        Each tiled request ends with a tile that may be partly filled; beside the splits that fill
+        the SMs, each decode may have a shorter one.
+        """
+        tiled = max_chunks if plan.config.decode else max_chunks + max_decodes
+        full_tiles = -(-num_tokens * plan.group // plan.config.prefill.block_m)
+        num_split = max_decodes if plan.config.decode else 0
+        filling = plan.num_sms * plan.config.decode_items_per_sm // plan.num_kv_heads
+        return cls(
+            requests=max_chunks + max_decodes,
+            tiles=full_tiles + tiled if tiled else 0,
+            splits=filling + num_split if num_split else 0,
+            combines=num_split,
+        )
+
+    def union(self, other: Room) -> Room:
+        return Room(*map(max, astuple(self), astuple(other)))
+
+    @property
+    def section_sizes(self) -> list[int]:
+        """Of counts, requests, tiles, splits and combines, in int32."""
+        entries = (4, 4 * self.requests, 2 * self.tiles, 4 * self.splits, 3 * self.combines)
+        return [_section_size(size) for size in entries]
+
+    @property
+    def num_ints(self) -> int:
+        return sum(self.section_sizes)
+
+
+class CapturedPlan(Plan):
+    """A plan whose lists change under a captured launch.
+
+    `lists` [room.num_ints] int32 is device memory that several plans may share, one at a time; who
+    owns it copies there what `write` has put on the host. The grids hold every batch of at most
+    `num_tokens` tokens, `max_chunks` prefill chunks and `max_decodes` decodes; q and out have
+    `num_tokens` rows, those after the batch's own being padding.
+    """
+
+    def __init__(
+        self,
+        lists: torch.Tensor,
+        room: Room,
+        *,
+        num_tokens: int,
+        max_chunks: int,
+        max_decodes: int,
+        **sizes: Any,
+    ) -> None:
+        super().__init__(**sizes)
+        require_runnable(lists.device)
+        self.num_tokens = num_tokens
+        self.own = Room.of(self, num_tokens, max_chunks, max_decodes)
+        if self.own.union(room) != room:
+            raise ValueError(f"the lists are {room}, the plan needs {self.own}")
+        self.num_tiles = self.own.tiles
+        self.num_splits = self.own.splits
+        self.num_combines = self.own.combines
+        self.room = room
+        parts = lists.split(room.section_sizes)
+        self.counts, self.requests, self.tiles, self.splits, self.combines = parts
+
+    def use(
+        self, counters: torch.Tensor, partial_out: torch.Tensor, partial_lse: torch.Tensor
+    ) -> None:
+        """Take workspaces that plans on the same lists share: see `workspaces`."""
+        self.counters, self.partial_out, self.partial_lse = counters, partial_out, partial_lse
+
+    def workspaces(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """New workspaces for any batch that the room holds: counters, partial_out, partial_lse."""
+        device = self.counts.device
+        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        return counters, *_workspaces(self, self.room.splits, device)
+
+    def write(
+        self, host: np.ndarray, chunks: Sequence[PrefillChunk], decodes: Sequence[Decode]
+    ) -> None:
+        """Put a batch's lists into host memory, laid out as `lists`; refuse one that is too big."""
+        work = self.cut(chunks, decodes)
+        num_tokens = int(work.requests[:, 1].sum())
+        own = Room(*map(len, work.sections[1:]))
+        if num_tokens > self.num_tokens or own.union(self.own) != self.own:
+            raise ValueError(
+                f"{num_tokens} tokens with {own} exceed the plan's {self.num_tokens} with {self.own}"
+            )
+        _write_sections(host, work.sections, self.room.section_sizes)
+
+
+def _section_size(num_ints: int) -> int:
+    """Lists start at multiples of 16 bytes: Triton compiles a kernel anew for each alignment."""
+    return max(4, int(_round_up(num_ints, 4)))
+
+
+def _write_sections(host: np.ndarray, sections: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
+    start = 0
+    for section, size in zip(sections, sizes, strict=True):
+        host[start : start + section.size] = section.reshape(-1)
+        start += size
+
+
+def _workspaces(
+    plan: Plan, num_partials: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (max(1, num_partials), plan.num_q_heads, plan.head_dim)
+    partial_out = torch.empty(shape, dtype=torch.float32, device=device)
+    return partial_out, torch.empty(shape[:2], dtype=torch.float32, device=device)
 
 
 def _require_batch(

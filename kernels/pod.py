@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .checks import INTERPRETED
 from .decode import combine_splits, decode_item
-from .plan import AttentionPlan
+from .plan import Plan
 from .prefill import prefill_item
 from .tile import softmax_scale
 
@@ -55,7 +55,7 @@ def take_ticket(
         op = 1 - op
         item = tl.atomic_add(counters + OP_TICKETS + op, 1, sem="relaxed")
         num_items = tl.where(op == PREFILL, num_prefill, num_decode)
-    _reset_when_last(counters)
+    _reset_when_last(counters, num_prefill + num_decode)
     return tl.where(item < num_items, op, NOTHING), item
 
 
@@ -85,12 +85,12 @@ def _preferred_op(ticket, num_prefill, num_decode, PROPORTIONAL: tl.constexpr):
 
 
 @triton.jit
-def _reset_when_last(counters):
+def _reset_when_last(counters, num_ctas):
     """Count this CTA as done with the tickets; the last one sets all counters back to zero."""
     # Release: this CTA's tickets come before its count. Acquire: the last CTA has all the others'
     # counts, and so their tickets, behind it when it overwrites them.
     done = tl.atomic_add(counters + DONE, 1, sem="acq_rel", scope="gpu")
-    if done == tl.num_programs(0) - 1:
+    if done == num_ctas - 1:
         tl.store(counters + tl.arange(0, SM_SLOTS), 0)
         tl.store(counters + OP_TICKETS + tl.arange(0, 4), 0)
 
@@ -122,46 +122,48 @@ def _pod_kernel(
 ):
     num_tiles = tl.load(counts)
     num_splits = tl.load(counts + 1)
-    op, item = take_ticket(
-        counters, num_tiles * KV_HEADS, num_splits * KV_HEADS, PROPORTIONAL, NUM_SMS
-    )
-    if op == PREFILL:
-        prefill_item(
-            item,
-            num_tiles,
-            q,
-            k_cache,
-            v_cache,
-            out,
-            requests,
-            tiles,
-            slot_stride,
-            scale,
-            KV_HEADS,
-            GROUP,
-            HEAD_DIM,
-            PREFILL_BLOCK_M,
-            PREFILL_BLOCK_N,
+    # A captured grid may be larger than the batch: the CTAs past it take no tickets.
+    if tl.program_id(0) < (num_tiles + num_splits) * KV_HEADS:
+        op, item = take_ticket(
+            counters, num_tiles * KV_HEADS, num_splits * KV_HEADS, PROPORTIONAL, NUM_SMS
         )
-    elif op == DECODE:
-        decode_item(
-            item,
-            q,
-            k_cache,
-            v_cache,
-            out,
-            partial_out,
-            partial_lse,
-            requests,
-            splits,
-            slot_stride,
-            scale,
-            KV_HEADS,
-            GROUP,
-            HEAD_DIM,
-            DECODE_BLOCK_M,
-            DECODE_BLOCK_N,
-        )
+        if op == PREFILL:
+            prefill_item(
+                item,
+                num_tiles,
+                q,
+                k_cache,
+                v_cache,
+                out,
+                requests,
+                tiles,
+                slot_stride,
+                scale,
+                KV_HEADS,
+                GROUP,
+                HEAD_DIM,
+                PREFILL_BLOCK_M,
+                PREFILL_BLOCK_N,
+            )
+        elif op == DECODE:
+            decode_item(
+                item,
+                q,
+                k_cache,
+                v_cache,
+                out,
+                partial_out,
+                partial_lse,
+                requests,
+                splits,
+                slot_stride,
+                scale,
+                KV_HEADS,
+                GROUP,
+                HEAD_DIM,
+                DECODE_BLOCK_M,
+                DECODE_BLOCK_N,
+            )
 
 
 def pod_attention(
@@ -169,7 +171,7 @@ def pod_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
     policy: str = "proportional",
 ) -> None:
     """Write the attention of all of the plan's tokens to out."""

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .plan import AttentionPlan
+from .plan import Plan
 from .tile import attention_tile, row_offsets, softmax_scale
 
 
@@ -113,7 +113,7 @@ def prefill_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
 ) -> None:
     """Write the attention of the plan's chunks to their rows of out; the decodes' rows stay."""
     if plan.config.decode is None:
@@ -126,7 +126,7 @@ def launch_tiles(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
 ) -> None:
     """Launch the kernel over all row tiles of the plan."""
     plan.require_tensors(q, k_cache, v_cache, out)

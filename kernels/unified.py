@@ -10,7 +10,7 @@ it that way.
 
 import torch
 
-from .plan import AttentionPlan
+from .plan import Plan
 from .prefill import launch_tiles
 
 
@@ -19,7 +19,7 @@ def unified_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
 ) -> None:
     """Write the attention of all of the plan's tokens to out."""
     if plan.config.decode is not None:

@@ -11,7 +11,15 @@ import triton.language as tl  # noqa: E402
 from podsim.kernels.attention import attention, attention_reference  # noqa: E402
 from podsim.kernels.config import STRATEGIES, TileConfig, config_for  # noqa: E402
 from podsim.kernels.decode import decode_attention  # noqa: E402
-from podsim.kernels.plan import NUM_COUNTERS, AttentionPlan, Decode, PrefillChunk  # noqa: E402
+from podsim.kernels.plan import (  # noqa: E402
+    NUM_COUNTERS,
+    AttentionPlan,
+    CapturedPlan,
+    Decode,
+    Plan,
+    PrefillChunk,
+    Room,
+)
 from podsim.kernels.pod import POLICIES, pod_attention, take_ticket  # noqa: E402
 from podsim.kernels.prefill import prefill_attention  # noqa: E402
 from podsim.kernels.unified import unified_attention  # noqa: E402
@@ -146,8 +154,9 @@ def test_pod_launches_again_from_clean_counters(policy, device):
 
 @triton.jit
 def _record_tickets(counters, taken, num_prefill, num_decode, PROPORTIONAL: tl.constexpr):
-    op, item = take_ticket(counters, num_prefill, num_decode, PROPORTIONAL, 4)
-    tl.atomic_add(taken + op * 64 + item, 1, mask=op < 2)
+    if tl.program_id(0) < num_prefill + num_decode:
+        op, item = take_ticket(counters, num_prefill, num_decode, PROPORTIONAL, 4)
+        tl.atomic_add(taken + op * 64 + item, 1, mask=op < 2)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -155,7 +164,7 @@ def _record_tickets(counters, taken, num_prefill, num_decode, PROPORTIONAL: tl.c
 def test_tickets_hand_out_every_item_once(num_items, policy, device):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
     taken = torch.zeros(2, 64, dtype=torch.int32, device=device)
-    spare = 3  # CTAs beyond the items, as a captured grid would have, leave with nothing
+    spare = 3  # CTAs beyond the items, as a captured grid has
     for launch in (1, 2):
         _record_tickets[(sum(num_items) + spare,)](
             counters, taken, *num_items, PROPORTIONAL=policy == "proportional"
@@ -180,6 +189,80 @@ def test_graph_of_streams_and_pod_replays(device):
             out.fill_(float("nan"))
             graph.replay()
             assert_close(out, expected, MIXED, TOLERANCE[torch.bfloat16])
+
+
+CAPTURED = {"num_tokens": 72, "max_chunks": 2, "max_decodes": 3}
+
+
+def captured_plan(strategy, device, *, heads=(8, 2), head_dim=64):
+    """A plan for any batch of at most 72 tokens, and the host side of its lists."""
+    sizes = {
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": head_dim,
+        "num_slots": NUM_SLOTS,
+        "max_len": MAX_LEN,
+        "num_sms": NUM_SMS,
+    }
+    config = config_for(strategy, num_q_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim)
+    sizes["config"] = replace(config, min_split_len=64)
+    room = Room.of(Plan(**sizes), *CAPTURED.values())
+    room = room.union(Room(8, 40, 40, 8))  # others on the same lists may need more
+    host = torch.zeros(room.num_ints, dtype=torch.int32)
+    plan = CapturedPlan(torch.zeros_like(host, device=device), room, **CAPTURED, **sizes)
+    plan.use(*plan.workspaces())
+    return plan, host
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_captured_plan_takes_one_batch_after_another(strategy, device):
+    plan, host = captured_plan(strategy, device)
+    lists = plan.counts.as_strided((plan.room.num_ints,), (1,))
+    replay = None
+    for batch in (MIXED, *BATCHES.values(), MIXED):
+        single = plan_for(strategy, batch, device)
+        q, k_cache, v_cache, out = tensors_for(single, batch, torch.bfloat16, device)
+        expected = attention_reference(q, k_cache, v_cache, *batch)
+        padding = torch.zeros(CAPTURED["num_tokens"] - len(q), *q.shape[1:]).to(q)
+        tensors = torch.cat([q, padding]), k_cache, v_cache, torch.cat([out, out[:1] + padding])
+        plan.write(host.numpy(), *batch)
+        lists.copy_(host)
+        if device == "cpu":
+            attention(strategy, *tensors, plan)
+            result = tensors[-1]
+        else:
+            if replay is None:
+                static, replay = tensors, torch.cuda.CUDAGraph()
+                attention(strategy, *static, plan)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(replay):
+                    attention(strategy, *static, plan)
+            for mine, given in zip(static, tensors, strict=True):
+                mine.copy_(given)
+            replay.replay()
+            result = static[-1]
+        assert_close(result[: len(q)], expected, batch, TOLERANCE[torch.bfloat16])
+        assert torch.isnan(result[len(q) :]).all(), "rows of no request stay as they were"
+        assert plan.counters.tolist() == [0] * NUM_COUNTERS
+
+
+def test_a_captured_plan_refuses_what_its_grid_cannot_hold(device):
+    plan, host = captured_plan("serial", device)
+    with pytest.raises(ValueError, match=r"200 tokens with .* exceed the plan's 72 with"):
+        plan.write(host.numpy(), [PrefillChunk(200, 300, slot=2)], [])
+    with pytest.raises(ValueError, match=r"the lists are .*, the plan needs"):
+        CapturedPlan(
+            plan.counts,
+            Room(1, 1, 1, 1),
+            **CAPTURED,
+            **{
+                name: getattr(plan, name)
+                for name in (
+                    *("num_q_heads", "num_kv_heads", "head_dim", "num_slots", "max_len"),
+                    *("num_sms", "config"),
+                )
+            },
+        )
 
 
 SPOIL = {
