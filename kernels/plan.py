@@ -360,7 +360,8 @@ class CapturedPlan(Plan):
         own = Room(*map(len, work.sections[1:]))
         if num_tokens > self.num_tokens or own.union(self.own) != self.own:
             raise ValueError(
-                f"{num_tokens} tokens with {own} exceed the plan's {self.num_tokens} with {self.own}"
+                f"{num_tokens} tokens with {own} exceed the plan's {self.num_tokens} "
+                f"with {self.own}"
             )
         _write_sections(host, work.sections, self.room.section_sizes)
 

@@ -52,7 +52,8 @@ class Cluster:
             self._receive(request)
 
     def _receive(self, request: Request) -> None:
-        reason = self._reason_to_refuse(request)
+        capacity = self.replicas[0].kv_cache.capacity
+        reason = reason_to_refuse(request, self.max_model_len, capacity)
         if reason:
             self.log.record_request(request, refused=reason)
             self._start_follow_up(request)
@@ -72,12 +73,13 @@ class Cluster:
         yield At(self.env, request.arrival_time, URGENT)
         self._receive(request)
 
-    def _reason_to_refuse(self, request: Request) -> str:
-        num_tokens = request.num_prompt_tokens + request.num_output_tokens
-        if num_tokens > self.max_model_len:
-            return f"longer than max_model_len ({self.max_model_len})"
-        # The last token is emitted, and its keys and values are never stored.
-        capacity = self.replicas[0].kv_cache.capacity
-        if num_tokens - 1 > capacity:
-            return f"longer than the KV cache ({capacity} tokens)"
-        return ""
+
+def reason_to_refuse(request: Request, max_model_len: int, kv_capacity: int) -> str:
+    """Why a request cannot be served by replicas of so many tokens of KV cache; "" if it can."""
+    num_tokens = request.num_prompt_tokens + request.num_output_tokens
+    if num_tokens > max_model_len:
+        return f"longer than max_model_len ({max_model_len})"
+    # The last token is emitted, and its keys and values are never stored.
+    if num_tokens - 1 > kv_capacity:
+        return f"longer than the KV cache ({kv_capacity} tokens)"
+    return ""

@@ -1,0 +1,208 @@
+"""A small serving engine: the simulator's scheduler and KV cache, real steps, a real clock.
+
+One replica in one process. Requests arrive at their trace's times, wait for the step under way, and
+are batched by the same scheduler object as in the simulator; a step is a forward pass on the GPU,
+and its tokens are stamped when they are on the host. Prompts are random tokens, sampling is greedy,
+and a request ends after the number of tokens that its trace says.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from podsim.batch import Batch, BatchShape
+from podsim.cluster import reason_to_refuse
+from podsim.event_log import EventLog, TokenGaps
+from podsim.kv_cache import PagedKVCache
+from podsim.request import Request
+from podsim.scheduler import Scheduler
+from podsim.step_inputs import StepInputs
+
+
+class Clock(Protocol):
+    """Seconds since serving began."""
+
+    def now(self) -> float: ...
+
+    def wait_until(self, time: float) -> None: ...
+
+
+class WallClock:
+    """The machine's own clock."""
+
+    SPIN = 0.002
+    """Seconds before a moment from which on it is waited for awake: sleep is not that exact."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def wait_until(self, time_: float) -> None:
+        if (ahead := time_ - self.now() - self.SPIN) > 0:
+            time.sleep(ahead)
+        while self.now() < time_:
+            pass
+
+
+class Forward(Protocol):
+    """Computes steps."""
+
+    def run(self, inputs: StepInputs) -> NDArray[np.int64]:
+        """The token that follows each sample row, once it is on the host."""
+
+
+@dataclass(slots=True)
+class Recording:
+    """What happened: the simulator's log, and more of each step and token."""
+
+    log: EventLog = field(default_factory=EventLog)
+    shapes: list[BatchShape] = field(default_factory=list)
+    """Of each step of the log."""
+    forward_seconds: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step: from its launch until its tokens were on the host."""
+    token_request: array[int] = field(default_factory=lambda: array("q"))
+    token_time: array[float] = field(default_factory=lambda: array("d"))
+    """Of each token that came out."""
+
+
+class Engine:
+    """Serves requests; see the module docstring.
+
+    `num_slots` is how many requests the forward pass has KV slots for, `vocab_size` where prompts
+    are drawn from, with `seed`.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        scheduler: Scheduler,
+        kv_cache: PagedKVCache,
+        *,
+        num_slots: int,
+        max_model_len: int,
+        vocab_size: int,
+        seed: int,
+        clock: Clock,
+    ) -> None:
+        self.forward = forward
+        self.scheduler = scheduler
+        self.kv_cache = kv_cache
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.clock = clock
+        self.recording = Recording()
+        self.gaps = TokenGaps(self.recording.log)
+        self._free_slots = list(range(num_slots))
+        self._slot: dict[Request, int] = {}
+        self._tokens: dict[Request, NDArray[np.int32]] = {}
+        """Prompt and emitted tokens of the requests that are not finished."""
+        self._coming: deque[Request] = deque()
+
+    def serve(self, requests: Iterable[Request]) -> Recording:
+        """Serve requests, in order of arrival, to their last token."""
+        self._coming = deque(requests)
+        now = self.clock.now()
+        while True:
+            self._receive_until(now)
+            batch = self.scheduler.schedule()
+            self._preempt(batch, now)
+            if batch:
+                now = self._take(batch, now)
+            elif self._coming:
+                self.clock.wait_until(self._coming[0].arrival_time)
+                now = self.clock.now()
+            else:
+                return self.recording
+
+    def _receive_until(self, time: float) -> None:
+        while self._coming and self._coming[0].arrival_time <= time:
+            self._receive(self._coming.popleft())
+
+    def _receive(self, request: Request) -> None:
+        reason = reason_to_refuse(request, self.max_model_len, self.kv_cache.capacity)
+        if reason:
+            self.recording.log.record_request(request, refused=reason)
+            return
+        request.replica = 0
+        rng = np.random.default_rng((self.seed, request.request_id))
+        tokens = np.zeros(request.num_prompt_tokens + request.num_output_tokens, np.int32)
+        prompt = rng.integers(self.vocab_size, size=request.num_prompt_tokens)
+        tokens[: request.num_prompt_tokens] = prompt
+        self._tokens[request] = tokens
+        self.scheduler.add(request)
+
+    def _preempt(self, batch: Batch, now: float) -> None:
+        for request, was_decoding in batch.preempted:
+            self.recording.log.record_preemption(request, now)
+            if was_decoding:
+                self.gaps.preempted(request)
+            self._free_slots.append(self._slot.pop(request))
+
+    # ---- a step
+
+    def _take(self, batch: Batch, start: float) -> float:
+        """Compute a batch that became due at `start`; when its tokens were there."""
+        for request, _ in batch.prefills:
+            if request not in self._slot:
+                self._slot[request] = self._free_slots.pop()
+            if request.scheduled_time < 0:
+                request.scheduled_time = start
+            elif request.num_preemptions:
+                self.recording.log.record_resumption(request, start)
+        decodes = self.scheduler.decodes.requests() if batch.num_decodes else []
+        inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot)
+        sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
+        launched = self.clock.now()
+        sampled = self.forward.run(inputs)
+        end = self.clock.now()
+        self._receive_until(end)
+        self._record_step(inputs.shape, start, launched, end)
+        for request, token in zip(sampled_for, sampled.tolist(), strict=True):
+            self._deliver(request, token, end)
+        self._book(batch, end)
+        return end
+
+    def _deliver(self, request: Request, token: int, time: float) -> None:
+        self._tokens[request][request.num_known_tokens] = token
+        self.recording.token_request.append(request.request_id)
+        self.recording.token_time.append(time)
+
+    def _record_step(self, shape: BatchShape, start: float, launched: float, end: float) -> None:
+        self.recording.shapes.append(shape)
+        self.recording.forward_seconds.append(end - launched)
+        self.recording.log.record_step(
+            (
+                *(0, start, end - start),
+                *(len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes),
+                *(shape.decode_context_sum, len(self.scheduler.waiting)),
+                *(len(self.scheduler.running), self.kv_cache.num_used_blocks),
+            )
+        )
+
+    def _book(self, batch: Batch, end: float) -> None:
+        completed = self.scheduler.complete(batch, 1)
+        if batch.num_decodes:
+            self.gaps.decoded([end], len(completed.finished_decodes))
+        for request in completed.finished_decodes:
+            self._finish(request, end)
+        for request in completed.emitted:
+            self.gaps.emitted(request, end, joins=not request.is_finished)
+            if request.is_finished:
+                self._finish(request, end)
+
+    def _finish(self, request: Request, end: float) -> None:
+        request.finish_time = end
+        self.recording.log.record_request(request)
+        self._free_slots.append(self._slot.pop(request))
+        del self._tokens[request]

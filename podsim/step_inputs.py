@@ -1,0 +1,69 @@
+"""What a forward pass needs of a batch, as arrays on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from podsim.batch import BatchShape, Chunk
+from podsim.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tokens of the prefill chunks, in order, then one of each decode."""
+
+    token_ids: NDArray[np.int32]
+    """[num_tokens]"""
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    """KV slot of each token."""
+    sample_rows: NDArray[np.int32]
+    """Tokens whose successors come out: the last of each completed prompt, and all decodes."""
+    chunks: Sequence[tuple[int, int, int]]
+    """num_tokens, context_len and slot of each prefill chunk."""
+    decodes: Sequence[tuple[int, int]]
+    """context_len and slot of each decode."""
+
+    @classmethod
+    def of(
+        cls,
+        chunks: Sequence[Chunk],
+        decodes: Sequence[Request],
+        tokens: Mapping[Request, NDArray[np.int32]],
+        slot: Mapping[Request, int],
+    ) -> StepInputs:
+        """Of requests whose prompt and emitted tokens, and KV slot, are given."""
+        ids, positions, slots, sample_rows, shapes = [], [], [], [], []
+        row = 0
+        for request, n in chunks:
+            first = request.num_computed_tokens
+            ids.append(tokens[request][first : first + n])
+            positions.append(np.arange(first, first + n, dtype=np.int32))
+            slots.append(np.full(n, slot[request], np.int32))
+            shapes.append((n, first + n, slot[request]))
+            row += n
+            if n == request.num_uncomputed_tokens:
+                sample_rows.append(row - 1)
+        computed = [request.num_computed_tokens for request in decodes]
+        own_slots = [slot[request] for request in decodes]
+        latest = [tokens[r][c] for r, c in zip(decodes, computed, strict=True)]
+        sample_rows += range(row, row + len(decodes))
+        return cls(
+            np.concatenate([*ids, np.array(latest, np.int32)]),
+            np.concatenate([*positions, np.array(computed, np.int32)]),
+            np.concatenate([*slots, np.array(own_slots, np.int32)]),
+            np.array(sample_rows, np.int32),
+            shapes,
+            [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)],
+        )
+
+    @property
+    def shape(self) -> BatchShape:
+        """What the step costs depends on it."""
+        chunks = [(num_tokens, context_len) for num_tokens, context_len, _ in self.chunks]
+        contexts = [context_len for context_len, _ in self.decodes]
+        return BatchShape.of(chunks, contexts)._replace(num_sampled=len(self.sample_rows))

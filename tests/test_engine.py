@@ -1,0 +1,154 @@
+"""The engine's loop with a clock and a forward pass that are made up: it serves as is simulated."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from podsim.batch import BatchShape
+from podsim.config import Deployment
+from podsim.decode_group import ListedDecodes
+from podsim.engine import Engine
+from podsim.graph_sizes import graph_size, graph_sizes
+from podsim.kv_cache import PagedKVCache
+from podsim.request import Request
+from podsim.scheduler import SCHEDULERS
+from podsim.simulation import simulate
+from podsim.workload import Trace
+
+
+class LengthLatency:
+    """A step's time depends on every length of its batch."""
+
+    def step_time(self, shape: BatchShape) -> float:
+        chunks = sum(chunk.num_tokens * chunk.context_len for chunk in shape.prefills)
+        return (
+            0.005
+            + 1e-5 * shape.num_tokens
+            + 1e-8 * (chunks + shape.decode_context_sum)
+            + 1e-6 * shape.decode_context_max
+            + 1e-4 * shape.num_sampled
+        )
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def wait_until(self, time: float) -> None:
+        self.time = time
+
+
+class MadeUpForward:
+    """Lets the step's time pass; the next token is a function of the latest and its position."""
+
+    def __init__(self, clock: ManualClock, num_slots: int) -> None:
+        self.clock = clock
+        self.cache = np.full((num_slots, 4096), -1)
+        self.served: dict[int, list[int]] = {}
+
+    def run(self, inputs):
+        self.clock.time += LengthLatency().step_time(inputs.shape)
+        self.cache[inputs.slots, inputs.positions] = inputs.token_ids
+        lengths = [(n, context, slot) for n, context, slot in inputs.chunks]
+        lengths += [(1, context, slot) for context, slot in inputs.decodes]
+        starts = np.cumsum([0, *(n for n, _, _ in lengths)])
+        out = []
+        for start, (n, context, slot) in zip(starts, lengths, strict=False):
+            if start + n - 1 in inputs.sample_rows:
+                known = self.cache[slot, :context]
+                assert (known >= 0).all(), "every token before this one has been computed"
+                out.append(int(known.sum() * 31 + context) % 1000)
+            self.cache[slot, context:] = -1  # nothing of an earlier request is left to be read
+        return np.array(out, np.int64)
+
+
+def random_trace(seed: int, num_requests: int = 60) -> Trace:
+    rng = np.random.default_rng(seed)
+    return Trace.of(
+        *zip(
+            np.cumsum(rng.exponential(0.05, num_requests)).tolist(),
+            rng.integers(1, 300, num_requests).tolist(),
+            rng.integers(1, 60, num_requests).tolist(),
+            strict=True,
+        )
+    )
+
+
+def serve(trace: Trace, deployment: Deployment, num_blocks: int):
+    clock = ManualClock()
+    kv_cache = PagedKVCache(num_blocks, deployment.block_size)
+    latency = LengthLatency()
+    scheduler = SCHEDULERS[deployment.scheduler](
+        kv_cache, deployment, ListedDecodes(kv_cache.block_size), latency.step_time
+    )
+    forward = MadeUpForward(clock, deployment.max_num_seqs)
+    engine = Engine(
+        forward,
+        scheduler,
+        kv_cache,
+        num_slots=deployment.max_num_seqs,
+        max_model_len=deployment.max_model_len,
+        vocab_size=1000,
+        seed=0,
+        clock=clock,
+    )
+    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
+    requests = [
+        Request(i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+    ]
+    return engine.serve(requests)
+
+
+@pytest.mark.parametrize("num_blocks", [40, 400], ids=["preempting", "roomy"])
+@pytest.mark.parametrize("scheduler", ["sarathi", "vllm-v1", "vllm-v0"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_engine_serves_as_the_simulator_does(seed, scheduler, num_blocks):
+    deployment = Deployment(
+        scheduler=scheduler,
+        token_budget=400,
+        max_num_seqs=16,
+        max_model_len=400,
+        num_blocks=num_blocks,
+        block_size=16,
+    )
+    trace = random_trace(seed)
+    recording = serve(trace, deployment, num_blocks)
+    result = simulate(trace, deployment, latency_model=LengthLatency(), step_by_step=True)
+    for name in ("requests", "steps"):
+        engine, simulated = getattr(recording.log, name), getattr(result.log, name)
+        pd.testing.assert_frame_equal(pd.DataFrame(engine), pd.DataFrame(simulated))
+    assert sorted(recording.log.gap_duration) == sorted(result.log.gap_duration)
+    if num_blocks == 40:
+        assert len(recording.log.preempted_id)
+    tokens = (
+        pd.Series(recording.token_time)
+        .groupby(list(recording.token_request))
+        .agg(["size", "first", "last"])
+    )
+    assert tokens["size"].tolist() == trace.num_output_tokens.tolist()
+    requests = result.requests
+    assert tokens["first"].tolist() == requests["first_token_time"].tolist()
+    assert tokens["last"].tolist() == requests["finish_time"].tolist()
+
+
+def test_a_request_that_cannot_be_served_is_refused():
+    trace = Trace.of((0.0, 10, 2), (0.0, 300, 200))
+    deployment = Deployment(token_budget=64, max_num_seqs=4, max_model_len=400)
+    recording = serve(trace, deployment, 100)
+    assert recording.log.refused == {1: "longer than max_model_len (400)"}
+    assert list(recording.token_request) == [0, 0]
+
+
+def test_graph_sizes_cover_every_number_of_tokens():
+    sizes = graph_sizes(1500)
+    assert sizes[:4] == [8, 16, 24, 32]
+    assert sizes[-1] == graph_size(1500) == 1536
+    for n in range(1, 1501):
+        assert graph_size(n) == min(size for size in sizes if size >= n)
+        assert graph_size(n) <= max(n + 7, n * 17 / 16 + 8)
+    assert graph_size(0) == 0
