@@ -73,6 +73,12 @@ class Deployment:
     host_overhead: float = _option(
         0.0, "Seconds of host work that each step waits for, added to the GPU's time."
     )
+    host_overhead_per_request: float = _option(
+        0.0, "The part of the host's work that grows with the requests of a step, in seconds each."
+    )
+    graph_padding: bool = _option(
+        False, "Pad the tokens of each step to the next size of CUDA graph, as engines do."
+    )
     watermark: float = _option(
         0.01, "Share of the KV blocks that admission leaves free for running requests to grow."
     )
@@ -89,7 +95,8 @@ class Deployment:
             _check(value is None or value >= 1, name, value, "at least 1")
         utilization = self.gpu_memory_utilization
         _check(0 < utilization <= 1, "gpu_memory_utilization", utilization, "over 0, at most 1")
-        _check(self.host_overhead >= 0, "host_overhead", self.host_overhead, "at least 0")
+        for name in ("host_overhead", "host_overhead_per_request"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _check(self.router_seed >= 0, "router_seed", self.router_seed, "at least 0")
         target = self.tbt_target
         _check(target is None or target > 0, "tbt_target", target, "over 0")

@@ -57,6 +57,9 @@ class WallClock:
 class Forward(Protocol):
     """Computes steps."""
 
+    gpu_seconds: float
+    """Of the latest step: from its first to its last operation on the GPU."""
+
     def run(self, inputs: StepInputs) -> NDArray[np.int64]:
         """The token that follows each sample row, once it is on the host."""
 
@@ -68,8 +71,8 @@ class Recording:
     log: EventLog = field(default_factory=EventLog)
     shapes: list[BatchShape] = field(default_factory=list)
     """Of each step of the log."""
-    forward_seconds: array[float] = field(default_factory=lambda: array("d"))
-    """Of each step: from its launch until its tokens were on the host."""
+    gpu_seconds: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step: what the GPU took; the rest of its duration it waited for the host."""
     token_request: array[int] = field(default_factory=lambda: array("q"))
     token_time: array[float] = field(default_factory=lambda: array("d"))
     """Of each token that came out."""
@@ -163,11 +166,10 @@ class Engine:
         decodes = self.scheduler.decodes.requests() if batch.num_decodes else []
         inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot)
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
-        launched = self.clock.now()
         sampled = self.forward.run(inputs)
         end = self.clock.now()
         self._receive_until(end)
-        self._record_step(inputs.shape, start, launched, end)
+        self._record_step(inputs.shape, start, end)
         for request, token in zip(sampled_for, sampled.tolist(), strict=True):
             self._deliver(request, token, end)
         self._book(batch, end)
@@ -178,9 +180,9 @@ class Engine:
         self.recording.token_request.append(request.request_id)
         self.recording.token_time.append(time)
 
-    def _record_step(self, shape: BatchShape, start: float, launched: float, end: float) -> None:
+    def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
         self.recording.shapes.append(shape)
-        self.recording.forward_seconds.append(end - launched)
+        self.recording.gpu_seconds.append(self.forward.gpu_seconds)
         self.recording.log.record_step(
             (
                 *(0, start, end - start),

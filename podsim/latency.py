@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from podsim.attention_model import AttentionModel, Geometry
 from podsim.batch import BatchShape
+from podsim.graph_sizes import graph_size
 from podsim.model import Model
 from podsim.profile import Profile
 
@@ -113,8 +114,9 @@ class Hull(NamedTuple):
 class ProfiledLatency:
     """The sum over a step's operations of their measured, interpolated or fitted times.
 
-    It also counts how much of the time it predicted lies outside the measured range. `scale`
-    multiplies every step.
+    It also counts how much of the time it predicted lies outside the measured range. A step waits
+    for `host_overhead` and `host_per_request` of each of its requests, in seconds; with
+    `graph_padding` it computes as many tokens as the next CUDA graph has; `scale` multiplies it.
     """
 
     def __init__(
@@ -124,18 +126,22 @@ class ProfiledLatency:
         strategy: str,
         host_overhead: float = 0.0,
         scale: float = 1.0,
+        *,
+        host_per_request: float = 0.0,
+        graph_padding: bool = False,
     ) -> None:
         self.profile = profile
         self.strategy = strategy
+        self.host_per_request = host_per_request
         self.scale = scale
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
         self.attention = AttentionModel(
             Geometry.of(model, profile.attention["geometry"]), profile.attention["coefficients"]
         )
-        self._layer_time = _Table(profile, LAYER_OPS)
-        self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1))
-        self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1))
+        self._layer_time = _Table(profile, LAYER_OPS, graph_padding)
+        self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
+        self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._hull = Hull(**profile.hull)
         self.seconds_predicted = 0.0
         self.seconds_outside = 0.0
@@ -155,8 +161,11 @@ class ProfiledLatency:
             self.num_layers * self._layer_time.at(num_tokens),
             self._token_time.at(num_tokens)
             + self._sampled_time.at(shape.num_sampled)
-            + self.step_overhead,
+            + self._host_time(shape.num_decodes + len(shape.prefills)),
         )
+
+    def _host_time(self, num_requests: int) -> float:
+        return self.step_overhead + self.host_per_request * num_requests
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
@@ -168,7 +177,7 @@ class ProfiledLatency:
         longest = shape.decode_context_max + steps
         attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
         layers = self.num_layers * self._layer_time.at(n)
-        once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
+        once = self._token_time.at(n) + self._sampled_time.at(n) + self._host_time(n)
         seconds = (attention + layers + once) * self.scale
         self.seconds_predicted += float(seconds.sum())
         last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
@@ -235,10 +244,15 @@ class _Table:
     Beyond the last measured point, with the rate between it and the point of half its tokens.
     """
 
-    def __init__(self, profile: Profile, counts: Mapping[str, int]) -> None:
+    def __init__(
+        self, profile: Profile, counts: Mapping[str, int], graph_padding: bool = False
+    ) -> None:
         tables = [(profile.ops[name], count) for name, count in counts.items()]
         self._measured = min(int(table["num_tokens"][-1]) for table, _ in tables)
         num_tokens = np.arange(self._measured + 1)
+        if graph_padding:
+            padded = [graph_size(n) for n in range(self._measured + 1)]
+            num_tokens = np.minimum(padded, self._measured)
         seconds = sum(count * op_seconds(table, num_tokens) for table, count in tables)
         self._seconds: list[float] = np.asarray(seconds).tolist()
         self._seconds[0] = 0.0

@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from podsim.errors import InputError
 from podsim.graph_sizes import graph_size, graph_sizes
@@ -108,7 +109,7 @@ class Inputs:
     def fill(
         self, step: StepInputs, plan: CapturedPlan, num_tokens: int, padding_slot: int
     ) -> None:
-        """Copy a step to the device, padded to `num_tokens`."""
+        """Put a step into the host's block, padded to `num_tokens`."""
         token_ids, positions, slots, sample_rows, lists = self._host_parts
         n, m = len(step.token_ids), len(step.sample_rows)
         token_ids[:n], token_ids[n:num_tokens] = step.token_ids, 0
@@ -117,7 +118,6 @@ class Inputs:
         sample_rows[:m], sample_rows[m:] = step.sample_rows, 0
         chunks = [PrefillChunk(*chunk) for chunk in step.chunks]
         plan.write(lists, chunks, [Decode(*decode) for decode in step.decodes])
-        self.device.copy_(self.host, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -160,6 +160,7 @@ class Llama:
         self.max_requests = max_requests
         self.max_len = max_len
         self.device = weights.embedding.device
+        self.gpu_seconds = 0.0
         self._plan_sizes = {
             "num_q_heads": model.num_q_heads,
             "num_kv_heads": model.num_kv_heads,
@@ -255,13 +256,20 @@ class Llama:
 
     # ---- a step
 
-    def run(self, step: StepInputs) -> np.ndarray:
-        """Compute a step; the token that follows each of its sample rows. Waits for the GPU."""
-        self.launch(step)
-        return self.result(step)
+    def run(self, step: StepInputs) -> NDArray[np.int64]:
+        """Compute a step; the token that follows each of its sample rows, once on the host."""
+        if self.device.type != "cuda":
+            self._launch(step)
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._launch(step, before=start.record)
+            end.record()
+            end.synchronize()
+            self.gpu_seconds = start.elapsed_time(end) / 1000
+        return self.sampled_host[: len(step.sample_rows)].numpy()
 
-    def launch(self, step: StepInputs) -> None:
-        """Queue a step on the current stream."""
+    def _launch(self, step: StepInputs, before: Callable[[], None] = lambda: None) -> None:
+        """Queue a step on the current stream; `before` is called when its inputs are complete."""
         if len(step.token_ids) > self.max_tokens:
             raise InputError(
                 f"a step of {len(step.token_ids)} tokens, but this model was set up for at most "
@@ -270,17 +278,13 @@ class Llama:
         size = graph_size(len(step.token_ids))
         plan, layers = self._step(step, size)
         self.inputs.fill(step, plan, size, self.max_requests)
+        before()
+        self.inputs.device.copy_(self.inputs.host, non_blocking=True)
         layers.run()
         num_sampled = graph_size(len(step.sample_rows))
         if num_sampled:
             self._heads[num_sampled].run()
             self.sampled_host[:num_sampled].copy_(self.sampled[:num_sampled], non_blocking=True)
-
-    def result(self, step: StepInputs) -> np.ndarray:
-        """The tokens of the step that was launched last, once they are on the host."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return self.sampled_host[: len(step.sample_rows)].numpy()
 
     def _step(self, step: StepInputs, size: int) -> tuple[CapturedPlan, _Captured]:
         kind = MIXED if step.chunks and step.decodes else PREFILL if step.chunks else DECODE

@@ -222,7 +222,14 @@ def latency_model_for(deployment: Deployment, model: Model) -> ProfiledLatency:
     profile = find_profile(
         deployment.gpu, model, Path(deployment.profile) if deployment.profile else None
     )
-    return ProfiledLatency(profile, model, deployment.attention, deployment.host_overhead)
+    return ProfiledLatency(
+        profile,
+        model,
+        deployment.attention,
+        deployment.host_overhead,
+        host_per_request=deployment.host_overhead_per_request,
+        graph_padding=deployment.graph_padding,
+    )
 
 
 def workload_trace(workload: Workload) -> Trace:

@@ -52,7 +52,8 @@ class MadeUpForward:
         self.served: dict[int, list[int]] = {}
 
     def run(self, inputs):
-        self.clock.time += LengthLatency().step_time(inputs.shape)
+        self.gpu_seconds = LengthLatency().step_time(inputs.shape)
+        self.clock.time += self.gpu_seconds
         self.cache[inputs.slots, inputs.positions] = inputs.token_ids
         lengths = [(n, context, slot) for n, context, slot in inputs.chunks]
         lengths += [(1, context, slot) for context, slot in inputs.decodes]

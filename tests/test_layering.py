@@ -24,7 +24,16 @@ LAYERS = [
     {"pareto", "sweep_plan", "sweep_point", "sweep_journal", "sweep_table", "sweep"},
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure"},
     {"report_charts", "report_html", "report", "capacity_report"},
-    {"command_options", "measure", "llama", "trace_command", "search_command", "doctor", "cli"},
+    {
+        "command_options",
+        "measure",
+        "llama",
+        "serving",
+        "trace_command",
+        "search_command",
+        "doctor",
+        "cli",
+    },
     {"__init__", "__main__"},
 ]
 

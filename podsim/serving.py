@@ -1,0 +1,164 @@
+"""Serve a trace on this machine's GPU: sets up the engine, and measures the host's own time."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from podsim.config import Deployment
+from podsim.decode_group import ListedDecodes
+from podsim.engine import Engine, Recording, WallClock
+from podsim.errors import InputError
+from podsim.hardware import gpu_named
+from podsim.kv_cache import PagedKVCache, num_blocks_for
+from podsim.llama import Llama, random_weights
+from podsim.measure import provenance, require_gpu
+from podsim.model import model_named
+from podsim.request import Request
+from podsim.scheduler import SCHEDULERS, StepTime
+from podsim.workload import Trace
+
+HOST_STEPS = 48
+"""Decode steps of each batch size by which the host's time is measured."""
+KV_STEP = 64
+"""KV slots hold a multiple of so many tokens."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many of how many are."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """Seconds of a step in which the GPU waits for the host: fixed, and for each request."""
+
+    fixed: float
+    per_request: float
+    rows: Sequence[tuple[int, float]]
+    """What it was fitted to: requests of a step, seconds."""
+
+    @classmethod
+    def fit(cls, rows: Sequence[tuple[int, float]]) -> HostTime:
+        """A line through the measured points, neither part below 0."""
+        requests, seconds = np.array(rows, dtype=np.float64).T
+        slope = np.polyfit(requests, seconds, 1)[0]
+        slope = max(float(slope), 0.0)
+        return cls(max(float(np.median(seconds - slope * requests)), 0.0), slope, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A trace that was served."""
+
+    recording: Recording
+    host_time: HostTime
+    num_blocks: int
+    provenance: dict[str, object]
+
+
+class Server:
+    """A model on this machine's GPU, ready to serve traces under one deployment.
+
+    KV slots hold `max_len` tokens. Raises InputError if the GPU is not the deployment's, if the
+    deployment is one that the engine cannot be, or if the KV cache does not fit.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        max_len: int,
+        on_progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        _require_servable(deployment)
+        self.deployment = deployment
+        self.model = model_named(deployment.model)
+        gpu = gpu_named(deployment.gpu)
+        require_gpu(gpu)
+        self.num_blocks = num_blocks_for(deployment, self.model, gpu)
+        self.max_model_len = deployment.max_model_len or self.model.max_model_len
+        self.llama = Llama(
+            self.model,
+            random_weights(self.model, seed=0, device="cuda"),
+            attention=deployment.attention,
+            max_tokens=deployment.token_budget,
+            max_requests=deployment.max_num_seqs,
+            max_len=-(-min(max_len, self.max_model_len) // KV_STEP) * KV_STEP,
+            num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
+        )
+        self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
+        self.host_time = self._measure_host_time(on_progress)
+
+    def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
+        """Serve a trace from its first arrival to its last token, in real time."""
+        engine = self._engine(step_time, seed)
+        gc.collect()
+        gc.disable()  # a collection would hold up a step
+        try:
+            recording = engine.serve(_requests(trace))
+        finally:
+            gc.enable()
+        return Served(recording, self.host_time, self.num_blocks, provenance(self.model))
+
+    def _engine(self, step_time: StepTime, seed: int) -> Engine:
+        kv_cache = PagedKVCache(self.num_blocks, self.deployment.block_size)
+        scheduler = SCHEDULERS[self.deployment.scheduler](
+            kv_cache, self.deployment, ListedDecodes(kv_cache.block_size), step_time
+        )
+        return Engine(
+            self.llama,
+            scheduler,
+            kv_cache,
+            num_slots=self.deployment.max_num_seqs,
+            max_model_len=self.max_model_len,
+            vocab_size=self.model.vocab_size,
+            seed=seed,
+            clock=WallClock(),
+        )
+
+    def _measure_host_time(self, on_progress: Progress) -> HostTime:
+        """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
+        most = self.deployment.max_num_seqs
+        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
+        prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
+        rows = []
+        for done, size in enumerate(sizes):
+            on_progress("measuring host time", done, len(sizes))
+            engine = self._engine(lambda shape: 0.0, seed=1)
+            recording = engine.serve(Request(i, 0.0, prompt, HOST_STEPS) for i in range(size))
+            waits = [
+                duration - gpu
+                for shape, duration, gpu in zip(
+                    recording.shapes,
+                    recording.log.steps["duration"],
+                    recording.gpu_seconds,
+                    strict=True,
+                )
+                if shape.num_decodes == size and not shape.prefills
+            ]
+            rows.append((size, statistics.median(waits)))
+        on_progress("measuring host time", len(sizes), len(sizes))
+        return HostTime.fit(rows)
+
+
+def _require_servable(deployment: Deployment) -> None:
+    for name, value in (("replicas", 1), ("prefix_caching", False)):
+        if getattr(deployment, name) != value:
+            raise InputError(
+                f"the engine serves with {name} {value!r}, not {getattr(deployment, name)!r}"
+            )
+
+
+def _requests(trace: Trace) -> Iterable[Request]:
+    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
+    for request_id, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        arrival, prompt, output = row
+        yield Request(request_id, arrival, prompt, output)
+
+
+def longest(trace: Trace) -> int:
+    """Tokens of the longest request."""
+    return int((trace.num_prompt_tokens + trace.num_output_tokens).max())
