@@ -31,6 +31,7 @@ from podsim.request_records import AIPERF_FILE
 from podsim.search_command import capacity_command, sweep_command
 from podsim.simulation import Result, simulate, simulate_with_error_bars, workload_trace
 from podsim.trace_command import trace_app
+from podsim.validate_command import validate_command
 from podsim.variants import variants_of
 from podsim.workload import Trace
 
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(trace_app, name="trace")
 app.command("capacity")(capacity_command)
 app.command("sweep")(sweep_command)
+app.command("validate")(validate_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 

@@ -74,8 +74,8 @@ class Recording:
     gpu_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Of each step: what the GPU took; the rest of its duration it waited for the host."""
     token_request: array[int] = field(default_factory=lambda: array("q"))
-    token_time: array[float] = field(default_factory=lambda: array("d"))
-    """Of each token that came out."""
+    token_step: array[int] = field(default_factory=lambda: array("q"))
+    """Of each token that came out: whose it is, and at the end of which step."""
 
 
 class Engine:
@@ -171,14 +171,14 @@ class Engine:
         self._receive_until(end)
         self._record_step(inputs.shape, start, end)
         for request, token in zip(sampled_for, sampled.tolist(), strict=True):
-            self._deliver(request, token, end)
+            self._deliver(request, token)
         self._book(batch, end)
         return end
 
-    def _deliver(self, request: Request, token: int, time: float) -> None:
+    def _deliver(self, request: Request, token: int) -> None:
         self._tokens[request][request.num_known_tokens] = token
         self.recording.token_request.append(request.request_id)
-        self.recording.token_time.append(time)
+        self.recording.token_step.append(len(self.recording.shapes) - 1)
 
     def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
         self.recording.shapes.append(shape)

@@ -341,5 +341,7 @@ class Llama:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 part.launch()
+            graph.replay()  # the first replay uploads the graph, which takes a while
             part.graph = graph
+        torch.cuda.synchronize()
         on_progress(len(parts), len(parts))

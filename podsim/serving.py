@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -45,8 +45,7 @@ class HostTime:
     def fit(cls, rows: Sequence[tuple[int, float]]) -> HostTime:
         """A line through the measured points, neither part below 0."""
         requests, seconds = np.array(rows, dtype=np.float64).T
-        slope = np.polyfit(requests, seconds, 1)[0]
-        slope = max(float(slope), 0.0)
+        slope = max(float(np.polyfit(requests, seconds, 1)[0]), 0.0)
         return cls(max(float(np.median(seconds - slope * requests)), 0.0), slope, rows)
 
 
@@ -57,7 +56,16 @@ class Served:
     recording: Recording
     host_time: HostTime
     num_blocks: int
-    provenance: dict[str, object]
+    machine: dict[str, object]
+
+    def engine(self, more: dict[str, object]) -> dict[str, object]:
+        """What a recording says of the engine."""
+        return {
+            **self.machine,
+            "host_time": asdict(self.host_time),
+            "num_blocks": self.num_blocks,
+            **more,
+        }
 
 
 class Server:
@@ -125,8 +133,8 @@ class Server:
         sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
         rows = []
-        for done, size in enumerate(sizes):
-            on_progress("measuring host time", done, len(sizes))
+        for done, size in enumerate([most, *sizes]):
+            on_progress("measuring host time", done, len(sizes) + 1)
             engine = self._engine(lambda shape: 0.0, seed=1)
             recording = engine.serve(Request(i, 0.0, prompt, HOST_STEPS) for i in range(size))
             waits = [
@@ -139,8 +147,9 @@ class Server:
                 )
                 if shape.num_decodes == size and not shape.prefills
             ]
-            rows.append((size, statistics.median(waits)))
-        on_progress("measuring host time", len(sizes), len(sizes))
+            if done:  # the first batch only warms up
+                rows.append((size, statistics.median(waits)))
+        on_progress("measuring host time", len(sizes) + 1, len(sizes) + 1)
         return HostTime.fit(rows)
 
 

@@ -1,0 +1,212 @@
+"""`podsim validate`: serve a trace on the GPU, simulate the same, and print both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from podsim import config, report, terminal
+from podsim.command_options import (
+    ConfigOption,
+    JsonOption,
+    OutOption,
+    TraceArgument,
+    given_options,
+    with_options,
+)
+from podsim.config import Deployment, Workload
+from podsim.errors import InputError
+from podsim.model import model_named
+from podsim.simulation import latency_model_for, workload_trace
+from podsim.validation import ENGINE_FILE, LATENCIES, Comparison, Recorded, compare, read_recording
+from podsim.validation_figure import plot_comparison
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+messages = Console(stderr=True)
+
+FromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        help="Compare what this folder's run recorded with what is simulated now; needs no GPU.",
+    ),
+]
+
+
+@with_options(lists=False)
+def validate_command(
+    trace: TraceArgument = None,
+    recording: FromOption = None,
+    config_file: ConfigOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Serve a trace with real forward passes on this machine's GPU, and compare the simulation.
+
+    The engine runs the same scheduler on the same kernels, with random weights. It records every
+    step and token; the simulator then serves the same arrivals. Needs torch, triton and the GPU,
+    or a recorded run with --from.
+    """
+    given = given_options(trace, config_file, options)
+    if recording is not None and given:
+        raise InputError(f"--from takes what was recorded: leave out {', '.join(sorted(given))}")
+    with ExitStack() as stack:
+        folder = None
+        if out is not None:
+            folder = stack.enter_context(report.result_folder(out, made_by=ENGINE_FILE))
+        recorded = _record(given) if recording is None else read_recording(recording)
+        comparison = compare(recorded)
+        if folder is not None:
+            save(comparison, folder)
+    if as_json:
+        typer.echo(report.to_json(description(comparison)), nl=False)
+        return
+    console.print(headline_table(comparison))
+    console.print(step_table(comparison))
+    console.print("\n".join(_lines(comparison)), highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+def save(comparison: Comparison, folder: Path) -> None:
+    """Write the recording, and what it was compared with."""
+    comparison.recorded.save(folder)
+    comparison.headline().to_csv(folder / "comparison.csv", float_format="%.9g")
+    comparison.steps().to_csv(folder / "step_errors.csv", float_format="%.6g")
+    comparison.requests().to_csv(folder / "request_pairs.csv", index=False, float_format="%.9f")
+    (folder / "comparison.json").write_text(
+        report.to_json(description(comparison)), encoding="utf-8"
+    )
+    with (folder / "comparison.png").open("wb") as file:
+        plot_comparison(comparison, file)
+
+
+def description(comparison: Comparison) -> dict[str, object]:
+    """Everything that the tables show, and what it was measured on."""
+    return {
+        "name": comparison.recorded.name,
+        "engine": dict(comparison.recorded.engine),
+        "metrics": comparison.headline().to_dict(orient="index"),
+        "steps": comparison.steps().to_dict(orient="index"),
+    }
+
+
+def _record(given: dict[str, object]) -> Recorded:
+    workload = config.options_from(Workload, given)
+    deployment = config.options_from(Deployment, given)
+    for name in ("host_overhead", "host_overhead_per_request", "graph_padding"):
+        if name in given:
+            raise InputError(f"{name} is the engine's own here: it is measured")
+    latency_model = latency_model_for(deployment, model_named(deployment.model))
+    trace = workload_trace(workload)
+    try:
+        from podsim import serving
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"podsim validate needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine, "
+            "or compare a recorded run with --from FOLDER"
+        ) from None
+    with _progress() as told:
+        server = serving.Server(deployment, serving.longest(trace), told)
+    with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
+        served = server.serve(trace, latency_model.step_time, workload.seed)
+    name = f"{trace.name}, {trace.qps:.2f} req/s, {deployment.attention} attention"
+    return Recorded.of(served.recording, deployment, served.engine(_command(given)), name)
+
+
+def _command(given: dict[str, object]) -> dict[str, object]:
+    return {"date": datetime.now(UTC).date().isoformat(), "options": given}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=messages) as progress:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield told
+
+
+# --------------------------------------------------------------------------------- terminal
+
+
+def headline_table(comparison: Comparison) -> Table:
+    """Each metric measured and simulated."""
+    title = f"{comparison.recorded.name}: {len(comparison.recorded.requests)} requests"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("", "measured", "simulated", "difference", "error bars"):
+        table.add_column(column, justify="left" if not column else "right")
+    headline = comparison.headline()
+    for name, row in headline.iterrows():
+        text = _seconds if str(name).rsplit("_p", 1)[0] in LATENCIES else _number
+        interval = "" if pd.isna(row["low"]) else f"{text(row['low'])} to {text(row['high'])}"
+        error = "" if pd.isna(row["error"]) else f"{row['error']:+.1%}"
+        label = str(name).replace("_p", " P").replace("_", " ")
+        cells = (label, text(row["measured"]), text(row["simulated"]), error, interval)
+        table.add_row(*cells)
+    return table
+
+
+def _seconds(value: float) -> str:
+    return terminal.format_seconds(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}"
+
+
+def step_table(comparison: Comparison) -> Table:
+    """How far single steps are predicted."""
+    table = Table(
+        title="Steps, predicted from their composition",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("", "steps", "seconds", "median error", "P90", "bias", "all together"):
+        table.add_column(column, justify="left" if not column else "right")
+    for kind, row in comparison.steps().iterrows():
+        table.add_row(
+            str(kind),
+            f"{row['steps']:,.0f}",
+            f"{row['seconds']:,.1f}",
+            f"{row['median']:.1%}",
+            f"{row['p90']:.1%}",
+            f"{row['bias']:+.1%}",
+            f"{row['total']:+.1%}",
+        )
+    return table
+
+
+def _lines(comparison: Comparison) -> list[str]:
+    engine = comparison.recorded.engine
+    host = engine["host_time"]
+    return [
+        f"Engine       {engine['device_name']}, driver {engine['driver']}, torch "
+        f"{engine['torch']}, triton {engine['triton']}, {engine['date']}",
+        f"Host time    {host['fixed'] * 1e6:.0f} us a step and "
+        f"{host['per_request'] * 1e6:.2f} us a request",
+        *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
+    ]

@@ -1,0 +1,288 @@
+"""How far a simulation is from what an engine did on a GPU: step by step, request by request.
+
+A recording is a folder: what was served (requests.csv), each step's composition and seconds
+(steps.csv.gz), when each token came out (tokens.csv.gz), the deployment (config.toml) and the
+machine (engine.json). It holds all that a later simulation is compared by; no GPU is needed then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from podsim import config, metrics
+from podsim.batch import BatchShape, PrefillShape
+from podsim.config import Deployment
+from podsim.engine import Recording
+from podsim.errors import InputError
+from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
+from podsim.latency import LatencyModel
+from podsim.points import AttentionPoint
+from podsim.simulation import Result, simulate, simulate_with_error_bars
+from podsim.workload import Trace
+
+SCHEMA_VERSION = 1
+ENGINE_FILE = "engine.json"
+REQUESTS_FILE, STEPS_FILE, TOKENS_FILE = "requests.csv", "steps.csv.gz", "tokens.csv.gz"
+CONFIG_FILE = "config.toml"
+COLUMNS = {
+    REQUESTS_FILE: (*REQUEST_COLUMNS, "refused", "queue_time", "ttft", "e2e_latency", "tpot"),
+    STEPS_FILE: (*STEP_COLUMNS, "prefills", "decode_context_max", "num_sampled", "gpu_seconds"),
+    TOKENS_FILE: ("request_id", "step"),
+}
+
+STEP_KINDS = ("decode", "mixed", "prefill", "all")
+LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e_latency": "End-to-end latency"}
+THROUGHPUTS = {"request_throughput": "Requests/s", "output_throughput": "Output tokens/s"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """A recording. Tables in seconds and tokens."""
+
+    name: str
+    deployment: Deployment
+    """As it was served, the host's measured time and the padding of graphs included."""
+    requests: pd.DataFrame
+    """`metrics.request_table` of the engine."""
+    steps: pd.DataFrame
+    """`metrics.step_table`, then prefills, decode_context_max, num_sampled and gpu_seconds."""
+    tokens: pd.DataFrame
+    """request_id of each token that came out, in order, and the index of the step it ended."""
+    engine: Mapping[str, Any]
+    """Machine, versions and host time."""
+
+    @classmethod
+    def of(
+        cls,
+        recording: Recording,
+        deployment: Deployment,
+        engine: Mapping[str, Any],
+        name: str,
+    ) -> Recorded:
+        """What an engine has served under a deployment."""
+        host = engine["host_time"]
+        served = dataclasses.replace(
+            deployment,
+            graph_padding=True,
+            host_overhead=host["fixed"],
+            host_overhead_per_request=host["per_request"],
+            num_blocks=engine["num_blocks"],
+        )
+        steps = metrics.step_table(recording.log)
+        shapes = recording.shapes
+        steps["prefills"] = [AttentionPoint(s.prefills, (), "").prefills_text for s in shapes]
+        steps["decode_context_max"] = [shape.decode_context_max for shape in shapes]
+        steps["num_sampled"] = [shape.num_sampled for shape in shapes]
+        steps["gpu_seconds"] = np.asarray(recording.gpu_seconds)
+        tokens = pd.DataFrame(
+            {
+                "request_id": np.asarray(recording.token_request),
+                "step": np.asarray(recording.token_step),
+            }
+        )
+        requests = metrics.request_table(recording.log)
+        return cls(name, served, requests, steps, tokens, engine)
+
+    @property
+    def trace(self) -> Trace:
+        """The requests as they arrived."""
+        columns = ("arrival_time", "num_prompt_tokens", "num_output_tokens")
+        rows = zip(*(self.requests[name].tolist() for name in columns), strict=True)
+        return Trace.of(*rows, name=self.name)
+
+    @property
+    def shapes(self) -> list[BatchShape]:
+        """Of each step."""
+        numbers = self.steps[
+            [
+                *("prefills", "num_prefill_tokens", "num_decodes"),
+                *("decode_context_sum", "decode_context_max", "num_sampled"),
+            ]
+        ]
+        return [
+            BatchShape(_chunks(prefills), *rest)
+            for prefills, *rest in numbers.itertuples(index=False)
+        ]
+
+    @property
+    def gaps(self) -> NDArray[np.float64]:
+        """Seconds between one token of a request and its next."""
+        ends = (self.steps["start"] + self.steps["duration"]).to_numpy()
+        ordered = self.tokens.sort_values(["request_id", "step"], kind="stable")
+        gaps = np.diff(ends[ordered["step"]])
+        return np.asarray(gaps[np.diff(ordered["request_id"]) == 0])
+
+    def save(self, folder: Path) -> None:
+        """Write the files of a recording."""
+        deployment = config.to_toml(None, self.deployment)
+        (folder / CONFIG_FILE).write_text(deployment, encoding="utf-8")
+        content = {"schema": SCHEMA_VERSION, "name": self.name, **self.engine}
+        (folder / ENGINE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for file, table in self._tables().items():
+            compression = {"method": "gzip", "mtime": 1} if file.endswith(".gz") else None
+            table.to_csv(
+                folder / file,
+                index=False,
+                float_format="%.7f",
+                compression=compression,
+            )
+
+    def _tables(self) -> dict[str, pd.DataFrame]:
+        return {REQUESTS_FILE: self.requests, STEPS_FILE: self.steps, TOKENS_FILE: self.tokens}
+
+
+def _chunks(text: str) -> tuple[PrefillShape, ...]:
+    return tuple(PrefillShape(*chunk) for chunk in AttentionPoint.from_text(text, "", "").prefills)
+
+
+def read_recording(folder: Path) -> Recorded:
+    """The recording in a folder. InputError, naming the file, if it is not one."""
+    source = folder / ENGINE_FILE
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+        if content.pop("schema") != SCHEMA_VERSION:
+            raise InputError(f"{source}: not of schema {SCHEMA_VERSION}: record it again")
+        name = content.pop("name")
+        source = folder / CONFIG_FILE
+        deployment = config.options_from(Deployment, config.read_toml(source))
+        tables = []
+        for file in (REQUESTS_FILE, STEPS_FILE, TOKENS_FILE):
+            source = folder / file
+            table = pd.read_csv(source, keep_default_na=file != STEPS_FILE)
+            missing = [name for name in COLUMNS[file] if name not in table]
+            if missing:
+                raise InputError(f"{source}: no column '{missing[0]}'")
+            tables.append(table)
+        requests, steps, tokens = tables
+        requests["refused"] = requests["refused"].fillna("")
+        recorded = Recorded(name, deployment, requests, steps, tokens, content)
+        source = folder / STEPS_FILE
+        recorded.shapes  # noqa: B018  # every composition can be read
+        return recorded
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, pd.errors.ParserError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source}: not a recording of podsim validate: {error}") from None
+
+
+# ------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """A recording beside the simulation of the same arrivals."""
+
+    recorded: Recorded
+    simulated: Result
+    predicted: NDArray[np.float64]
+    """Seconds of each recorded step, by its composition."""
+
+    def steps(self) -> pd.DataFrame:
+        """By kind of step: how many, and how far the prediction of each is off (predicted over
+        measured, minus 1): median and P90 of the size, mean, and of all their seconds together.
+        """
+        measured = self.recorded.steps["duration"].to_numpy()
+        error = self.predicted / measured - 1
+        kinds = np.array(metrics.STEP_KINDS)[metrics.step_kinds(self.recorded.steps)]
+        rows = []
+        for kind in STEP_KINDS:
+            chosen = (kinds == kind) | (kind == "all")
+            if chosen.any():
+                size = np.abs(error[chosen])
+                seconds = float(measured[chosen].sum())
+                rows.append(
+                    {
+                        "kind": kind,
+                        "steps": int(chosen.sum()),
+                        "seconds": seconds,
+                        "median": float(np.median(size)),
+                        "p90": float(np.percentile(size, 90)),
+                        "bias": float(error[chosen].mean()),
+                        "total": float(self.predicted[chosen].sum()) / seconds - 1,
+                    }
+                )
+        return pd.DataFrame(rows).set_index("kind")
+
+    def headline(self) -> pd.DataFrame:
+        """Of each metric: measured, simulated, the difference over the measured, and the interval
+        of the simulation where it has error bars. Seconds, or per second.
+        """
+        rows = {}
+        measured = self._measured_latencies()
+        simulated = metrics.latencies(self.simulated.log, metrics.request_table(self.simulated.log))
+        for name in LATENCIES:
+            for percentile in metrics.PERCENTILES:
+                key = f"p{percentile}"
+                rows[f"{name}_{key}"] = (measured[name][key], simulated[name][key])
+        ours, theirs = self.simulated.summary(), self._measured_throughputs()
+        for name in THROUGHPUTS:
+            rows[name] = (theirs[name], float(ours[name]))  # type: ignore[arg-type]
+        own = ours["podsim"]
+        assert isinstance(own, dict)
+        rows["batch_size_mean"] = (_mean_batch(self.recorded.steps), own["batch_size_mean"])
+        preempted = int(self.recorded.requests["num_preemptions"].sum())
+        rows["preemptions"] = (preempted, own["preemptions"])
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=["measured", "simulated"])
+        table["error"] = table["simulated"] / table["measured"].replace(0, np.nan) - 1
+        intervals = self.simulated.intervals or {}
+        for i, end in enumerate(("low", "high")):
+            table[end] = [intervals.get(name, (np.nan, np.nan))[i] for name in table.index]
+        return table.rename_axis("metric")
+
+    def requests(self) -> pd.DataFrame:
+        """Each served request's latencies, measured and simulated."""
+        columns = ["ttft", "tpot", "e2e_latency", "queue_time"]
+        lengths = ["request_id", "num_prompt_tokens", "num_output_tokens"]
+        measured = self.recorded.requests[lengths + columns]
+        simulated = self.simulated.requests[["request_id", *columns]]
+        return measured.merge(simulated, on="request_id", suffixes=("", "_simulated"))
+
+    def _measured_latencies(self) -> dict[str, dict[str, float]]:
+        found = {
+            name: metrics.distribution(self.recorded.requests[name])
+            for name in LATENCIES
+            if name != "tbt"
+        }
+        return found | {"tbt": metrics.distribution(self.recorded.gaps)}
+
+    def _measured_throughputs(self) -> dict[str, float]:
+        served = self.recorded.requests[self.recorded.requests["refused"] == ""]
+        seconds = float(served["finish_time"].max())
+        return {
+            "request_throughput": len(served) / seconds,
+            "output_throughput": float(served["num_output_tokens"].sum()) / seconds,
+        }
+
+
+def _mean_batch(steps: pd.DataFrame) -> float:
+    batch = steps["num_prefills"] + steps["num_decodes"]
+    return float(np.average(batch, weights=steps["duration"]))
+
+
+def compare(
+    recorded: Recorded, *, error_bars: bool = True, latency_model: LatencyModel | None = None
+) -> Comparison:
+    """Simulate what was recorded, and predict each of its steps.
+
+    `latency_model` replaces the measured profile (and has no error bars).
+    """
+    trace, deployment = recorded.trace, recorded.deployment
+    if latency_model is not None:
+        result = simulate(trace, deployment, latency_model=latency_model)
+    elif error_bars:
+        result = simulate_with_error_bars(trace, deployment)
+    else:
+        result = simulate(trace, deployment)
+    predicted = [result.latency_model.step_time(shape) for shape in recorded.shapes]
+    return Comparison(recorded, result, np.array(predicted))

@@ -1,0 +1,205 @@
+"""Recordings of an engine, here with made-up steps, and what they are compared with."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from podsim.config import Deployment
+from podsim.decode_group import ListedDecodes
+from podsim.engine import Engine
+from podsim.errors import InputError
+from podsim.kv_cache import PagedKVCache
+from podsim.latency import LatencyModel
+from podsim.model import model_named
+from podsim.request import Request
+from podsim.scheduler import SCHEDULERS
+from podsim.simulation import latency_model_for
+from podsim.validation import (
+    ENGINE_FILE,
+    REQUESTS_FILE,
+    STEPS_FILE,
+    Recorded,
+    compare,
+    read_recording,
+)
+from podsim.workload import synthetic_trace
+
+DEPLOYMENT = Deployment(attention="pod", token_budget=512, max_num_seqs=32)
+ENGINE = {
+    "device_name": "made up",
+    "driver": "1",
+    "torch": "2",
+    "triton": "3",
+    "date": "2026-11-21",
+    "host_time": {"fixed": 2e-4, "per_request": 1e-6, "rows": [[1, 2e-4]]},
+    "num_blocks": 5000,
+}
+
+
+class SlowedForward:
+    """Steps take `slowdown` times what the latency model says; the clock is by hand."""
+
+    def __init__(self, latency: LatencyModel, slowdown: float) -> None:
+        self.latency, self.slowdown = latency, slowdown
+        self.gpu_seconds = 0.0
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def wait_until(self, time: float) -> None:
+        self.time = time
+
+    def run(self, inputs):
+        self.gpu_seconds = self.latency.step_time(inputs.shape) * self.slowdown
+        self.time += self.gpu_seconds
+        return np.zeros(len(inputs.sample_rows), np.int64)
+
+
+def recorded(slowdown: float) -> Recorded:
+    """What an engine does whose steps take longer than the profile says."""
+    trace = synthetic_trace(
+        arrivals="poisson",
+        qps=5.0,
+        num_requests=80,
+        prompt_tokens="lognormal:600:0.8",
+        output_tokens="lognormal:60:0.6",
+        seed=3,
+    )
+    kv_cache = PagedKVCache(ENGINE["num_blocks"], DEPLOYMENT.block_size)
+    served = Recorded.of(_empty(), DEPLOYMENT, ENGINE, "").deployment
+    latency = latency_model_for(served, model_named(served.model))
+    forward = SlowedForward(latency, slowdown)
+    engine = Engine(
+        forward,
+        SCHEDULERS["sarathi"](kv_cache, served, ListedDecodes(16), latency.step_time),
+        kv_cache,
+        num_slots=served.max_num_seqs,
+        max_model_len=8192,
+        vocab_size=1000,
+        seed=0,
+        clock=forward,
+    )
+    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    recording = engine.serve(Request(i, *row) for i, row in enumerate(rows))
+    return Recorded.of(recording, DEPLOYMENT, ENGINE, "made up")
+
+
+def _empty():
+    from podsim.engine import Recording
+
+    return Recording()
+
+
+def test_an_engine_that_keeps_to_the_profile_is_simulated_to_the_nanosecond(tmp_path):
+    run = recorded(slowdown=1.0)
+    run.save(tmp_path)
+    comparison = compare(read_recording(tmp_path), error_bars=False)
+    headline = comparison.headline()
+    latencies = headline[headline.index.str.contains("_p")]
+    assert len(latencies) == 12
+    assert headline["error"].abs().max() < 2e-4  # files hold times to 0.1 us
+    assert comparison.steps()["p90"].max() < 2e-4
+    pairs = comparison.requests()
+    assert len(pairs) == 80
+    assert (pairs["ttft"] - pairs["ttft_simulated"]).abs().max() < 1e-4
+
+
+def test_slower_steps_are_seen_in_every_kind_and_in_the_latencies():
+    comparison = compare(recorded(slowdown=1.1))
+    steps = comparison.steps()
+    assert list(steps.index) == ["decode", "mixed", "prefill", "all"]
+    assert steps["bias"].to_list() == pytest.approx([1 / 1.1 - 1] * 4)
+    assert steps["total"].to_list() == pytest.approx([1 / 1.1 - 1] * 4)
+    assert steps.loc["all", "steps"] == steps["steps"].iloc[:3].sum()
+    headline = comparison.headline()
+    assert headline.loc["tbt_p50", "error"] == pytest.approx(1 / 1.1 - 1, abs=0.02)
+    assert headline.loc["ttft_p50", "error"] < -0.05
+    assert headline.loc["tbt_p50", "low"] <= headline.loc["tbt_p50", "simulated"]
+    assert headline.loc["tbt_p50", "simulated"] < headline.loc["tbt_p50", "high"]
+
+
+def test_a_recording_is_the_same_when_read_and_written_again(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    first.mkdir()
+    second.mkdir()
+    recorded(slowdown=1.05).save(first)
+    read_recording(first).save(second)
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def podsim(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "podsim", "validate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_validate_from_a_recording(tmp_path):
+    source, out = tmp_path / "run", tmp_path / "out"
+    source.mkdir()
+    recorded(slowdown=1.1).save(source)
+    done = podsim("--from", str(source), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "made up: 80 requests" in done.stdout
+    assert "-9.1%" in done.stdout
+    files = {path.name for path in out.iterdir()}
+    assert files >= {"comparison.csv", "comparison.json", "comparison.png", "step_errors.csv"}
+    assert (out / STEPS_FILE).read_bytes() == (source / STEPS_FILE).read_bytes()
+    table = pd.read_csv(out / "comparison.csv", index_col="metric")
+    assert table.loc["request_throughput", "measured"] > 0
+    again = podsim("--from", str(source), "--json")
+    printed = json.loads(again.stdout)
+    assert printed == json.loads((out / "comparison.json").read_text())
+    assert printed["steps"]["all"]["bias"] == pytest.approx(1 / 1.1 - 1)
+
+
+def _spoiled(folder: Path, file: str, change) -> str:
+    path = folder / file
+    data = gzip.decompress(path.read_bytes()) if file.endswith(".gz") else path.read_bytes()
+    data = change(data)
+    path.write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
+    with pytest.raises(InputError) as error:
+        read_recording(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (ENGINE_FILE, lambda data: b"{"),
+        (ENGINE_FILE, lambda data: data.replace(b'"schema": 1', b'"schema": 99')),
+        (STEPS_FILE, lambda data: data.replace(b"prefills", b"prefixes", 1)),
+        (STEPS_FILE, lambda data: data.replace(b"@", b"?")),
+        (REQUESTS_FILE, lambda data: b""),
+    ],
+)
+def test_a_broken_recording_is_named(tmp_path, file, change):
+    recorded(slowdown=1.0).save(tmp_path)
+    assert _spoiled(tmp_path, file, change).startswith(f"{tmp_path / file}: ")
+
+
+def test_validate_refuses_what_cannot_be():
+    done = podsim("--from", "nowhere")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "podsim: nowhere/engine.json: No such file or directory\n",
+    )
+    done = podsim("--from", "nowhere", "--qps", "3")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "podsim: --from takes what was recorded: leave out qps\n",
+    )
+    done = podsim("azure-conv-like", "--host-overhead", "0.1")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "podsim: host_overhead is the engine's own here: it is measured\n",
+    )
