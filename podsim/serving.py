@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine, Recording, WallClock
 from podsim.errors import InputError
+from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
 from podsim.kv_cache import PagedKVCache, num_blocks_for
 from podsim.llama import Llama, random_weights
 from podsim.measure import provenance, require_gpu
 from podsim.model import model_named
+from podsim.profile import kernels_hash
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS, StepTime
 from podsim.workload import Trace
@@ -54,17 +57,20 @@ class Served:
     """A trace that was served."""
 
     recording: Recording
+    gpu_samples: Sequence[Sample]
     host_time: HostTime
     num_blocks: int
     machine: dict[str, object]
 
-    def engine(self, more: dict[str, object]) -> dict[str, object]:
-        """What a recording says of the engine."""
+    def engine(self, options: Mapping[str, object]) -> dict[str, object]:
+        """What a recording says of the engine; `options` are those it was made with."""
         return {
             **self.machine,
+            "kernels_sha256": kernels_hash(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "options": dict(options),
             "host_time": asdict(self.host_time),
             "num_blocks": self.num_blocks,
-            **more,
         }
 
 
@@ -106,10 +112,11 @@ class Server:
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
-            recording = engine.serve(_requests(trace))
+            with gpu_samples(engine.clock.now) as samples:
+                recording = engine.serve(_requests(trace))
         finally:
             gc.enable()
-        return Served(recording, self.host_time, self.num_blocks, provenance(self.model))
+        return Served(recording, samples, self.host_time, self.num_blocks, provenance(self.model))
 
     def _engine(self, step_time: StepTime, seed: int) -> Engine:
         kv_cache = PagedKVCache(self.num_blocks, self.deployment.block_size)

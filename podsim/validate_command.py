@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,11 +122,7 @@ def _record(given: dict[str, object]) -> Recorded:
     with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
         served = server.serve(trace, latency_model.step_time, workload.seed)
     name = f"{trace.name}, {trace.qps:.2f} req/s, {deployment.attention} attention"
-    return Recorded.of(served.recording, deployment, served.engine(_command(given)), name)
-
-
-def _command(given: dict[str, object]) -> dict[str, object]:
-    return {"date": datetime.now(UTC).date().isoformat(), "options": given}
+    return Recorded.of(served.recording, deployment, served.engine(given), name, served.gpu_samples)
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """How far a simulation is from what an engine did on a GPU: step by step, request by request.
 
 A recording is a folder: what was served (requests.csv), each step's composition and seconds
-(steps.csv.gz), when each token came out (tokens.csv.gz), the deployment (config.toml) and the
-machine (engine.json). It holds all that a later simulation is compared by; no GPU is needed then.
+(steps.csv.gz), when each token came out (tokens.csv.gz), the card's clock and power (gpu.csv), the
+deployment (config.toml) and the machine (engine.json). It holds all that a later simulation is
+compared by; no GPU is needed then.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from podsim.config import Deployment
 from podsim.engine import Recording
 from podsim.errors import InputError
 from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
+from podsim.gpu_sampler import Sample
 from podsim.latency import LatencyModel
 from podsim.points import AttentionPoint
 from podsim.simulation import Result, simulate, simulate_with_error_bars
@@ -31,12 +33,14 @@ from podsim.workload import Trace
 
 SCHEMA_VERSION = 1
 ENGINE_FILE = "engine.json"
-REQUESTS_FILE, STEPS_FILE, TOKENS_FILE = "requests.csv", "steps.csv.gz", "tokens.csv.gz"
+REQUESTS_FILE, STEPS_FILE = "requests.csv", "steps.csv.gz"
+TOKENS_FILE, GPU_FILE = "tokens.csv.gz", "gpu.csv"
 CONFIG_FILE = "config.toml"
 COLUMNS = {
     REQUESTS_FILE: (*REQUEST_COLUMNS, "refused", "queue_time", "ttft", "e2e_latency", "tpot"),
     STEPS_FILE: (*STEP_COLUMNS, "prefills", "decode_context_max", "num_sampled", "gpu_seconds"),
     TOKENS_FILE: ("request_id", "step"),
+    GPU_FILE: ("time", "sm_clock_mhz", "power_w"),
 }
 
 STEP_KINDS = ("decode", "mixed", "prefill", "all")
@@ -57,6 +61,8 @@ class Recorded:
     """`metrics.step_table`, then prefills, decode_context_max, num_sampled and gpu_seconds."""
     tokens: pd.DataFrame
     """request_id of each token that came out, in order, and the index of the step it ended."""
+    gpu: pd.DataFrame
+    """time, sm_clock_mhz and power_w of the card, now and then."""
     engine: Mapping[str, Any]
     """Machine, versions and host time."""
 
@@ -67,6 +73,7 @@ class Recorded:
         deployment: Deployment,
         engine: Mapping[str, Any],
         name: str,
+        gpu_samples: Sequence[Sample] = (),
     ) -> Recorded:
         """What an engine has served under a deployment."""
         host = engine["host_time"]
@@ -90,7 +97,8 @@ class Recorded:
             }
         )
         requests = metrics.request_table(recording.log)
-        return cls(name, served, requests, steps, tokens, engine)
+        gpu = pd.DataFrame(gpu_samples, columns=list(COLUMNS[GPU_FILE]))
+        return cls(name, served, requests, steps, tokens, gpu, engine)
 
     @property
     def trace(self) -> Trace:
@@ -137,7 +145,8 @@ class Recorded:
             )
 
     def _tables(self) -> dict[str, pd.DataFrame]:
-        return {REQUESTS_FILE: self.requests, STEPS_FILE: self.steps, TOKENS_FILE: self.tokens}
+        tables = (self.requests, self.steps, self.tokens, self.gpu)
+        return dict(zip(COLUMNS, tables, strict=True))
 
 
 def _chunks(text: str) -> tuple[PrefillShape, ...]:
@@ -155,16 +164,16 @@ def read_recording(folder: Path) -> Recorded:
         source = folder / CONFIG_FILE
         deployment = config.options_from(Deployment, config.read_toml(source))
         tables = []
-        for file in (REQUESTS_FILE, STEPS_FILE, TOKENS_FILE):
+        for file in COLUMNS:
             source = folder / file
             table = pd.read_csv(source, keep_default_na=file != STEPS_FILE)
             missing = [name for name in COLUMNS[file] if name not in table]
             if missing:
                 raise InputError(f"{source}: no column '{missing[0]}'")
             tables.append(table)
-        requests, steps, tokens = tables
+        requests, steps, tokens, gpu = tables
         requests["refused"] = requests["refused"].fillna("")
-        recorded = Recorded(name, deployment, requests, steps, tokens, content)
+        recorded = Recorded(name, deployment, requests, steps, tokens, gpu, content)
         source = folder / STEPS_FILE
         recorded.shapes  # noqa: B018  # every composition can be read
         return recorded

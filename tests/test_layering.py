@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"errors", "workers", "ray_workers"},
+    {"errors", "workers", "ray_workers", "gpu_sampler"},
     {"request", "batch", "model", "hardware", "config", "graph_sizes"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
     {"trace_clients", "trace_folders"},
