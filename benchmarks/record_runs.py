@@ -84,7 +84,7 @@ def record(setup: Setup, out: Path) -> Iterator[str]:
         max_model_len=workload.max_model_len,
     )
     step_time = latency_model_for(deployment, model_named(deployment.model)).step_time
-    server = Server(deployment, workload.max_model_len)
+    server = Server(deployment, workload.max_model_len, _on_progress)
     yield f"{setup.name}: {server.host_time.fixed * 1e6:.0f} us of host time a step"
     for load in missing:
         trace = podsim.synthetic_trace(
@@ -104,6 +104,11 @@ def record(setup: Setup, out: Path) -> Iterator[str]:
         with result_folder(out / name, made_by=ENGINE_FILE) as folder:
             recorded.save(folder)
         yield f"{name}: {len(recorded.steps)} steps"
+
+
+def _on_progress(what: str, done: int, total: int) -> None:
+    if done in (0, total):
+        print(f"          {what}: {done} of {total}", flush=True)
 
 
 def main() -> None:

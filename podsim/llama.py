@@ -335,13 +335,15 @@ class Llama:
         stream.wait_stream(torch.cuda.current_stream())
         for done, part in enumerate(parts):
             on_progress(done, len(parts))
+            graph = torch.cuda.CUDAGraph()
+            # All on one stream: operations of the same matrix library's workspace must not overlap.
             with torch.cuda.stream(stream):
                 part.launch()  # compiles what it needs, which a capture must not do
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                part.launch()
-            graph.replay()  # the first replay uploads the graph, which takes a while
+                stream.synchronize()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    part.launch()
+                graph.replay()  # the first replay uploads the graph, which takes a while
+                stream.synchronize()
             part.graph = graph
         torch.cuda.synchronize()
         on_progress(len(parts), len(parts))
