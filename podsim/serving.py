@@ -88,6 +88,8 @@ class Server:
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
         _require_servable(deployment)
+        gc.collect()  # an earlier server's buffers, which its graphs keep alive in cycles
+        torch.cuda.empty_cache()
         self.deployment = deployment
         self.model = model_named(deployment.model)
         gpu = gpu_named(deployment.gpu)
