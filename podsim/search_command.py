@@ -133,14 +133,15 @@ def _save_report(
     folder: Path,
 ) -> None:
     """report.html: each variant at the load it was found to hold."""
-    results = {}
+    results, loads = {}, {}
     for name, capacity in found.items():
         if capacity.mean > 0:
             load = replace(workload, qps=capacity.mean, requests=workload.requests or NUM_REQUESTS)
             label = f"{name} at {capacity.mean:.2f} req/s"
+            loads[label] = load
             results[label] = simulate(workload_trace(load), variants[name])
     if results:
-        report.save_comparison(terminal.comparison(results), results, workload, folder)
+        report.save_comparison(terminal.comparison(results), results, loads, folder)
 
 
 def sweep_command(
