@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -33,12 +33,25 @@ def read_file(path: Path, options: ReadOptions) -> Rows:
             data: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file) if zipped else file
             # Bytes that are not UTF-8 become "\ufffd", which no number contains.
             text = io.TextIOWrapper(data, "utf-8-sig", errors="replace", newline="")
-            return rows_of(_table(path, text, options), options, sha256)
+            return rows_of(_table(path, text, options), options, sha256, _teller(file, options))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read: {reason}") from error
     except RecursionError:
         raise InputError(f"{path}: cannot be read: is nested too deeply") from None
+
+
+def _teller(file: BinaryIO, options: ReadOptions) -> Callable[[], None]:
+    """Tells `options.on_bytes` how far the file has been read since it was told last."""
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        if options.on_bytes is not None:
+            read, told = file.tell() - told, file.tell()
+            options.on_bytes(read)
+
+    return tell
 
 
 def is_archive(path: Path) -> bool:

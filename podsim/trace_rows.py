@@ -49,6 +49,8 @@ class ReadOptions:
     """Of the requests drawn from client statistics (servegen)."""
     client_window: tuple[float, float] = (0.0, math.inf)
     """Seconds of the client statistics to draw requests from."""
+    on_bytes: Callable[[int], None] | None = None
+    """Told, now and then, how many more bytes of the files have been read."""
 
     def __post_init__(self) -> None:
         if self.zero_length not in ("error", "drop"):
@@ -111,8 +113,11 @@ class Table:
         return f"{self.path}: request {line}" if self.format.document else f"{self.path}:{line}"
 
 
-def rows_of(table: Table, options: ReadOptions, sha256: str) -> Rows:
-    """Read all rows of a table; the first wrong line raises InputError."""
+def rows_of(table: Table, options: ReadOptions, sha256: str, on_block: Callable[[], None]) -> Rows:
+    """Read all rows of a table, calling `on_block` from time to time.
+
+    The first wrong line raises InputError.
+    """
     fmt = table.format
     if fmt.texts and options.count_tokens is None:
         raise InputError(
@@ -120,7 +125,10 @@ def rows_of(table: Table, options: ReadOptions, sha256: str) -> Rows:
             "or --tokenizer MODULE:FUNCTION"
         )
     columns = Columns(fmt, options, table.block_size)
-    blocks = [_parse(table, columns, block) for block in _blocks(table.rows, fmt.kind)]
+    blocks = []
+    for block in _blocks(table.rows, fmt.kind):
+        blocks.append(_parse(table, columns, block))
+        on_block()
     if not blocks:
         raise InputError(
             f"{table.path}:{table.starts_at + 1}: is missing, expected a row after the header"

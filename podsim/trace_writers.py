@@ -54,21 +54,32 @@ def write_trace(
     *,
     made: Sequence[str] = (),
     zipped: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a trace in a format of WRITERS, gzipped if `zipped`.
 
-    made: lines on how the trace was made; podsim's own format keeps them as comments.
+    made: lines on how the trace was made; podsim's own format keeps them as comments. on_progress
+    is told how many lines are written, now and then.
     InputError: an unknown format, or a trace without times where the format needs them.
     """
     check_format(format)
     if format != "vidur":
         trace.require_times()
     lines = WRITERS[format](trace, made)
+    if on_progress is not None:
+        lines = _counted(lines, on_progress)
     if not zipped:
         file.writelines(line.encode() for line in lines)
         return
     with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as data:  # no date in it
         data.writelines(line.encode() for line in lines)
+
+
+def _counted(lines: Iterator[str], on_progress: Callable[[int], None]) -> Iterator[str]:
+    for number, line in enumerate(lines):
+        if number % 1000 == 0:
+            on_progress(number)
+        yield line
 
 
 def check_format(format: str) -> None:

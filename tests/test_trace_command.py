@@ -308,6 +308,23 @@ def test_lengths_alone_cannot_be_written_with_times() -> None:
         assert message.startswith("lengths.csv: has no arrival times")
 
 
+def test_reading_tells_how_many_bytes_are_done() -> None:
+    header, *rows = VIDUR.splitlines(keepends=True)
+    Path("long.csv").write_text(header + "".join(rows) * 20_000)
+    told: list[int] = []
+    assert len(read_trace("long.csv", ReadOptions(on_bytes=told.append))) == 80_000
+    assert len(told) == 2  # blocks of 65,536 rows
+    assert sum(told) == Path("long.csv").stat().st_size
+
+
+def test_writing_tells_how_many_lines_are_done() -> None:
+    trace = generate(Synthetic(qps=3.0, num_requests=2500))
+    told: list[int] = []
+    with Path("out").open("wb") as file:
+        write_trace(trace, file, "vidur", on_progress=told.append)
+    assert told == [0, 1000, 2000]
+
+
 def test_a_file_stays_as_it_was_until_all_is_written() -> None:
     def half() -> None:
         with atomic_file(Path("x.csv")) as file:
