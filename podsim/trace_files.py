@@ -213,6 +213,7 @@ def _jsonl_table(path: Path, lines: Iterable[str], options: ReadOptions) -> Tabl
         rows=_json_rows(path, fmt, names, chain([(line, first)], records)),
         block_size=options.block_size or fmt.hash_block_size,
         notes=[] if fmt.nested else _unused(fmt, first),
+        own_blocks=fmt.document and first.get("hash_id_scope") != "global",
     )
 
 
@@ -221,7 +222,9 @@ def _json_rows(
 ) -> Iterator[Row]:
     texts = [(name, name != fmt.hash_ids) for name in names]
     number = 0
-    for line, record in records:
+    for nth, (line, record) in enumerate(records):
+        if fmt.document and nth:
+            raise InputError(f"{path}:{line}: is a second session, expected one in a file")
         try:
             for request in fmt.expand(record) if fmt.expand else (record,):
                 number += 1

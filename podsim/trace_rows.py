@@ -82,13 +82,16 @@ class Rows:
     hash_ids: list[Ints] | None = None
     hash_block_size: int = 0
     session: Ints | None = None
-    """Numbers from 0; MISSING for a request without a session. Also of the next two."""
+    """Numbers from 0; MISSING for a request without a session. Also of the next four."""
+    parent_session: Ints | None = None
     priority: Ints | None = None
     think_ns: Ints | None = None
     elapsed_ns: Ints | None = None
     notes: Sequence[str] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Requests of the source that are not among these rows."""
+    own_blocks: bool = False
+    """Whether equal block numbers of another file are other blocks."""
     sha256: str = ""
 
     @property
@@ -108,6 +111,7 @@ class Table:
     notes: list[str]
     starts_at: int = 1
     """The line of its header."""
+    own_blocks: bool = False
 
     def place(self, line: int) -> str:
         return f"{self.path}: request {line}" if self.format.document else f"{self.path}:{line}"
@@ -146,10 +150,12 @@ def rows_of(table: Table, options: ReadOptions, sha256: str, on_block: Callable[
         hash_ids=hash_ids if any(map(len, hash_ids)) else None,
         hash_block_size=table.block_size,
         session=_unless_all_missing(column.get("session")),
+        parent_session=_unless_all_missing(column.get("parent_session")),
         priority=_unless_all_missing(column.get("priority")),
         think_ns=_unless_all_missing(column.get("think")),
         elapsed_ns=_unless_all_missing(column.get("elapsed")),
         notes=[*table.notes, *fmt.notes],
+        own_blocks=table.own_blocks,
         sha256=sha256,
     )
 
@@ -193,6 +199,7 @@ class Columns:
             ("prompt", fmt.prompt, text if fmt.prompt in fmt.texts else count),
             ("output", fmt.output, text if fmt.output in fmt.texts else count),
             ("session", None if fmt.parent else fmt.session, self.sessions.of_names),
+            ("parent_session", fmt.parent_session, self.sessions.of_names),
             ("think", fmt.think, partial(where_given, fmt.clock)),
             ("priority", fmt.priority, partial(where_given, partial(parse_token_counts, 0))),
             ("elapsed", fmt.elapsed, partial(where_given, seconds)),

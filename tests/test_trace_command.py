@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import stat
 import sys
 import time
 from pathlib import Path
@@ -323,6 +324,16 @@ def test_writing_tells_how_many_lines_are_done() -> None:
     with Path("out").open("wb") as file:
         write_trace(trace, file, "vidur", on_progress=told.append)
     assert told == [0, 1000, 2000]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe() -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)
+    run("convert", "x.csv", "--to", "vidur", "--out", "pipe")
+    assert os.read(reader, 10_000).startswith(b"arrived_at,")
+    os.close(reader)
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+    assert sorted(os.listdir()) == ["pipe", "x.csv"]
 
 
 def test_a_file_stays_as_it_was_until_all_is_written() -> None:
