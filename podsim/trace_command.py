@@ -83,6 +83,9 @@ def inspect_command(
     block_size: BlockSize = None,
     client_window: ClientWindow = None,
     seed: Seed = 0,
+    cache_blocks: Annotated[
+        str | None, typer.Option(help="Prefix hits with LRU caches of so many blocks: 1000,5000.")
+    ] = None,
     as_json: JsonOption = False,
     figure: Annotated[
         Path | None, typer.Option(help="PNG of arrivals over time and length distributions.")
@@ -92,9 +95,12 @@ def inspect_command(
     options = _options(
         format_, zero_length, chars_per_token, tokenizer, block_size, client_window, seed
     )
+    sizes = _sizes(cache_blocks)
     with _output(figure) as file:
         trace = _read(source, options)
-        statistics = inspect_trace(trace)
+        if sizes and trace.hash_ids is None:
+            raise InputError(f"{trace.name}: --cache-blocks needs hash ids, and this has none")
+        statistics = inspect_trace(trace, sizes)
         if trace.format == "servegen":
             statistics["clients"] = client_statistics(Path(source))
         if file is not None:
@@ -300,6 +306,13 @@ def _range(what: str, text: str | None) -> tuple[float, float]:
     if not colon or not 0 <= numbers[0] < numbers[1]:
         raise InputError(f"{what} is {text!r}, expected FROM:TO")
     return numbers
+
+
+def _sizes(text: str | None) -> list[int]:
+    sizes = (text or "").split(",") if text is not None else []
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise InputError(f"cache blocks is {text!r}, expected numbers of blocks: 1000,5000")
+    return [int(size) for size in sizes]
 
 
 @contextmanager

@@ -74,10 +74,12 @@ def columns(trace: Trace) -> dict[str, object]:
 def test_inspect_prints_a_line_for_each_subject() -> None:
     assert run("inspect", "x.csv").splitlines() == [
         "Requests     4 of 4 rows (x.csv, vidur)",
-        "Arrivals     1.333 requests/s over 3 s, at most 3 in 1 s, longest gap 2.5 s",
+        "Arrivals     1.333 requests/s over 3 s, at most 3 in 1 s, 4 to 4 in a minute, longest gap "
+        "2.5 s",
         "Burstiness   IAT CV 1.08, IDC-1s 1.5; 3 different arrival times",
         "Prompt       mean 25, P50 25, P90 37, P99 39.7, min 10, max 40 tokens",
         "Output       mean 4.5, P50 4.5, P90 5.7, P99 5.97, min 3, max 6 tokens",
+        "Correlation  of prompt and output lengths 1",
     ]
 
 
@@ -85,6 +87,20 @@ def test_inspect_drops_zero_lengths_and_says_so() -> None:
     Path("zero.csv").write_text(VIDUR + "9,0,1\n")
     assert "Dropped      1: zero prompt tokens\n" in run("inspect", "zero.csv")
     assert error_of("inspect", "zero.csv", "--zero-length", "error").startswith("zero.csv:6: ")
+
+
+def test_inspect_with_caches_of_some_sizes() -> None:
+    run("generate", "--out", "g.csv", "--qps", "1", "--requests", "20", "--turns", "3")
+    lines = run("inspect", "g.csv", "--cache-blocks", "100,100000").splitlines()
+    ideal = next(line for line in lines if line.startswith("Prefix")).split()[3]
+    (lru,) = (line for line in lines if line.startswith("LRU cache    hit "))
+    assert lru.endswith(f" in 100, {ideal} in 100,000 blocks")
+    assert error_of("inspect", "g.csv", "--cache-blocks", "0") == (
+        "cache blocks is '0', expected numbers of blocks: 1000,5000"
+    )
+    assert error_of("inspect", "x.csv", "--cache-blocks", "5") == (
+        "x.csv: --cache-blocks needs hash ids, and this has none"
+    )
 
 
 def test_inspect_json() -> None:
