@@ -106,7 +106,8 @@ def _trace(path: Path, rows: Rows) -> Trace:
         time_ns = _unwrapped(_with_turns(path, rows, time_ns, notes), rows, notes)
         disorder = _disorder(time_ns[kept], rows.lines[kept])
         if disorder:
-            notes += disorder
+            if not rows.format.document:  # whose subagents stand between its turns
+                notes += disorder
             kept = np.arange(len(time_ns))[kept]
             kept = kept[np.argsort(time_ns[kept], kind="stable")]
         in_order = time_ns[kept]
@@ -215,8 +216,9 @@ def _think_time(rows: Rows, kept: Kept, trace: Trace) -> NDArray[np.float64] | N
     turn = np.flatnonzero(previous >= 0)
     think = np.full(len(trace), np.nan)
     if rows.think_ns is not None:
-        given = rows.think_ns[kept][turn]
-        think[turn] = np.where(given >= 0, given / 1e9, np.nan)
+        waits = np.concatenate([turn, [first for first, *_ in trace.parent_turns]]).astype(int)
+        given = rows.think_ns[kept][waits]
+        think[waits] = np.where(given >= 0, given / 1e9, np.nan)
     elif rows.elapsed_ns is not None:
         before = previous[turn]
         elapsed = rows.elapsed_ns[kept][before]

@@ -151,6 +151,10 @@ def test_subagents_start_and_are_kept_with_their_session(tmp_path: Path) -> None
         write_trace(trace, file)
     again = load_trace(tmp_path / "kept.csv")
     assert again.parent_turns == trace.parent_turns != []
+    assert again.think_time is not None
+    assert trace.think_time is not None
+    assert again.think_time.tolist() == pytest.approx(trace.think_time.tolist(), nan_ok=True)
+    assert np.count_nonzero(np.isnan(trace.think_time)) == 2  # the first turns of the sessions
 
 
 def test_block_numbers_of_a_global_scope_are_the_same_in_every_file(folder: Path) -> None:
