@@ -229,9 +229,13 @@ def measure_loads(
     loads: Sequence[float],
     *,
     jobs: int = 1,
+    on_load: Callable[[str], None] | None = None,
     **trials: Unpack[TrialOptions],
 ) -> pd.DataFrame:
-    """Goodput and latencies of each variant at given loads: one row a simulation; no search."""
+    """Goodput and latencies of each variant at given loads: one row a simulation; no search.
+
+    on_load is told the variant of each simulation that is finished.
+    """
     if not loads or not min(loads) > 0:
         raise InputError(f"loads are {list(loads)}, expected numbers above 0")
     tasks = [
@@ -240,7 +244,12 @@ def measure_loads(
         for qps in loads
     ]
     order = {id(task): index for index, task in enumerate(tasks)}
-    done = sorted(_run(at_loads, tasks, jobs), key=lambda pair: order[id(pair[0])])
+    done = []
+    for task, result in _run(at_loads, tasks, jobs):
+        done.append((task, result))
+        if on_load is not None:
+            on_load(task.variant)
+    done.sort(key=lambda pair: order[id(pair[0])])
     tables = [trial_table(task.variant, task.slos, trials) for task, trials in done]
     return pd.concat(tables, ignore_index=True)
 

@@ -119,10 +119,11 @@ def simulate_command(
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
+        loaded = _loaded(workload)
         if stream:
-            result = _streamed(workload_trace(workload), deployment, workload, folder)
+            result = _streamed(loaded, deployment, workload, folder)
         else:
-            result = _run(workload_trace(workload), deployment, workload, error_bars)
+            result = _run(loaded, deployment, workload, error_bars)
         notes = report.save(result, workload, folder, outputs) if folder is not None else []
     if as_json:
         typer.echo(report.to_json(report.full_summary(result, workload)), nl=False)
@@ -158,7 +159,7 @@ def compare_command(
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
-        loaded = workload_trace(workload)
+        loaded = _loaded(workload)
         results = {
             name: _run(loaded, variant, workload, error_bars, name)
             for name, variant in variants.items()
@@ -239,7 +240,7 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
         ) from None
     measure.require_gpu(gpu)
     columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
-    with Progress(*columns, console=messages) as progress:
+    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
         task = progress.add_task(f"timing {model.name} on {gpu.name}", total=None)
         rows = list(
             measure.measure_profile(
@@ -250,6 +251,11 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
     return calibration.write(
         folder, rows, model, gpu, measure.provenance(model) | {"command": command}
     )
+
+
+def _loaded(workload: Workload) -> Trace:
+    with terminal.progress_bar("reading", None, messages):
+        return workload_trace(workload)
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import simpy
 
@@ -12,15 +13,28 @@ from podsim.replica import Replica
 from podsim.request import Request
 from podsim.router import Router
 
-FollowUps = Mapping[int, tuple[Request, float]]
-"""Of a request, by its id: the next turn of its session, and the think time before it."""
+
+@dataclass(slots=True)
+class FollowUp:
+    """A request that arrives when others are finished and its think time has passed."""
+
+    request: Request
+    think_time: float
+    num_awaited: int
+    """Requests that it still waits for."""
+    awaited_until: float = 0.0
+    """When the last of those that are finished was."""
+
+
+FollowUps = Mapping[int, Sequence[FollowUp]]
+"""Of a request, by its id: those that wait for it."""
 
 
 class Cluster:
     """Replicas behind one router.
 
-    A follow-up arrives when the request before it is finished, or refused, and its think time has
-    passed.
+    A follow-up arrives when the requests it waits for are finished, or refused, and its think time
+    has passed.
     """
 
     def __init__(
@@ -39,7 +53,7 @@ class Cluster:
         self.log = log
         self.follow_ups = follow_ups or {}
         for replica in replicas:
-            replica.on_finish = self._start_follow_up
+            replica.on_finish = self._start_follow_ups
 
     def serve(self, requests: Iterable[Request]) -> None:
         """Let these requests, in order of arrival, come in while the simulation runs."""
@@ -56,18 +70,19 @@ class Cluster:
         reason = reason_to_refuse(request, self.max_model_len, capacity)
         if reason:
             self.log.record_request(request, refused=reason)
-            self._start_follow_up(request)
+            self._start_follow_ups(request)
         else:
             self.router(request, self.replicas).submit(request)
 
-    def _start_follow_up(self, request: Request) -> None:
-        if request.request_id not in self.follow_ups:
-            return
+    def _start_follow_ups(self, request: Request) -> None:
         # A replica may be ahead of the clock: the time is that of the request.
         ended = request.finish_time if request.finish_time >= 0 else self.env.now
-        following, think_time = self.follow_ups[request.request_id]
-        following.arrival_time = ended + think_time
-        self.env.process(self._follow_up(following))
+        for following in self.follow_ups.get(request.request_id, ()):
+            following.num_awaited -= 1
+            following.awaited_until = max(following.awaited_until, ended)
+            if not following.num_awaited:
+                following.request.arrival_time = following.awaited_until + following.think_time
+                self.env.process(self._follow_up(following.request))
 
     def _follow_up(self, request: Request) -> Generator[simpy.Event, None, None]:
         yield At(self.env, request.arrival_time, URGENT)

@@ -11,8 +11,11 @@
     return Number(v.toPrecision(4)).toLocaleString("en-US", { maximumFractionDigits: 4 });
   };
 
-  const evenTicks = (low, high) => {
-    const raw = (high - low) / 7;
+  // Drawn as wide as shown, so that letters are as large on a phone as on a laptop.
+  const drawnWidth = (figure) => Math.max(figure.clientWidth, 300);
+
+  const evenTicks = (low, high, room = 400) => {
+    const raw = (high - low) / Math.min(7, room / 50);
     const power = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
     const ticks = [];
@@ -51,7 +54,7 @@
     for (const v of evenTicks(0, s.highY))
       svg += `<line class="grid" x1="${box.left}" x2="${box.right}" y1="${s.y(v)}" y2="${s.y(v)}"/>` +
         `<text x="${box.left - 6}" y="${s.y(v) + 4}" text-anchor="end">${number(v)}</text>`;
-    for (const v of chart.x.log ? logTicks(s.lowX, s.highX) : evenTicks(s.lowX, s.highX))
+    for (const v of chart.x.log ? logTicks(s.lowX, s.highX) : evenTicks(s.lowX, s.highX, box.right - box.left))
       svg += `<line class="grid" x1="${s.x(v)}" x2="${s.x(v)}" y1="${box.bottom}" y2="${box.bottom + 4}"/>` +
         `<text x="${s.x(v)}" y="${box.bottom + 17}" text-anchor="middle">${number(v)}</text>`;
     const middle = (box.top + box.bottom) / 2;
@@ -93,7 +96,7 @@
   };
 
   const plot = (figure, chart) => {
-    const width = /^(cdf|kinds|tokens)-/.test(figure.id) ? 390 : 580, height = 250;
+    const width = drawnWidth(figure), height = 250;
     const stacked = chart.type === "areas";
     const length = chart.series.length ? chart.series[0].y.length : 0;
     const tops = stacked
@@ -108,28 +111,34 @@
   };
 
   const bars = (figure, chart) => {
+    figure.classList.add("bars");
     const rows = chart.y.rows;
-    const left = 20 + 6.6 * Math.max(...rows.map((row) => row.length));
-    const width = 1180, height = rows.length * 26 + 40, right = width - 70;
+    const width = drawnWidth(figure), right = width - 60;
+    const room = 20 + 7.5 * Math.max(...rows.map((row) => row.length));
+    const above = room > width / 3; // long names stand above their bars
+    const left = above ? 8 : room, step = above ? 42 : 26;
+    const height = rows.length * step + 40;
     const totals = rows.map((_, i) => chart.series.reduce((sum, s) => sum + s.values[i], 0));
     const high = Math.max(...totals, 1e-9);
     const x = (v) => left + (v / high) * (right - left);
     let svg = "";
     rows.forEach((row, i) => {
       let sum = 0;
-      svg += `<text class="name" x="${left - 8}" y="${i * 26 + 17}" text-anchor="end">${text(row)}</text>`;
+      const top = (i + 1) * step - 22;
+      svg += above
+        ? `<text class="name" x="${left}" y="${top - 5}">${text(row)}</text>`
+        : `<text class="name" x="${left - 8}" y="${top + 13}" text-anchor="end">${text(row)}</text>`;
       for (const s of chart.series) {
         const share = ((s.values[i] / totals[i]) * 100).toFixed(0);
-        svg += `<rect x="${x(sum)}" y="${i * 26 + 4}" width="${Math.max(0, x(sum + s.values[i]) - x(sum))}" height="19" fill="${colour(s.colour)}">` +
+        svg += `<rect x="${x(sum)}" y="${top}" width="${Math.max(0, x(sum + s.values[i]) - x(sum))}" height="19" fill="${colour(s.colour)}">` +
           `<title>${text(row)}, ${text(s.name)}: ${number(s.values[i])} ms, ${share}%</title></rect>`;
         sum += s.values[i];
       }
-      svg += `<text x="${x(sum) + 6}" y="${i * 26 + 17}">${number(totals[i])}</text>`;
+      svg += `<text x="${x(sum) + 6}" y="${top + 13}">${number(totals[i])}</text>`;
     });
-    for (const v of evenTicks(0, high))
+    for (const v of evenTicks(0, high, right - left))
       svg += `<text x="${x(v)}" y="${height - 20}" text-anchor="middle">${number(v)}</text>`;
     svg += `<text x="${(left + right) / 2}" y="${height - 4}" text-anchor="middle">${text(chart.x.label)}</text>`;
-    figure.classList.add("bars");
     figure.innerHTML = `<figcaption>${text(chart.title)}</figcaption>` +
       `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${text(chart.title)}">${svg}</svg>` + legend(chart);
   };

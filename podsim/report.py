@@ -98,7 +98,7 @@ def save(
     outputs = outputs or Outputs()
     if result.streamed is not None:
         return _save_streamed(result, workload, directory)
-    run = Run.of(name or result.deployment.attention, result)
+    run = Run.of(name or result.deployment.attention, result, workload)
     config = to_toml(workload, result.deployment)
     hashes = run_hashes(result, config)
     (directory / "config.toml").write_text(config, encoding="utf-8")
@@ -114,7 +114,7 @@ def save(
     if outputs.aiperf:
         with (directory / AIPERF_FILE).open("w", encoding="utf-8") as lines:
             lines.writelines(aiperf_lines(result))
-    _write_page(run_page(run, workload, hashes), directory)
+    _write_page(run_page(run, hashes), directory)
     if outputs.trace_events is None:
         return []
     written = write_trace_events(result, directory / "trace.json", outputs.trace_events)
@@ -147,16 +147,20 @@ def request_writer(directory: Path | None) -> Callable[[pd.DataFrame], None]:
 def save_comparison(
     compared: pd.DataFrame,
     results: Mapping[str, Result],
-    workload: Workload | None,
+    workload: Workload | Mapping[str, Workload] | None,
     directory: Path,
 ) -> None:
-    """Write compare.csv and the report of all variants."""
+    """Write compare.csv and the report of all variants; `workload` of all, or of each by name."""
     compared.rename_axis("metric").to_csv(directory / "compare.csv", float_format="%.9g")
-    runs = [Run.of(name, result) for name, result in results.items()]
+    runs = [
+        Run.of(name, result, workload[name] if isinstance(workload, Mapping) else workload)
+        for name, result in results.items()
+    ]
     hashes = {
-        run.name: run_hashes(run.result, to_toml(workload, run.result.deployment)) for run in runs
+        run.name: run_hashes(run.result, to_toml(run.workload, run.result.deployment))
+        for run in runs
     }
-    _write_page(comparison_page(runs, compared, workload, hashes), directory)
+    _write_page(comparison_page(runs, compared, hashes), directory)
 
 
 def run_hashes(result: Result, config: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from podsim.config import Workload
 from podsim.metrics import STEP_KINDS, step_kinds, weighted_percentiles
 from podsim.simulation import Result
 from podsim.step_costs import kernel_table
@@ -36,10 +37,12 @@ class Run:
     requests: pd.DataFrame
     steps: pd.DataFrame
     summary: Mapping[str, object]
+    workload: Workload | None
+    """The options its requests came from, if they came from options."""
 
     @classmethod
-    def of(cls, name: str, result: Result) -> Run:
-        return cls(name, result, result.requests, result.steps, result.summary())
+    def of(cls, name: str, result: Result, workload: Workload | None) -> Run:
+        return cls(name, result, result.requests, result.steps, result.summary(), workload)
 
     @property
     def end(self) -> float:

@@ -13,7 +13,6 @@ from importlib.resources import files
 
 import pandas as pd
 
-from podsim.config import Workload
 from podsim.report_charts import Chart, Run, charts
 from podsim.step_costs import kind_table
 from podsim.terminal import (
@@ -25,6 +24,7 @@ from podsim.terminal import (
     format_seconds,
     latency_notes,
     own_part,
+    unclear_differences,
 )
 
 NUM_SLOWEST = 10
@@ -35,7 +35,7 @@ LONG = 0.9
 Hashes = Mapping[str, str]
 
 
-def run_page(run: Run, workload: Workload | None, hashes: Hashes) -> str:
+def run_page(run: Run, hashes: Hashes) -> str:
     """The report of one run."""
     sections = [
         _facts(run),
@@ -44,7 +44,7 @@ def run_page(run: Run, workload: Workload | None, hashes: Hashes) -> str:
         _section("Batches over time", *_figures("kinds", "tokens", "requests", "kv")),
         _section("Steps", _kind_table([run]), *_figures("kernels")),
         _section("Slowest requests", *_slowest(run, NUM_SLOWEST), _WHY),
-        _section("Configuration", _config_table([run], workload), _hash_table({"": hashes})),
+        _section("Configuration", _config_table([run]), _hash_table({"": hashes})),
     ]
     return _page(describe(run.result), [_notes([run]), *sections], charts([run]))
 
@@ -52,15 +52,16 @@ def run_page(run: Run, workload: Workload | None, hashes: Hashes) -> str:
 def comparison_page(
     runs: Sequence[Run],
     compared: pd.DataFrame,
-    workload: Workload | None,
     hashes: Mapping[str, Hashes],
 ) -> str:
     """The report of variants that served the same requests, laid over each other."""
     trace = runs[0].result.trace
-    title = f"{trace.name}: {len(trace)} requests, {trace.qps:.2f} req/s"
+    title = f"{trace.name}: {len(trace)} requests"
+    if all(run.result.trace.qps == trace.qps for run in runs):
+        title += f", {trace.qps:.2f} req/s"
     numbered = range(len(runs))
     sections = [
-        _section("Variants", _compared_table(compared)),
+        _section("Variants", _compared_table(compared, runs)),
         _section("Latency", *_figures("cdf-ttft", "cdf-tbt", "cdf-e2e")),
         _section("Latency over time", *_figures("ttft", "tbt")),
         _section("Batches over time", *_figures("requests", "kv")),
@@ -68,7 +69,7 @@ def comparison_page(
         _section("Tokens in a step", *_figures(*(f"tokens-{i}" for i in numbered))),
         _section("Steps", _kind_table(runs), *_figures("kernels")),
         _section("Slowest requests", *(_slowest_of(run) for run in runs), _WHY),
-        _section("Configuration", _config_table(runs, workload), _hash_table(hashes)),
+        _section("Configuration", _config_table(runs), _hash_table(hashes)),
     ]
     return _page(title, [_notes(runs), *sections], charts(runs))
 
@@ -173,19 +174,28 @@ def _interval(span: tuple[float, float]) -> str:
     return f"<small>{low} to {high}</small>"
 
 
-def _compared_table(compared: pd.DataFrame) -> str:
-    """Differences from the first variant in per cent."""
-    first, *others = (str(name) for name in compared.columns)
-    head = ["", escape(first), *(escape(name) for name in others)]
+def _compared_table(compared: pd.DataFrame, runs: Sequence[Run]) -> str:
+    """Differences from the first variant in per cent; error bars where they were simulated."""
+    first, *others = runs
+    unclear = unclear_differences({run.name: run.result for run in runs})
     rows = []
     for key, (label, unit) in COMPARED.items():
         base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()
-        cells = [format_metric(base, unit)]
-        for value in values:
-            change = format_difference(value, base)
-            cells.append(f"{format_metric(value, unit)} <small>{change}</small>")
+        cells = [format_metric(base, unit) + _bars(first, key, unit)]
+        for run, value in zip(others, values, strict=True):
+            mark = " ~" if (run.name, key) in unclear else ""
+            change = f"<small>{format_difference(value, base)}{mark}</small>"
+            cells.append(f"{format_metric(value, unit)} {change}{_bars(run, key, unit)}")
         rows.append([label, *cells])
-    return _table(head, rows)
+    table = _table(["", *(escape(run.name) for run in runs)], rows)
+    return table + ("<p>~ the error bars of the two overlap</p>\n" if unclear else "")
+
+
+def _bars(run: Run, key: str, unit: str) -> str:
+    if run.result.intervals is None or key not in run.result.intervals:
+        return ""
+    low, high = (format_metric(value, unit) for value in run.result.intervals[key])
+    return f"<br><small>{low} to {high}</small>"
 
 
 def _notes(runs: Sequence[Run]) -> str:
@@ -305,17 +315,21 @@ def _slowest_of(run: Run) -> str:
 # ---- configuration
 
 
-def _config_table(runs: Sequence[Run], workload: Workload | None) -> str:
+def _config_table(runs: Sequence[Run]) -> str:
     """Every option; for variants, those that differ are marked."""
-    shared = asdict(workload) if workload is not None else {"trace": runs[0].result.trace.name}
-    rows = [[escape(name), *[_shown(value)] * len(runs)] for name, value in shared.items()]
-    deployments = [asdict(run.result.deployment) for run in runs]
-    for name in deployments[0]:
-        values = [_shown(deployment[name]) for deployment in deployments]
+    configs = [
+        ({"trace": run.result.trace.name} if run.workload is None else asdict(run.workload))
+        | asdict(run.result.deployment)
+        for run in runs
+    ]
+    rows = []
+    for name in configs[0]:
+        values = [_shown(config[name]) for config in configs]
         mark = len(set(values)) > 1
         rows.append([escape(name), *(f"<b>{value}</b>" if mark else value for value in values)])
-    head = ["option", "value"] if len(runs) == 1 else ["option", *(escape(r.name) for r in runs)]
-    return _table(head, rows, kind="options")
+    if len(runs) == 1:
+        return _table(["option", "value"], rows, kind="options pairs")
+    return _table(["option", *(escape(run.name) for run in runs)], rows, kind="options")
 
 
 def _shown(value: object) -> str:

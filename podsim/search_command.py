@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,20 +101,33 @@ def capacity_command(
         "jobs": jobs or num_cores(),
         "iterations": RELAXED if relaxed else STRICT,
     }
+    # A replay of a trace has nothing random, so it is searched once.
+    num_searches = len(variants) * (seeds if workload.arrivals is not None else 1)
     console = Console(quiet=True) if as_json else _console()
     name = Path(workload.trace).name if workload.trace else "synthetic requests"
     with ExitStack() as stack:
         made_by = "capacity.csv"
         folder = stack.enter_context(report.result_folder(out, made_by)) if out else None
         if at is not None:
-            measured = measure_loads(workload, variants, _loads(at), **trials)
+            loads = _loads(at)
+            total = num_searches * len(loads)
+            with _counting("measuring", total, "runs") as one_more:
+                measured = measure_loads(workload, variants, loads, on_load=one_more, **trials)
             console.print(loads_table(measured, name))
             described: Mapping[str, object] = {"trials": measured.to_dict("records")}
             if folder is not None:
                 save_trials(measured, folder)
         else:
-            search = {"precision": precision, "start": workload.qps if has_start else None}
-            found = _searched(workload, variants, trials | search)
+            start = workload.qps if has_start else None
+            with _counting("searching", num_searches, "searches") as one_more:
+                found = find_capacities(
+                    workload,
+                    variants,
+                    precision=precision,
+                    start=start,
+                    on_search=one_more,
+                    **trials,
+                )
             described = {variant: c.description() for variant, c in found.items()}
             console.print(capacity_table(found, name))
             console.print("\n".join(capacity_lines(found)), highlight=False, soft_wrap=True)
@@ -133,14 +147,17 @@ def _save_report(
     folder: Path,
 ) -> None:
     """report.html: each variant at the load it was found to hold."""
-    results = {}
+    results, loads = {}, {}
     for name, capacity in found.items():
         if capacity.mean > 0:
             load = replace(workload, qps=capacity.mean, requests=workload.requests or NUM_REQUESTS)
             label = f"{name} at {capacity.mean:.2f} req/s"
-            results[label] = simulate(workload_trace(load), variants[name])
+            loads[label] = load
+            trace = workload_trace(load)
+            with terminal.progress_bar(label, len(trace), Console(stderr=True)) as arrived:
+                results[label] = simulate(trace, variants[name], on_progress=arrived)
     if results:
-        report.save_comparison(terminal.comparison(results), results, workload, folder)
+        report.save_comparison(terminal.comparison(results), results, loads, folder)
 
 
 def sweep_command(
@@ -224,13 +241,9 @@ def _loads(text: str) -> list[float]:
         raise InputError(f"--at is '{text}', expected loads such as 4,8,12") from None
 
 
-def _searched(
-    workload: Workload, variants: dict[str, Any], options: dict[str, Any]
-) -> dict[str, Capacity]:
-    messages = Console(stderr=True)
-    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
-        total = len(variants) * options["seeds"]
-        task = progress.add_task("searching", total=total)
-        return find_capacities(
-            workload, variants, on_search=lambda _: progress.advance(task), **options
-        )
+@contextmanager
+def _counting(label: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+    """A progress bar that goes on by one each time."""
+    done = itertools.count(1)
+    with terminal.progress_bar(label, total, Console(stderr=True), unit) as show:
+        yield lambda _: show(next(done))

@@ -14,7 +14,7 @@ import pandas as pd
 import simpy
 
 from podsim import metrics
-from podsim.cluster import Cluster
+from podsim.cluster import Cluster, FollowUp, FollowUps
 from podsim.config import Deployment, Workload
 from podsim.decode_group import DecodeGroup, ListedDecodes
 from podsim.errors import InputError
@@ -95,13 +95,13 @@ def simulate(
 
     `latency_model` replaces the measured profile of the deployment's GPU and model; `scheduler`
     makes a scheduler for each replica from its KV cache. With `closed_loop`, a later turn of a
-    session arrives when the turn before is finished and its think time (0 if unknown) has passed,
-    instead of at its recorded time. Without `keep_steps`, steps are added up and dropped; a
-    `request_sink` is given tables like `Result.requests`, in order of leaving, which are dropped
-    then: memory is left to the latencies. `step_by_step` takes every step by itself and moves every
-    request's counters in it: slow, equal in result, the reference. `on_progress` is told how many
-    requests have arrived, now and then. Raises InputError for an unknown model or GPU, or when
-    there is no profile for them.
+    session arrives when the turn before, and the sessions that worked for it, are finished and its
+    think time (0 if unknown) has passed, instead of at its recorded time. Without `keep_steps`,
+    steps are added up and dropped; a `request_sink` is given tables like `Result.requests`, in
+    order of leaving, which are dropped then: memory is left to the latencies. `step_by_step` takes
+    every step by itself and moves every request's counters in it: slow, equal in result, the
+    reference. `on_progress` is told how many requests have arrived, now and then. Raises InputError
+    for an unknown model or GPU, or when there is no profile for them.
     """
     trace.require_times()
     if deployment.order == "priority" and trace.priority is None:
@@ -131,7 +131,7 @@ def simulate(
             )
         )
     requests = _requests(trace, on_progress)
-    follow_ups: dict[int, tuple[Request, float]] = {}
+    follow_ups: FollowUps = {}
     if closed_loop:
         requests, follow_ups = _closed_loop(trace, requests)
     cluster = Cluster(
@@ -271,17 +271,27 @@ def workload_trace(workload: Workload) -> Trace:
 
 def _closed_loop(
     trace: Trace, requests: Iterator[Request]
-) -> tuple[Iterator[Request], dict[int, tuple[Request, float]]]:
-    """First turns, and later turns by the turn before them. InputError without sessions."""
+) -> tuple[Iterator[Request], dict[int, list[FollowUp]]]:
+    """The requests that wait for none, and the others by those they wait for.
+
+    InputError without sessions.
+    """
     if trace.session_id is None or trace.think_time is None:
         raise InputError(f"{trace.name}: a closed-loop replay needs sessions with think times")
+    awaited = [[turn] if turn >= 0 else [] for turn in trace.previous_turn.tolist()]
+    for first, last, started_by, after in trace.parent_turns:
+        awaited[first].append(started_by)
+        if after >= 0:
+            awaited[after].append(last)
     think_times = np.nan_to_num(trace.think_time).tolist()
-    first_turns, follow_ups = [], {}
-    for request, previous in zip(requests, trace.previous_turn.tolist(), strict=True):
-        if previous < 0:
+    first_turns = []
+    follow_ups: dict[int, list[FollowUp]] = {}
+    for request, others in zip(requests, awaited, strict=True):
+        if not others:
             first_turns.append(request)
-        else:
-            follow_ups[previous] = (request, think_times[request.request_id])
+        following = FollowUp(request, think_times[request.request_id], len(others))
+        for other in others:
+            follow_ups.setdefault(other, []).append(following)
     return iter(first_turns), follow_ups
 
 

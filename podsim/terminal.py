@@ -243,24 +243,34 @@ PATIENCE = 2.0
 
 
 class _Rate(ProgressColumn):
-    """Requests a second of real time."""
+    """What is done in a second of real time."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} req/s" if speed else "", style="progress.data.speed")
+        if not speed:
+            return Text("")
+        rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+        return Text(f"{rate} {self.unit}/s", style="progress.data.speed")
 
 
 @contextmanager
-def progress_bar(label: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal for what takes over two seconds, told how many requests have arrived.
+def progress_bar(
+    label: str, total: int | None, console: Console, unit: str = "req"
+) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal for what takes over two seconds, told how many units are done.
 
-    Nothing is written where the console is no terminal.
+    Without a total, as where nothing can be told, it shows the time. Nothing is written where the
+    console is no terminal.
     """
     if not console.is_terminal:
-        yield lambda arrived: None
+        yield lambda done: None
         return
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit)),
         *(TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
     progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
@@ -269,7 +279,7 @@ def progress_bar(label: str, total: int, console: Console) -> Iterator[Callable[
     timer.daemon = True
     timer.start()
     try:
-        yield lambda arrived: progress.update(task, completed=arrived)
+        yield lambda done: progress.update(task, completed=done)
     finally:
         timer.cancel()
         timer.join()

@@ -8,13 +8,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Annotated
 
 import typer
+from rich.console import Console
 
 from podsim.command_options import JsonOption
 from podsim.errors import InputError
+from podsim.terminal import progress_bar
 from podsim.trace_clients import client_statistics
 from podsim.trace_report import statistics_lines
 from podsim.trace_rows import ReadOptions
@@ -80,6 +83,9 @@ def inspect_command(
     block_size: BlockSize = None,
     client_window: ClientWindow = None,
     seed: Seed = 0,
+    cache_blocks: Annotated[
+        str | None, typer.Option(help="Prefix hits with LRU caches of so many blocks: 1000,5000.")
+    ] = None,
     as_json: JsonOption = False,
     figure: Annotated[
         Path | None, typer.Option(help="PNG of arrivals over time and length distributions.")
@@ -89,9 +95,12 @@ def inspect_command(
     options = _options(
         format_, zero_length, chars_per_token, tokenizer, block_size, client_window, seed
     )
+    sizes = _sizes(cache_blocks)
     with _output(figure) as file:
-        trace = read_trace(source, options)
-        statistics = inspect_trace(trace)
+        trace = _read(source, options)
+        if sizes and trace.hash_ids is None:
+            raise InputError(f"{trace.name}: --cache-blocks needs hash ids, and this has none")
+        statistics = inspect_trace(trace, sizes)
         if trace.format == "servegen":
             statistics["clients"] = client_statistics(Path(source))
         if file is not None:
@@ -128,7 +137,7 @@ def convert_command(
     )
 
     def make() -> Trace:
-        trace = read_trace(source, options)
+        trace = _read(source, options)
         if max_tokens is not None:
             trace = trace.within_context(max_tokens, overflow)
         if session_qps is not None:
@@ -170,7 +179,7 @@ def slice_command(
     first, last = _range("rows", rows)
 
     def make() -> Trace:
-        trace = read_trace(source, options)
+        trace = _read(source, options)
         if start is not None or end is not None:
             trace = trace.between(start or 0.0, math.inf if end is None else end)
         if rows is None:
@@ -238,7 +247,7 @@ def generate_command(
 
     def make() -> Trace:
         lengths = ReadOptions(zero_length="drop")
-        return generate(options, read_trace(lengths_from, lengths) if lengths_from else None)
+        return generate(options, _read(lengths_from, lengths) if lengths_from else None)
 
     _write(make, out, "podsim", as_json, made=(f"seed {seed}",))
 
@@ -265,6 +274,27 @@ def _options(
     )
 
 
+def _read(source: str, options: ReadOptions) -> Trace:
+    """`read_trace` with a progress bar."""
+    read = 0
+    size = _size(Path(source))
+    with progress_bar("reading", size and size // 1000, Console(stderr=True), "kB") as done:
+
+        def on_bytes(number: int) -> None:
+            nonlocal read
+            read += number
+            done(read // 1000)
+
+        return read_trace(source, replace(options, on_bytes=on_bytes))
+
+
+def _size(path: Path) -> int | None:
+    """Bytes that will be read, if that is known before."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.glob("*.json*")) or None
+
+
 def _range(what: str, text: str | None) -> tuple[float, float]:
     """FROM:TO, either of which may be left out."""
     first, colon, last = (text or ":").partition(":")
@@ -276,6 +306,13 @@ def _range(what: str, text: str | None) -> tuple[float, float]:
     if not colon or not 0 <= numbers[0] < numbers[1]:
         raise InputError(f"{what} is {text!r}, expected FROM:TO")
     return numbers
+
+
+def _sizes(text: str | None) -> list[int]:
+    sizes = (text or "").split(",") if text is not None else []
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise InputError(f"cache blocks is {text!r}, expected numbers of blocks: 1000,5000")
+    return [int(size) for size in sizes]
 
 
 @contextmanager
@@ -295,7 +332,9 @@ def _write(
     command = "command podsim " + shlex.join(sys.argv[1:])
     with atomic_file(out) as file:
         trace = make()
-        write_trace(trace, file, to, made=(command, *made), zipped=out.suffix == ".gz")
+        with progress_bar("writing", len(trace), Console(stderr=True)) as done:
+            zipped = out.suffix == ".gz"
+            write_trace(trace, file, to, made=(command, *made), zipped=zipped, on_progress=done)
     lost = not_kept(trace, to)
     if as_json:
         described = {

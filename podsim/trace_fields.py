@@ -33,8 +33,9 @@ def shown(text: str, limit: int = 40) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "...")
 
 
-_COUNT = re.compile(r"\s*[0-9]{1,18}(?:\.0*)?\s*")
-_NUMBER = re.compile(r"\s*[0-9]{1,20}(?:\.[0-9]{0,40})?(?:[eE][+-]?[0-9]{1,2})?\s*")
+# ASCII: float() takes off no other space.
+_COUNT = re.compile(r"\s*[0-9]{1,18}(?:\.0*)?\s*", re.ASCII)
+_NUMBER = re.compile(r"\s*[0-9]{1,20}(?:\.[0-9]{0,40})?(?:[eE][+-]?[0-9]{1,2})?\s*", re.ASCII)
 _DATE = re.compile(
     r"\s*((?:19|20)[0-9]{2}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?)"
     r"(?:Z|([+-])([0-9]{2}):?([0-9]{2}))?\s*"

@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -33,12 +33,25 @@ def read_file(path: Path, options: ReadOptions) -> Rows:
             data: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file) if zipped else file
             # Bytes that are not UTF-8 become "\ufffd", which no number contains.
             text = io.TextIOWrapper(data, "utf-8-sig", errors="replace", newline="")
-            return rows_of(_table(path, text, options), options, sha256)
+            return rows_of(_table(path, text, options), options, sha256, _teller(file, options))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read: {reason}") from error
     except RecursionError:
         raise InputError(f"{path}: cannot be read: is nested too deeply") from None
+
+
+def _teller(file: BinaryIO, options: ReadOptions) -> Callable[[], None]:
+    """Tells `options.on_bytes` how far the file has been read since it was told last."""
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        if options.on_bytes is not None:
+            read, told = file.tell() - told, file.tell()
+            options.on_bytes(read)
+
+    return tell
 
 
 def is_archive(path: Path) -> bool:
@@ -200,6 +213,7 @@ def _jsonl_table(path: Path, lines: Iterable[str], options: ReadOptions) -> Tabl
         rows=_json_rows(path, fmt, names, chain([(line, first)], records)),
         block_size=options.block_size or fmt.hash_block_size,
         notes=[] if fmt.nested else _unused(fmt, first),
+        own_blocks=fmt.document and first.get("hash_id_scope") != "global",
     )
 
 
@@ -208,7 +222,9 @@ def _json_rows(
 ) -> Iterator[Row]:
     texts = [(name, name != fmt.hash_ids) for name in names]
     number = 0
-    for line, record in records:
+    for nth, (line, record) in enumerate(records):
+        if fmt.document and nth:
+            raise InputError(f"{path}:{line}: is a second session, expected one in a file")
         try:
             for request in fmt.expand(record) if fmt.expand else (record,):
                 number += 1

@@ -28,7 +28,7 @@ def read_rows(path: Path, options: ReadOptions) -> Rows:
     if path.is_dir():
         return _read_sessions(path, options)
     rows = read_file(path, options)
-    return _own_blocks(rows, 0) if rows.format.document else rows
+    return _own_blocks(rows, 0) if rows.own_blocks else rows
 
 
 def _read_sessions(folder: Path, options: ReadOptions) -> Rows:
@@ -50,7 +50,9 @@ def _read_sessions(folder: Path, options: ReadOptions) -> Rows:
         if content in files:
             copies += len(rows.lines)
             continue
-        files[content] = rows = _own_blocks(rows, next_block)
+        if files and rows.own_blocks != next(iter(files.values())).own_blocks:
+            raise InputError(f"{path}: hash_id_scope differs from that of other files here")
+        files[content] = rows = _own_blocks(rows, next_block) if rows.own_blocks else rows
         next_block = max(
             [next_block, *(int(ids.max()) + 1 for ids in rows.hash_ids or () if len(ids))]
         )
@@ -83,6 +85,7 @@ def _joined(files: list[Rows], copies: int, sha256: str) -> Rows:
             f"the {len(files)} session files do not say when each session starts: all at 0 s "
             "(--session-qps spreads the starts)"
         )
+    sessions, parents = _own_sessions(files)
     hashed = any(rows.hash_ids is not None for rows in files)
     return replace(
         first,
@@ -91,7 +94,8 @@ def _joined(files: list[Rows], copies: int, sha256: str) -> Rows:
         num_prompt_tokens=np.concatenate([rows.num_prompt_tokens for rows in files]),
         num_output_tokens=np.concatenate([rows.num_output_tokens for rows in files]),
         hash_ids=[ids for rows in files for ids in _ids(rows)] if hashed else None,
-        session=_stacked(_own_sessions(files), files),
+        session=_stacked(sessions, files),
+        parent_session=_stacked(parents, files),
         think_ns=_stacked([rows.think_ns for rows in files], files),
         elapsed_ns=_stacked([rows.elapsed_ns for rows in files], files),
         notes=notes,
@@ -104,16 +108,20 @@ def _ids(rows: Rows) -> list[Ints]:
     return rows.hash_ids or [np.empty(0, dtype=np.int64)] * len(rows.lines)
 
 
-def _own_sessions(files: list[Rows]) -> list[Ints | None]:
-    next_session = 0
-    sessions: list[Ints | None] = []
+def _own_sessions(files: list[Rows]) -> tuple[list[Ints | None], list[Ints | None]]:
+    """The sessions and parent sessions of each file, numbered on from those of the files before."""
+    first = 0
+    sessions, parents = [], []
     for rows in files:
-        if rows.session is None:
-            sessions.append(None)
-            continue
-        sessions.append(np.where(rows.session >= 0, rows.session + next_session, rows.session))
-        next_session += int(rows.session.max()) + 1
-    return sessions
+        both = [_from(first, column) for column in (rows.session, rows.parent_session)]
+        sessions.append(both[0])
+        parents.append(both[1])
+        first = max([first, *(int(column.max()) + 1 for column in both if column is not None)])
+    return sessions, parents
+
+
+def _from(first: int, numbers: Ints | None) -> Ints | None:
+    return None if numbers is None else np.where(numbers >= 0, numbers + first, numbers)
 
 
 def _stacked(columns: list[Ints | None], files: list[Rows]) -> Ints | None:

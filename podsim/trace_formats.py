@@ -43,6 +43,8 @@ class Format:
     """May be absent or empty: the session a request is a turn of."""
     parent: str | None = None
     """Given: `session` names the turn, and this its parent turn."""
+    parent_session: str | None = None
+    """May be absent or empty: the session that this one works for; see Trace.parent_session."""
     think: str | None = None
     """May be absent or empty: time from the completion of the turn before, on `clock`."""
     priority: str | None = None
@@ -71,8 +73,8 @@ class Format:
     def optional(self) -> list[str]:
         """The fields that are read where they are there."""
         given = (
-            *(self.hash_ids, self.session, self.parent, self.think, self.elapsed),
-            self.priority,
+            *(self.hash_ids, self.session, self.parent, self.parent_session),
+            *(self.think, self.elapsed, self.priority),
         )
         return [*(name for name in given if name), *self.only]
 
@@ -105,6 +107,7 @@ FORMATS = (  # the first that fits is taken, so the more demanding of two comes 
         hash_ids="hash_ids",
         hash_rounding="any",
         session="session_id",
+        parent_session="parent_session",
         think="think_time",
         priority="priority",
     ),
@@ -166,6 +169,7 @@ FORMATS = (  # the first that fits is taken, so the more demanding of two comes 
         hash_rounding="down",
         document=True,
         session="session_id",
+        parent_session="parent_session",
         think="think_time",
         elapsed="api_time",
         marks={"requests": _ANY, "hash_id_scope": _ANY},

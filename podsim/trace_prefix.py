@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,24 @@ def hit_blocks(hash_ids: tuple[Ints, ...]) -> tuple[Ints, int]:
         seen.update(blocks[hit:])
         hits.append(hit)
     return np.array(hits, dtype=np.int64), len(seen)
+
+
+def lru_hit_blocks(hash_ids: tuple[Ints, ...], capacity: int) -> float:
+    """Share of all blocks that a cache of so many blocks holds, evicting the least recently used.
+
+    In order of arrival, each prompt served at once; the blocks at its head count as used last.
+    """
+    cached: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for ids in hash_ids:
+        blocks = ids.tolist()
+        hits += next((i for i, block in enumerate(blocks) if block not in cached), len(blocks))
+        for block in reversed(blocks):
+            cached[block] = None
+            cached.move_to_end(block)
+        while len(cached) > capacity:
+            cached.popitem(last=False)
+    return hits / max(sum(map(len, hash_ids)), 1)
 
 
 def prefix_statistics(trace: Trace) -> dict[str, float] | None:

@@ -30,18 +30,18 @@ def llmservingsim_requests(record: Record) -> Iterator[Record]:
 
 
 def claude_code_requests(record: Record) -> Iterator[Record]:
-    """The turns of a session; a subagent runs beside it, so it is a session of its own."""
+    """The turns of a session; its subagents are sessions that work for it."""
     if record.get("block_size", 64) != 64:
         raise BadRecord(f"block_size is {shown(str(record['block_size']))}, expected 64")
-    yield from _turns(record, str(record.get("id") or "session"))
+    yield from _turns(record, str(record.get("id") or "session"), "")
 
 
-def _turns(record: Record, session: str) -> Iterator[Record]:
+def _turns(record: Record, session: str, parent: str) -> Iterator[Record]:
     for number, turn in enumerate(_list_of_objects(record, "requests")):
         if turn.get("type") == "subagent":
-            yield from _turns(turn, f"{session}/{turn.get('agent_id') or number}")
+            yield from _turns(turn, f"{session}/{number} {turn.get('agent_id') or ''}", session)
         else:
-            yield {**turn, "session_id": session}
+            yield {**turn, "session_id": session, "parent_session": parent}
 
 
 RAGPULSE_PARTS = ("sys_prompt", "passages_ids", "history", "web_search", "user_input")

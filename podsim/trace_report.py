@@ -16,6 +16,9 @@ def statistics_lines(statistics: Mapping[str, object]) -> list[str]:
         part = statistics.get(name)
         if isinstance(part, Mapping):
             lines += describe(part)
+    correlation = statistics["length_correlation"]
+    if isinstance(correlation, float):
+        lines.append(f"Correlation  of prompt and output lengths {_number(correlation)}")
     dropped, notes = statistics["dropped"], statistics["notes"]
     assert isinstance(dropped, Mapping)
     assert isinstance(notes, list)
@@ -26,7 +29,8 @@ def statistics_lines(statistics: Mapping[str, object]) -> list[str]:
 def _arrivals(part: Part) -> list[str]:
     return [
         f"Arrivals     {_number(part['rate'])} requests/s over {_number(part['duration'])} s, "
-        f"at most {_number(part['max_in_1s'])} in 1 s, "
+        f"at most {_number(part['max_in_1s'])} in 1 s, {_number(part['per_minute_min'])} to "
+        f"{_number(part['per_minute_max'])} in a minute, "
         f"longest gap {_number(part['longest_gap'])} s",
         f"Burstiness   IAT CV {_number(part['iat_cv'])}, IDC-1s {_number(part['idc_1s'])}; "
         f"{_number(part['distinct_times'])} different arrival times",
@@ -54,6 +58,11 @@ def _prefix(part: Part) -> list[str]:
         f"{_number(part['unique_blocks'])} different of {_number(part['blocks'])} blocks "
         f"of {_number(part['block_size'])} tokens"
     ]
+
+
+def _lru(part: Part) -> list[str]:
+    hits = ", ".join(f"{_percent(hit)} in {int(blocks):,}" for blocks, hit in part.items())
+    return [f"LRU cache    hit {hits} blocks"]
 
 
 def _sessions(part: Part) -> list[str]:
@@ -89,6 +98,7 @@ DESCRIPTIONS: dict[str, Callable[[Part], list[str]]] = {
     "prompt_tokens": _lengths("Prompt      "),
     "output_tokens": _lengths("Output      "),
     "prefix": _prefix,
+    "lru": _lru,
     "sessions": _sessions,
     "clients": _clients,
 }

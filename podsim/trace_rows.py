@@ -49,6 +49,8 @@ class ReadOptions:
     """Of the requests drawn from client statistics (servegen)."""
     client_window: tuple[float, float] = (0.0, math.inf)
     """Seconds of the client statistics to draw requests from."""
+    on_bytes: Callable[[int], None] | None = None
+    """Told, now and then, how many more bytes of the files have been read."""
 
     def __post_init__(self) -> None:
         if self.zero_length not in ("error", "drop"):
@@ -80,13 +82,16 @@ class Rows:
     hash_ids: list[Ints] | None = None
     hash_block_size: int = 0
     session: Ints | None = None
-    """Numbers from 0; MISSING for a request without a session. Also of the next two."""
+    """Numbers from 0; MISSING for a request without a session. Also of the next four."""
+    parent_session: Ints | None = None
     priority: Ints | None = None
     think_ns: Ints | None = None
     elapsed_ns: Ints | None = None
     notes: Sequence[str] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Requests of the source that are not among these rows."""
+    own_blocks: bool = False
+    """Whether equal block numbers of another file are other blocks."""
     sha256: str = ""
 
     @property
@@ -106,13 +111,17 @@ class Table:
     notes: list[str]
     starts_at: int = 1
     """The line of its header."""
+    own_blocks: bool = False
 
     def place(self, line: int) -> str:
         return f"{self.path}: request {line}" if self.format.document else f"{self.path}:{line}"
 
 
-def rows_of(table: Table, options: ReadOptions, sha256: str) -> Rows:
-    """Read all rows of a table; the first wrong line raises InputError."""
+def rows_of(table: Table, options: ReadOptions, sha256: str, on_block: Callable[[], None]) -> Rows:
+    """Read all rows of a table, calling `on_block` from time to time.
+
+    The first wrong line raises InputError.
+    """
     fmt = table.format
     if fmt.texts and options.count_tokens is None:
         raise InputError(
@@ -120,7 +129,10 @@ def rows_of(table: Table, options: ReadOptions, sha256: str) -> Rows:
             "or --tokenizer MODULE:FUNCTION"
         )
     columns = Columns(fmt, options, table.block_size)
-    blocks = [_parse(table, columns, block) for block in _blocks(table.rows, fmt.kind)]
+    blocks = []
+    for block in _blocks(table.rows, fmt.kind):
+        blocks.append(_parse(table, columns, block))
+        on_block()
     if not blocks:
         raise InputError(
             f"{table.path}:{table.starts_at + 1}: is missing, expected a row after the header"
@@ -138,10 +150,12 @@ def rows_of(table: Table, options: ReadOptions, sha256: str) -> Rows:
         hash_ids=hash_ids if any(map(len, hash_ids)) else None,
         hash_block_size=table.block_size,
         session=_unless_all_missing(column.get("session")),
+        parent_session=_unless_all_missing(column.get("parent_session")),
         priority=_unless_all_missing(column.get("priority")),
         think_ns=_unless_all_missing(column.get("think")),
         elapsed_ns=_unless_all_missing(column.get("elapsed")),
         notes=[*table.notes, *fmt.notes],
+        own_blocks=table.own_blocks,
         sha256=sha256,
     )
 
@@ -185,6 +199,7 @@ class Columns:
             ("prompt", fmt.prompt, text if fmt.prompt in fmt.texts else count),
             ("output", fmt.output, text if fmt.output in fmt.texts else count),
             ("session", None if fmt.parent else fmt.session, self.sessions.of_names),
+            ("parent_session", fmt.parent_session, self.sessions.of_names),
             ("think", fmt.think, partial(where_given, fmt.clock)),
             ("priority", fmt.priority, partial(where_given, partial(parse_token_counts, 0))),
             ("elapsed", fmt.elapsed, partial(where_given, seconds)),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from podsim.trace_prefix import prefix_statistics
+from podsim.trace_prefix import lru_hit_blocks, prefix_statistics
 from podsim.workload_trace import Trace
 
 Statistics = dict[str, float | None]
 
 
-def inspect_trace(trace: Trace) -> dict[str, object]:
+def inspect_trace(trace: Trace, cache_blocks: Sequence[int] = ()) -> dict[str, object]:
     """What there is to know of a trace, ready for JSON: seconds, tokens, requests/s, shares.
 
-    A part that the trace has nothing for (arrivals, prefix, sessions) is None.
+    A part that the trace has nothing for (arrivals, prefix, sessions) is None. lru: the hits of
+    least-recently-used caches of so many blocks each.
     """
     return {
         "name": trace.name,
@@ -29,6 +32,7 @@ def inspect_trace(trace: Trace) -> dict[str, object]:
         "output_tokens": length_statistics(trace.num_output_tokens),
         "length_correlation": _correlation(trace.num_prompt_tokens, trace.num_output_tokens),
         "prefix": prefix_statistics(trace),
+        "lru": {str(n): lru_hit_blocks(trace.hash_ids or (), n) for n in cache_blocks} or None,
         "sessions": session_statistics(trace),
     }
 
@@ -37,12 +41,15 @@ def arrival_statistics(trace: Trace) -> Statistics:
     """When requests arrive. None for what a single moment does not have.
 
     rate is requests / duration. iat_cv: standard deviation / mean of the gaps. idc_1s: variance /
-    mean of the counts in whole seconds from the first arrival on; 1 for Poisson arrivals.
+    mean of the counts in whole seconds from the first arrival on; 1 for Poisson arrivals. Minutes
+    count from the first arrival too; the last one is not whole.
     """
     times = trace.arrival_time
     gaps = np.diff(times)
     duration = trace.duration
     counts = _runs(np.floor(times))
+    minutes = _runs(np.floor(times / 60))
+    empty_minutes = int(times[-1] // 60) + 1 - len(minutes)
     # Most seconds of a long trace may be empty: they are counted, not held.
     mean = len(times) / (np.floor(times[-1]) + 1)
     variance = (counts.astype(np.float64) ** 2).sum() / (np.floor(times[-1]) + 1) - mean**2
@@ -52,6 +59,9 @@ def arrival_statistics(trace: Trace) -> Statistics:
         "iat_cv": float(gaps.std() / gaps.mean()) if duration > 0 else None,
         "idc_1s": float(variance / mean),
         "max_in_1s": int(counts.max()),
+        "per_minute_min": 0 if empty_minutes else int(minutes.min()),
+        "per_minute_max": int(minutes.max()),
+        "empty_minutes": empty_minutes,
         "longest_gap": float(gaps.max()) if len(gaps) else None,
         "distinct_times": len(_runs(times)),
     }

@@ -26,12 +26,19 @@ Write = Callable[[Trace, Sequence[str]], Iterator[str]]
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name only when all is written.
+    """A file that takes its name only when all is written; a pipe or a device is written as it is.
 
     InputError, before anything is written, if the folder is not there or not writable.
     """
     if path.is_dir():
         raise InputError(f"{path}: cannot be written: is a directory")
+    try:
+        if path.exists() and not path.is_file():
+            with path.open("wb") as device:
+                yield device
+            return
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         number, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     except OSError as error:
@@ -54,21 +61,32 @@ def write_trace(
     *,
     made: Sequence[str] = (),
     zipped: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a trace in a format of WRITERS, gzipped if `zipped`.
 
-    made: lines on how the trace was made; podsim's own format keeps them as comments.
+    made: lines on how the trace was made; podsim's own format keeps them as comments. on_progress
+    is told how many lines are written, now and then.
     InputError: an unknown format, or a trace without times where the format needs them.
     """
     check_format(format)
     if format != "vidur":
         trace.require_times()
     lines = WRITERS[format](trace, made)
+    if on_progress is not None:
+        lines = _counted(lines, on_progress)
     if not zipped:
         file.writelines(line.encode() for line in lines)
         return
     with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as data:  # no date in it
         data.writelines(line.encode() for line in lines)
+
+
+def _counted(lines: Iterator[str], on_progress: Callable[[int], None]) -> Iterator[str]:
+    for number, line in enumerate(lines):
+        if number % 1000 == 0:
+            on_progress(number)
+        yield line
 
 
 def check_format(format: str) -> None:
@@ -90,6 +108,9 @@ def _podsim(trace: Trace, made: Sequence[str]) -> Iterator[str]:
     if trace.session_id is not None:
         names.append("session_id")
         columns.append(map(_unless_negative, trace.session_id.tolist()))
+    if trace.parent_session is not None:
+        names.append("parent_session")
+        columns.append(map(_unless_negative, trace.parent_session.tolist()))
     if trace.think_time is not None:
         names.append("think_time")
         known = np.nan_to_num(trace.think_time, nan=-1.0)
@@ -154,10 +175,10 @@ WRITERS: dict[str, Write] = {
 
 def not_kept(trace: Trace, format: str) -> list[str]:
     """What the format cannot hold of this trace."""
-    lost = []
+    columns: tuple[str, ...] = ("parent_session", "priority") if format != "podsim" else ()
     if format == "vidur":
-        columns = ("hash_ids", "session_id", "think_time")
-        lost = [name for name in columns if getattr(trace, name) is not None]
+        columns = ("hash_ids", "session_id", "think_time", *columns)
+    lost = [name for name in columns if getattr(trace, name) is not None]
     if format in ("mooncake", "vllm-timed"):
         lost.append("times below a millisecond")
     return lost

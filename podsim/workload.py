@@ -106,7 +106,8 @@ def _trace(path: Path, rows: Rows) -> Trace:
         time_ns = _unwrapped(_with_turns(path, rows, time_ns, notes), rows, notes)
         disorder = _disorder(time_ns[kept], rows.lines[kept])
         if disorder:
-            notes += disorder
+            if not rows.format.document:  # whose subagents stand between its turns
+                notes += disorder
             kept = np.arange(len(time_ns))[kept]
             kept = kept[np.argsort(time_ns[kept], kind="stable")]
         in_order = time_ns[kept]
@@ -126,6 +127,7 @@ def _trace(path: Path, rows: Rows) -> Trace:
         hash_ids=tuple(hash_ids) if hash_ids is not None else None,
         hash_block_size=rows.hash_block_size if hash_ids is not None else None,
         session_id=rows.session[kept] if rows.session is not None else None,
+        parent_session=None if rows.parent_session is None else rows.parent_session[kept],
         priority=None if rows.priority is None else np.maximum(rows.priority[kept], 0),
         format=rows.format.name,
     )
@@ -207,15 +209,16 @@ def _disorder(time_ns: Ints, lines: NDArray[np.int32]) -> list[str]:
 
 
 def _think_time(rows: Rows, kept: Kept, trace: Trace) -> NDArray[np.float64] | None:
-    """Seconds from the completion of the turn before, as the file says or its times imply."""
+    """Seconds from the completion of what a turn waits for: as the file says or its times imply."""
     if trace.session_id is None or not trace.has_times:
         return None
     previous = trace.previous_turn
     turn = np.flatnonzero(previous >= 0)
     think = np.full(len(trace), np.nan)
     if rows.think_ns is not None:
-        given = rows.think_ns[kept][turn]
-        think[turn] = np.where(given >= 0, given / 1e9, np.nan)
+        waits = np.concatenate([turn, [first for first, *_ in trace.parent_turns]]).astype(int)
+        given = rows.think_ns[kept][waits]
+        think[waits] = np.where(given >= 0, given / 1e9, np.nan)
     elif rows.elapsed_ns is not None:
         before = previous[turn]
         elapsed = rows.elapsed_ns[kept][before]
@@ -223,4 +226,19 @@ def _think_time(rows: Rows, kept: Kept, trace: Trace) -> NDArray[np.float64] | N
         think[turn] = np.where(elapsed >= 0, np.maximum(waited, 0), np.nan)
     else:
         return None
+    if rows.elapsed_ns is not None:
+        _count_from_parent_turns(think, trace, rows.elapsed_ns[kept] / 1e9)
     return think
+
+
+def _count_from_parent_turns(
+    think: NDArray[np.float64], trace: Trace, elapsed: NDArray[np.float64]
+) -> None:
+    """A file counts from the turn before, also where sessions that worked for it ended later."""
+    ended = np.where(elapsed >= 0, trace.arrival_time + elapsed, np.nan)
+    for first, last, started_by, after in trace.parent_turns:
+        if not np.isnan(ended[started_by]):
+            think[first] = max(trace.arrival_time[first] - ended[started_by], 0)
+        if after >= 0 and not np.isnan(ended[last]):
+            since = max(trace.arrival_time[after] - ended[last], 0)
+            think[after] = np.fmin(think[after], since)

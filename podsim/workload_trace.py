@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -42,9 +43,13 @@ class Trace:
     """Tokens in a block of hash_ids; the last block of a prompt may be partial."""
     session_id: NDArray[np.int64] | None = None
     """The session each request is a turn of, -1 for none; its turns are in order of arrival."""
+    parent_session: NDArray[np.int64] | None = None
+    """The session for which the request's own works, -1 for none: a subagent's. It starts after a
+    turn of that session, whose next turn waits for its last one.
+    """
     think_time: NDArray[np.float64] | None = None
-    """Seconds from the completion of the session's turn before to this turn; NaN where there is
-    none, or it is not known. A closed-loop replay waits for it; arrival_time is the open loop's.
+    """Seconds from the completion of all that a turn waits for to this turn; NaN where there is
+    nothing, or it is not known. A closed-loop replay waits for it; arrival_time is the open loop's.
     """
     priority: NDArray[np.int64] | None = None
     """The lower, the sooner a request is let in, where the scheduler's order is priority."""
@@ -72,7 +77,7 @@ class Trace:
         assert self.hash_ids is None or len(self.hash_ids) == len(self)
         columns = (
             *(self.arrival_time, self.num_prompt_tokens, self.num_output_tokens),
-            *(self.session_id, self.think_time, self.priority),
+            *(self.session_id, self.parent_session, self.think_time, self.priority),
         )
         for column in columns:
             if column is not None:
@@ -116,6 +121,26 @@ class Trace:
             follows = np.flatnonzero((session[1:] == session[:-1]) & (session[1:] >= 0))
             previous[turns[follows + 1]] = turns[follows]
         return previous
+
+    @property
+    def parent_turns(self) -> list[tuple[int, int, int, int]]:
+        """Of each session that works for another: its first and its last turn, the turn of the
+        other that started it, and that which waits for it (-1: none). Indices of requests.
+        """
+        if self.session_id is None or self.parent_session is None:
+            return []
+        turns: dict[int, list[int]] = {}
+        for index, session in enumerate(self.session_id.tolist()):
+            if session >= 0:
+                turns.setdefault(session, []).append(index)
+        found = []
+        for own in turns.values():
+            others = turns.get(int(self.parent_session[own[0]]), [])
+            place = bisect(others, own[0] - 1)
+            if place:  # else the turn that started it is not in the trace
+                after = others[place] if place < len(others) else -1
+                found.append((own[0], own[-1], others[place - 1], after))
+        return found
 
     # ---- time
 
@@ -184,13 +209,17 @@ class Trace:
 
     def with_session_starts(self, qps: float, seed: int = 0) -> Trace:
         """Sessions start anew, as a Poisson process of `qps` sessions/s, in the order of their
-        first turns; within a session the time between turns stays. InputError without sessions.
+        first turns; within a session, and those that work for it, the time between turns stays.
+        InputError without sessions.
         """
         self.require_times()
         if self.session_id is None:
             raise InputError(f"{self.name}: has no sessions, so none can start at {qps:g} /s")
+        sessions = self.session_id.copy()
+        for turn, _, started_by, _ in self.parent_turns:  # in order of their first turns
+            sessions[self.session_id == self.session_id[turn]] = sessions[started_by]
         lone = self.session_id < 0  # each request without a session is one of its own
-        sessions = np.where(lone, -1 - np.arange(len(self)), self.session_id)
+        sessions = np.where(lone, -1 - np.arange(len(self)), sessions)
         _, first, inverse = np.unique(sessions, return_index=True, return_inverse=True)
         starts = np.empty(len(first))
         starts[np.argsort(first)] = arrival_times("poisson", qps, len(first), generator(seed))
@@ -294,7 +323,7 @@ class Trace:
             hash_ids = tuple(hash_ids[i] for i in picked.tolist())
         session_id = None if self.session_id is None else self.session_id[which]
         think_time = None if self.think_time is None else self.think_time[which].copy()
-        if session_id is not None and think_time is not None:
+        if session_id is not None and think_time is not None and len(prompts) < len(self):
             first_turns = np.unique(session_id, return_index=True)[1]
             think_time[first_turns] = np.nan  # the turn before may be among those dropped
         dropped = dict(self.dropped)
@@ -308,6 +337,7 @@ class Trace:
             dropped=dropped,
             hash_ids=hash_ids,
             session_id=session_id,
+            parent_session=None if self.parent_session is None else self.parent_session[which],
             think_time=think_time,
             priority=None if self.priority is None else self.priority[which],
         )

@@ -35,8 +35,8 @@ def test_every_event_has_what_its_phase_needs(result: Result, tmp_path: Path) ->
         "M": {"name", "pid", "args"},
         "X": {"name", "cat", "ts", "dur", "pid", "tid", "args"},
         "C": {"name", "ts", "pid", "args"},
-        "b": {"name", "cat", "id", "ts", "pid"},
-        "e": {"name", "cat", "id", "ts", "pid"},
+        "b": {"name", "cat", "id2", "ts", "pid"},
+        "e": {"name", "cat", "id2", "ts", "pid"},
         "i": {"name", "s", "ts", "pid"},
     }
     for event in events(result, tmp_path):
@@ -67,7 +67,7 @@ def test_request_spans_hold_their_phases(result: Result, tmp_path: Path) -> None
     spans: dict[object, list[dict[str, object]]] = {}
     for event in events(result, tmp_path):
         if event["ph"] in "be":
-            spans.setdefault(event["id"], []).append(event)
+            spans.setdefault(event["id2"]["local"], []).append(event)
     served = result.requests[result.requests["refused"] == ""]
     assert set(spans) == set(served["request_id"].astype(str))
     for row in served.to_dict("records"):
@@ -140,7 +140,9 @@ def test_a_preempted_request_shows_when_it_stood_still(tmp_path: Path) -> None:
     deployment = podsim.Deployment(token_budget=100, max_num_seqs=10, block_size=10, num_blocks=4)
     stalled = podsim.simulate(trace, deployment, latency_model=podsim.ConstantLatency(1.0))
     spans = [
-        (e["ph"], e["id"], e["ts"]) for e in events(stalled, tmp_path) if e["name"] == "preempted"
+        (e["ph"], e["id2"]["local"], e["ts"])
+        for e in events(stalled, tmp_path)
+        if e["name"] == "preempted"
     ]
     # The second request loses its blocks at 2 s and is computed again from 5 s on.
     assert spans == [("b", "1", 2e6), ("e", "1", 5e6)]

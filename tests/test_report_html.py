@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from podsim.config import Workload
 from podsim.metrics import STEP_KINDS, step_kinds
 from podsim.report import save, save_comparison
 from podsim.report_charts import CDF_PERCENTILES, NUM_BINS, time_means
-from podsim.simulation import Result
+from podsim.simulation import Result, simulate_with_error_bars
 from podsim.step_costs import kernel_table, kind_table
-from podsim.terminal import comparison
+from podsim.terminal import comparison, format_seconds
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -203,6 +204,33 @@ def test_variants_are_laid_over_each_other(
 # ---- the page
 
 
+def test_a_comparison_shows_error_bars_and_what_they_leave_unclear(tmp_path: Path) -> None:
+    trace = podsim.load_trace("azure-conv-like").head(100).at_rate(9)
+    results = {
+        name: simulate_with_error_bars(trace, podsim.Deployment(attention=name))
+        for name in ("serial", "pod")
+    }
+    save_comparison(comparison(results), results, None, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    row = re.search(r"<th>TTFT P50</th>(.*?)</tr>", text)
+    assert row is not None
+    for result in results.values():
+        assert result.intervals is not None
+        low, high = (format_seconds(seconds) for seconds in result.intervals["ttft_p50"])
+        assert f"<small>{low} to {high}</small>" in row[1]
+    assert " ~</small>" in row[1]
+    assert "the error bars of the two overlap" in text
+
+
+def test_variants_of_other_loads_have_their_own_configuration(
+    variants: dict[str, Result], tmp_path: Path
+) -> None:
+    loads = {"serial": WORKLOAD, "pod": replace(WORKLOAD, qps=12)}
+    save_comparison(comparison(variants), variants, loads, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "<tr><th>qps</th><td><b>9</b></td><td><b>12</b></td></tr>" in text
+
+
 @pytest.mark.parametrize("fixture", ["page", "compared_page"])
 def test_the_page_refers_to_nothing_outside(fixture: str, request: pytest.FixtureRequest) -> None:
     text = request.getfixturevalue(fixture).read_text()
@@ -243,6 +271,18 @@ def test_chromium_renders_it_without_errors(
     assert dumped.count('class="line') >= 8
     assert "NaN" not in dumped
     assert "Infinity" not in dumped
+
+
+def test_chromium_draws_as_wide_as_the_window(page: Path, tmp_path: Path) -> None:
+    """So that letters on a phone are not shrunk with the chart."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    widths = {}
+    for window in (500, 1280):
+        dumped, _ = rendered(page, tmp_path, f"--window-size={window},900")
+        widths[window] = [int(width) for width in re.findall(r'viewBox="0 0 (\d+)', dumped)]
+        assert max(widths[window]) < window
+    assert max(widths[1280]) > 1000
 
 
 @pytest.mark.parametrize("num_requests", [1, 2, 3])

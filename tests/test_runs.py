@@ -138,15 +138,21 @@ def test_runs_equal_single_steps_with_a_prefix_cache(
     assert_equal(fast, plain)
 
 
+thinks = st.sampled_from([0.0, 0.03, 1.0])
+
+
 @settings(max_examples=100, deadline=None)
-@given(requests, schedulers, st.integers(1, 5), st.sampled_from([0.0, 0.03, 1.0]))
+@given(requests, schedulers, st.lists(st.integers(-1, 4), min_size=1, max_size=5), thinks)
 def test_runs_equal_single_steps_in_a_closed_loop(
-    rows: list[tuple[float, int, int]], options: dict[str, object], sessions: int, think: float
+    rows: list[tuple[float, int, int]], options: dict[str, object], parents: list[int], think: float
 ) -> None:
+    """As many sessions as there are parents of them; any may work for any."""
     trace = trace_of(rows)
+    session_id = np.arange(len(trace)) % len(parents)
     trace = replace(
         trace,
-        session_id=np.arange(len(trace)) % sessions,
+        session_id=session_id,
+        parent_session=np.array(parents)[session_id],
         think_time=np.full(len(trace), think),
     )
     fast, plain = (

@@ -232,6 +232,35 @@ def test_in_a_closed_loop_a_turn_waits_for_the_turn_before() -> None:
     assert opened.requests["arrival_time"].tolist() == [0, 1, 1.5, 2]
 
 
+def test_in_a_closed_loop_a_turn_waits_for_the_sessions_that_work_for_it() -> None:
+    """Session 0 has two subagents at a time, 1 and 2; then 3, which nothing waits for."""
+    trace = replace(
+        Trace.of((0, 9, 2), (1, 9, 2), (1, 9, 8), (2, 9, 2), (30, 9, 1), (31, 9, 4)),
+        session_id=np.array([0, 1, 2, 1, 0, 3]),
+        parent_session=np.array([-1, 0, 0, 0, -1, 0]),
+        think_time=np.array([np.nan, 0.5, np.nan, 1.0, 3.0, np.nan]),
+    )
+    assert trace.parent_turns == [(1, 3, 0, 4), (2, 2, 0, 4), (5, 5, 4, -1)]
+    deployment = Deployment(token_budget=100, max_num_seqs=10, replicas=3)
+    result = simulate(trace, deployment, latency_model=Recorder(), closed_loop=True)
+    # 0-2: the turn that starts both. 2.5-4.5 and 5.5-7.5: the turns of 1. 2-10: that of 2.
+    # 13-14: the turn that waits for both, 3 after the later one. 14-18: subagent 3.
+    assert result.requests["arrival_time"].tolist() == [0, 2.5, 2, 5.5, 13, 14]
+    assert result.requests["finish_time"].tolist() == [2, 4.5, 10, 7.5, 14, 18]
+
+
+def test_sessions_that_name_each_other_wait_for_none_that_waits_for_them() -> None:
+    trace = replace(
+        Trace.of(*((i, 9, 2) for i in range(4))),
+        session_id=np.array([0, 1, 0, 2]),
+        parent_session=np.array([1, 0, 1, 2]),
+        think_time=np.zeros(4),
+    )
+    assert trace.parent_turns == [(1, 1, 0, 2)]
+    result = simulate(trace, Deployment(), latency_model=Recorder(), closed_loop=True)
+    assert (result.requests["finish_time"] > 0).all()
+
+
 def test_a_refused_turn_does_not_end_its_session() -> None:
     trace = replace(
         Trace.of((0, 5000, 1), (1, 30, 1), name="too long"),

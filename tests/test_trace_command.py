@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import stat
 import sys
 import time
 from pathlib import Path
@@ -73,10 +74,12 @@ def columns(trace: Trace) -> dict[str, object]:
 def test_inspect_prints_a_line_for_each_subject() -> None:
     assert run("inspect", "x.csv").splitlines() == [
         "Requests     4 of 4 rows (x.csv, vidur)",
-        "Arrivals     1.333 requests/s over 3 s, at most 3 in 1 s, longest gap 2.5 s",
+        "Arrivals     1.333 requests/s over 3 s, at most 3 in 1 s, 4 to 4 in a minute, longest gap "
+        "2.5 s",
         "Burstiness   IAT CV 1.08, IDC-1s 1.5; 3 different arrival times",
         "Prompt       mean 25, P50 25, P90 37, P99 39.7, min 10, max 40 tokens",
         "Output       mean 4.5, P50 4.5, P90 5.7, P99 5.97, min 3, max 6 tokens",
+        "Correlation  of prompt and output lengths 1",
     ]
 
 
@@ -84,6 +87,20 @@ def test_inspect_drops_zero_lengths_and_says_so() -> None:
     Path("zero.csv").write_text(VIDUR + "9,0,1\n")
     assert "Dropped      1: zero prompt tokens\n" in run("inspect", "zero.csv")
     assert error_of("inspect", "zero.csv", "--zero-length", "error").startswith("zero.csv:6: ")
+
+
+def test_inspect_with_caches_of_some_sizes() -> None:
+    run("generate", "--out", "g.csv", "--qps", "1", "--requests", "20", "--turns", "3")
+    lines = run("inspect", "g.csv", "--cache-blocks", "100,100000").splitlines()
+    ideal = next(line for line in lines if line.startswith("Prefix")).split()[3]
+    (lru,) = (line for line in lines if line.startswith("LRU cache    hit "))
+    assert lru.endswith(f" in 100, {ideal} in 100,000 blocks")
+    assert error_of("inspect", "g.csv", "--cache-blocks", "0") == (
+        "cache blocks is '0', expected numbers of blocks: 1000,5000"
+    )
+    assert error_of("inspect", "x.csv", "--cache-blocks", "5") == (
+        "x.csv: --cache-blocks needs hash ids, and this has none"
+    )
 
 
 def test_inspect_json() -> None:
@@ -306,6 +323,33 @@ def test_lengths_alone_cannot_be_written_with_times() -> None:
     for format in ("podsim", "mooncake", "vllm-timed"):
         message = error_of("convert", "lengths.csv", "--to", format, "--out", "y")
         assert message.startswith("lengths.csv: has no arrival times")
+
+
+def test_reading_tells_how_many_bytes_are_done() -> None:
+    header, *rows = VIDUR.splitlines(keepends=True)
+    Path("long.csv").write_text(header + "".join(rows) * 20_000)
+    told: list[int] = []
+    assert len(read_trace("long.csv", ReadOptions(on_bytes=told.append))) == 80_000
+    assert len(told) == 2  # blocks of 65,536 rows
+    assert sum(told) == Path("long.csv").stat().st_size
+
+
+def test_writing_tells_how_many_lines_are_done() -> None:
+    trace = generate(Synthetic(qps=3.0, num_requests=2500))
+    told: list[int] = []
+    with Path("out").open("wb") as file:
+        write_trace(trace, file, "vidur", on_progress=told.append)
+    assert told == [0, 1000, 2000]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe() -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)
+    run("convert", "x.csv", "--to", "vidur", "--out", "pipe")
+    assert os.read(reader, 10_000).startswith(b"arrived_at,")
+    os.close(reader)
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+    assert sorted(os.listdir()) == ["pipe", "x.csv"]
 
 
 def test_a_file_stays_as_it_was_until_all_is_written() -> None:

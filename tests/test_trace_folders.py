@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from podsim.errors import InputError
 from podsim.trace_clients import client_statistics
+from podsim.trace_writers import write_trace
 from podsim.workload import ReadOptions, Trace, load_trace, read_trace
 
 SERVEGEN = (
@@ -72,12 +74,20 @@ def test_subagents_run_beside_their_session(tmp_path: Path) -> None:
         "requests": [turn(5.0, 64, [8]), turn(7.0, 128, [8, 1])],
     }
     path = write_session(
-        tmp_path / "x.json", "s1", [turn(0, 64, [1]), subagent, turn(20, 128, [1, 2])]
+        tmp_path / "x.json",
+        "s1",
+        [turn(0, 64, [1]), subagent, turn(20, 128, [1, 2], think_time=16.0)],
     )
     trace = load_trace(path)
     assert trace.arrival_time.tolist() == [0.0, 5.0, 7.0, 20.0]
     assert trace.session_id is not None
     assert trace.session_id.tolist() == [0, 1, 1, 0]
+    assert trace.parent_session is not None
+    assert trace.parent_session.tolist() == [-1, 0, 0, -1]
+    # The first turn is complete at 3.1 s; the subagent's last at 10.1 s, 9.9 s before the turn that
+    # waits for it, of which the file says 16 s since the turn before.
+    assert trace.think_time is not None
+    assert trace.think_time.tolist() == pytest.approx([math.nan, 1.9, 2.0, 9.9], nan_ok=True)
     assert trace.hash_ids is not None
     assert trace.hash_ids[0].tolist() == trace.hash_ids[3].tolist()[:1]
 
@@ -119,6 +129,46 @@ def test_sessions_start_as_asked(folder: Path) -> None:
         load_trace("azure-conv-like").with_session_starts(1)
 
 
+def test_subagents_start_and_are_kept_with_their_session(tmp_path: Path) -> None:
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    subagent = {"type": "subagent", "agent_id": "a", "requests": [turn(5, 64, [8])]}
+    for name, start in (("s1", 64), ("s2", 65)):
+        requests = [turn(0, start, [1]), subagent, subagent, turn(20, 128, [1, 2])]
+        write_session(folder / f"{name}.json", name, requests)
+    trace = load_trace(folder)
+    assert trace.session_id is not None
+    assert trace.parent_session is not None
+    by_session = dict(zip(trace.session_id.tolist(), trace.parent_session.tolist(), strict=True))
+    assert by_session == {0: -1, 1: 0, 2: 0, 3: -1, 4: 3, 5: 3}
+    moved = trace.with_session_starts(0.01, seed=4)
+    assert moved.session_id is not None
+    for session, parent in by_session.items():
+        start = moved.arrival_time[moved.session_id == session][0]
+        if parent >= 0:
+            assert start == pytest.approx(moved.arrival_time[moved.session_id == parent][0] + 5)
+    with (tmp_path / "kept.csv").open("wb") as file:
+        write_trace(trace, file)
+    again = load_trace(tmp_path / "kept.csv")
+    assert again.parent_turns == trace.parent_turns != []
+    assert again.think_time is not None
+    assert trace.think_time is not None
+    assert again.think_time.tolist() == pytest.approx(trace.think_time.tolist(), nan_ok=True)
+    assert np.count_nonzero(np.isnan(trace.think_time)) == 2  # the first turns of the sessions
+
+
+def test_block_numbers_of_a_global_scope_are_the_same_in_every_file(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_text(path.read_text().replace('"local"', '"global"'))
+    trace = load_trace(folder)
+    assert trace.hash_ids is not None
+    assert [ids.tolist() for ids in trace.hash_ids] == [[1], [1, 2], [1, 2], [1]]
+    write_session(folder / "trace_4.json", "s4", [turn(0, 200, [7, 8, 9])])
+    assert error_of(folder).endswith(
+        "trace_4.json: hash_id_scope differs from that of other files here"
+    )
+
+
 def test_wrong_session_files(tmp_path: Path, folder: Path) -> None:
     short = write_session(tmp_path / "a.json", "s", [turn(0, 64, [1]), turn(5, 128, [1])])
     assert error_of(short) == (
@@ -127,6 +177,9 @@ def test_wrong_session_files(tmp_path: Path, folder: Path) -> None:
     )
     nothing = write_session(tmp_path / "b.json", "s", [])
     assert error_of(nothing) == "b.json:2: is missing, expected a row after the header"
+    two = write_session(tmp_path / "c.json", "s", [turn(0, 64, [1])])
+    two.write_text(two.read_text() + "\n" + two.read_text())
+    assert error_of(two) == "c.json:2: is a second session, expected one in a file"
     (folder / "trace_4.json").write_text('{"timestamp": 0, "input_length": 5, "output_length": 5}')
     assert error_of(folder).endswith(
         "trace_4.json: is mooncake, but only session files are read by the folder"

@@ -28,7 +28,8 @@ TURN = {"t": 1.0, "in": 130, "out": 9, "hash_ids": [1, 2], "think_time": 2.0, "a
 # A good file of every format.
 SAMPLES: dict[str, bytes] = {
     "podsim": b"# hash_block_size 16\n# seed 7\narrival_time,num_prompt_tokens,num_output_tokens,"
-    b"session_id,think_time,hash_ids\n0.5,17,2,,,1 2\n1.25,33,4,7,0.5,1 2 3\n",
+    b"session_id,parent_session,think_time,hash_ids\n0.5,17,2,,,,1 2\n1.25,33,4,7,,0.5,1 2 3\n"
+    b"2,1,4,8,7,0.5,\n3,33,4,7,,0.5,1\n",
     "azure-lengths": b"TIMESTAMP,ContextTokens,GeneratedTokens\nXXX,107,15\nXXX,396,513\n",
     "azure": b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:17:03.9799600,4808,10\r\n"
     b"2023-11-16 18:17:04+00:00,3180,8",
@@ -121,6 +122,9 @@ def check(trace: Trace) -> None:
         assert trace.hash_block_size is not None
         blocks = -(-trace.num_prompt_tokens // trace.hash_block_size)
         assert all(len(ids) <= n for ids, n in zip(trace.hash_ids, blocks, strict=True))
+    for first, last, started_by, after in trace.parent_turns:
+        assert started_by < first <= last
+        assert after == -1 or after > first
     if trace.think_time is not None:
         assert not (trace.think_time < 0).any()
 

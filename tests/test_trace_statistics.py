@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podsim.errors import InputError
-from podsim.trace_prefix import hit_blocks, prefix_statistics, regrouped, unshared
+from podsim.trace_prefix import hit_blocks, lru_hit_blocks, prefix_statistics, regrouped, unshared
 from podsim.trace_report import statistics_lines
 from podsim.trace_statistics import (
     arrival_statistics,
@@ -60,6 +60,7 @@ def test_arrivals_by_hand() -> None:
     counts = [3, 0, 0, 1]  # in each whole second
     assert statistics["idc_1s"] == pytest.approx(np.var(counts) / np.mean(counts))
     assert statistics["max_in_1s"] == 3
+    assert (statistics["per_minute_min"], statistics["per_minute_max"]) == (4, 4)
     assert statistics["longest_gap"] == 3.0
     assert statistics["distinct_times"] == 3
 
@@ -69,6 +70,12 @@ def test_dispersion_of_known_arrivals(kind: str, expected: float) -> None:
     statistics = arrival_statistics(synthetic_trace(kind, 20, 40_000, 1, 1))
     assert statistics["iat_cv"] == pytest.approx(expected, abs=0.02)
     assert statistics["idc_1s"] == pytest.approx(expected, abs=0.06)
+
+
+def test_minutes_count_from_the_first_arrival() -> None:
+    statistics = arrival_statistics(make([0.0, 59.0, 60.0, 190.0]))
+    names = ("per_minute_min", "per_minute_max", "empty_minutes")
+    assert [statistics[name] for name in names] == [0, 2, 1]
 
 
 def test_arrivals_all_at_once() -> None:
@@ -106,6 +113,14 @@ def test_prefix_hits_by_hand() -> None:
     assert statistics["hit_tokens"] == pytest.approx((32 + 39) / 168)
     assert statistics["hit_tokens_mean_of_requests"] == pytest.approx((32 / 40 + 39 / 40) / 5)
     assert statistics["requests_with_hit"] == 0.4
+
+
+def test_lru_hits_by_hand() -> None:
+    ids = tuple(np.array(blocks) for blocks in ([1, 2, 3], [4], [1, 2, 3], [4, 1]))
+    # Two blocks: 1 and 2 stay of the first, then 4 and 1, whose 2 is gone; 4 goes for 1 and 2.
+    assert lru_hit_blocks(ids, 2) == pytest.approx((0 + 0 + 1 + 0) / 9)
+    assert lru_hit_blocks(ids, 4) == pytest.approx((0 + 0 + 3 + 2) / 9)
+    assert lru_hit_blocks(ids, 99) == hit_blocks(ids)[0].sum() / 9
 
 
 @given(st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=1, max_size=12))
@@ -174,7 +189,7 @@ def test_lines() -> None:
     trace = make([0.0, 2.0], [32, 40], [[1, 2], [1, 2, 3]], 16, [0, 0], [nan, 1.5])
     assert statistics_lines(inspect_trace(trace)) == [
         "Requests     2 of 2 rows (made)",
-        "Arrivals     1 requests/s over 2 s, at most 1 in 1 s, longest gap 2 s",
+        "Arrivals     1 requests/s over 2 s, at most 1 in 1 s, 2 to 2 in a minute, longest gap 2 s",
         "Burstiness   IAT CV 0, IDC-1s 0.3333; 2 different arrival times",
         "Prompt       mean 36, P50 36, P90 39.2, P99 39.92, min 32, max 40 tokens",
         "Output       mean 5, P50 5, P90 5, P99 5, min 5, max 5 tokens",
@@ -193,9 +208,27 @@ GOLDEN = {
         "arrivals": {
             **{"duration": 3435.948, "rate": 2.5667, "iat_cv": 13.15, "idc_1s": 13.18},
             **{"max_in_1s": 67, "longest_gap": 217.2, "distinct_times": 8819},
+            **{"per_minute_min": 0, "per_minute_max": 632, "empty_minutes": 12},
         },
-        "prompt_tokens": {"mean": 2047.8, "p50": 1469, "p90": 5187.6, "p99": 7436, "max": 7437},
-        "output_tokens": {"mean": 27.9, "p50": 13, "p90": 55, "p99": 251.5, "max": 1899},
+        "length_correlation": pytest.approx(0.001, abs=0.0005),
+        "prompt_tokens": {
+            "sum": 18_059_974,
+            "min": 3,
+            "mean": 2047.8,
+            "p50": 1469,
+            "p90": 5187.6,
+            "p99": 7436,
+            "max": 7437,
+        },
+        "output_tokens": {
+            "sum": 245_896,
+            "min": 6,
+            "mean": 27.9,
+            "p50": 13,
+            "p90": 55,
+            "p99": 251.5,
+            "max": 1899,
+        },
     },
     "mooncake/conversation_trace.jsonl": {
         "requests": 12031,
@@ -260,7 +293,12 @@ def test_published_statistics(name: str) -> None:
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real traces here")
 def test_published_prefix_hits_to_four_digits() -> None:
-    statistics = prefix_statistics(load_trace(REAL / "mooncake" / "conversation_trace.jsonl"))
+    trace = load_trace(REAL / "mooncake" / "conversation_trace.jsonl")
+    lru = {1000: 0.0445, 5000: 0.1118, 10_000: 0.2116, 30_000: 0.3257, 50_000: 0.3546}
+    found = inspect_trace(trace, [*lru, 100_000])["lru"]
+    assert isinstance(found, dict)
+    assert [round(hit, 4) for hit in found.values()] == [*lru.values(), 0.3637]
+    statistics = prefix_statistics(trace)
     assert statistics is not None
     assert round(statistics["hit_blocks"], 4) == 0.3664
     assert round(statistics["hit_tokens"], 4) == 0.3736

@@ -248,6 +248,7 @@ NO_DAY = "2023-11-31 18:17:04"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (PODSIM + "0,\x1c29,2\n", f"2: num_prompt_tokens is '\\x1c29', {NUMBER}"),
         (AZURE + OK + OK.replace(",1\n", ",abc\n"), f"3: GeneratedTokens is 'abc', {NUMBER}"),
         (AZURE + OK + OK.replace(",1\n", ",\n"), f"3: GeneratedTokens is missing, {NUMBER}"),
         (AZURE + OK.replace(",1,", ",-1,") + OK, f"2: ContextTokens is '-1', {NUMBER}"),
