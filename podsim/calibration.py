@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
+from numpy.typing import ArrayLike
 
-from podsim.attention_model import (
-    FEATURES,
-    AttentionModel,
-    Geometry,
-    decode_features,
-    prefill_features,
-    row_tiles,
-    tile_work,
-)
+from podsim.attention_features import FEATURES, Geometry
+from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
+from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu
-from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
+from podsim.latency import (
+    LAYER_OPS,
+    MATRIX_OPS,
+    SAMPLED_OPS,
+    TOKEN_OPS,
+    ProfiledLatency,
+    op_seconds,
+)
 from podsim.model import Model
 from podsim.points import AttentionPoint
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
@@ -77,7 +76,10 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     grid, held_out = rows[rows["split"] == "grid"], rows[rows["split"] == "held_out"]
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
-    attention = _fit_attention(grid, _fitted_geometry(grid, Geometry.of(model, kernels)))
+    ops = _op_tables(grid)
+    kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
+    timings = {name: _timings(_kind(grid, name)) for name in FEATURES}
+    attention = fit_attention(timings, Geometry.of(model, kernels))
     kernels = kernels | {"tile_overhead": attention.geometry.tile_overhead}
     profile = Profile(
         source=str(folder),
@@ -86,11 +88,15 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
         shape=model.shape,
         provenance=provenance,
         launch=launch,
-        ops=_op_tables(grid),
+        ops=ops,
         attention={
             "geometry": kernels,
             "features": {name: list(features) for name, features in FEATURES.items()},
-            "coefficients": {name: list(c) for name, c in attention.coefficients.items()},
+            "coefficients": attention.coefficients,
+            "overlap": {
+                name: {"by_busy": overlap.by_busy, "by_waves": overlap.by_waves}
+                for name, overlap in attention.overlaps.items()
+            },
         },
         errors={},
         hull=_hull(grid),
@@ -140,6 +146,20 @@ def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     return tables
 
 
+def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float:
+    """What a token adds to the matrix products of a layer, from a quarter of the most tokens on."""
+    seconds = 0.0
+    for name in MATRIX_OPS:
+        num_tokens, times = np.array(ops[name]["num_tokens"]), np.array(ops[name]["seconds"])
+        most = num_tokens >= num_tokens[-1] / 4
+        seconds += float(np.polyfit(num_tokens[most], times[most], 1)[0])
+    return seconds
+
+
+def _timings(rows: pd.DataFrame) -> Timings:
+    return Timings(_points(rows), rows["seconds"].to_numpy())
+
+
 def _points(rows: pd.DataFrame) -> list[BatchShape]:
     return [
         AttentionPoint.from_text(prefills, decodes, "").shape
@@ -155,47 +175,6 @@ def _kind(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     if name == "decode":
         return rows[rows["prefills"] == ""]
     return rows[(rows["strategy"] == name) & (rows["prefills"] != "") & (rows["decodes"] != "")]
-
-
-def _fitted_geometry(grid: pd.DataFrame, geometry: Geometry) -> Geometry:
-    """With the tile overhead, in half blocks, under which the prefill rows fit best."""
-    rows = _kind(grid, "prefill")
-    shapes, seconds = _points(rows), rows["seconds"].to_numpy()
-
-    def misfit(tile_overhead: float) -> float:
-        tried = replace(geometry, tile_overhead=tile_overhead)
-        works = [tile_work(row_tiles(shape.prefills, tried), tried) for shape in shapes]
-        features = np.array([prefill_features(work, tried) for work in works])
-        predicted = features @ _non_negative_fit(features, seconds)
-        return float(np.square(predicted / seconds - 1).sum())
-
-    return replace(geometry, tile_overhead=min(np.arange(0.0, 8.5, 0.5).tolist(), key=misfit))
-
-
-def _fit_attention(grid: pd.DataFrame, geometry: Geometry) -> AttentionModel:
-    """Each side alone first: the mixed strategies are described by the times of their sides."""
-    coefficients: dict[str, list[float]] = {}
-    model = AttentionModel(geometry, coefficients)
-    for name in FEATURES:
-        rows = _kind(grid, name)
-        shapes = _points(rows)
-        if name == "prefill":
-            works = [tile_work(row_tiles(shape.prefills, geometry), geometry) for shape in shapes]
-            features = [prefill_features(work, geometry) for work in works]
-        elif name == "decode":
-            features = [decode_features(shape, geometry) for shape in shapes]
-        else:
-            features = [model.features(name, shape) for shape in shapes]
-        if len(features) < len(FEATURES[name]):
-            raise InputError(f"measurements.csv: only {len(features)} rows to fit '{name}' on")
-        coefficients[name] = _non_negative_fit(np.array(features), rows["seconds"].to_numpy())
-    return model
-
-
-def _non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
-    """Coefficients >= 0 with the least squared relative error."""
-    solution, _ = nnls(features / seconds[:, None], np.ones(len(seconds)))
-    return [float(value) for value in solution]
 
 
 def _hull(grid: pd.DataFrame) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from podsim.attention_model import AttentionModel, Geometry
+from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.model import Model
 from podsim.profile import Profile
@@ -25,6 +25,9 @@ LAYER_OPS = {
     "down": 1,
 }
 """How often each operation but attention runs in a layer."""
+
+MATRIX_OPS = ("qkv", "output", "gate_up", "down")
+"""The matrix products among them."""
 
 TOKEN_OPS = ("embedding", "rmsnorm")
 SAMPLED_OPS = ("lm_head", "sampling")
@@ -130,9 +133,7 @@ class ProfiledLatency:
         self.scale = scale
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
-        self.attention = AttentionModel(
-            Geometry.of(model, profile.attention["geometry"]), profile.attention["coefficients"]
-        )
+        self.attention = AttentionModel.of(model, profile.attention)
         self._layer_time = _Table(profile, LAYER_OPS)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1))
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1))
