@@ -113,12 +113,14 @@ def _fit_loaded(
 
 def _fit_decode(timings: Timings, geometry: Geometry) -> list[float]:
     features = [decode_features(shape, geometry) for shape in timings.shapes]
-    return fit_non_negative(np.array(features), timings.seconds).tolist()
+    coefficients: list[float] = fit_non_negative(np.array(features), timings.seconds).tolist()
+    return coefficients
 
 
 def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
     features = [model.unified_features(shape) for shape in timings.shapes]
-    return fit_non_negative(np.array(features), timings.seconds).tolist()
+    coefficients: list[float] = fit_non_negative(np.array(features), timings.seconds).tolist()
+    return coefficients
 
 
 def _fit_mixed(timings: Timings, model: AttentionModel) -> tuple[list[float], Overlap]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +33,8 @@ TOKEN_OPS = ("embedding", "rmsnorm")
 SAMPLED_OPS = ("lm_head", "sampling")
 """What a step runs once, over all its tokens and over those that come out."""
 
+
+T = TypeVar("T", float, NDArray[np.float64])
 
 WORTH_AN_ARRAY = 8
 """Steps of a run from which on NumPy is faster than a loop."""
@@ -137,6 +139,10 @@ class ProfiledLatency:
         self._layer_time = _Table(profile, LAYER_OPS)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1))
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1))
+        self._slowdown: float = profile.sustained["slowdown"]
+        self._matrix_seconds_per_token: float = (
+            model.num_layers * profile.attention["geometry"]["linear_token_seconds"]
+        )
         self._hull = Hull(**profile.hull)
         self.seconds_predicted = 0.0
         self.seconds_outside = 0.0
@@ -151,13 +157,25 @@ class ProfiledLatency:
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float]:
         num_tokens = shape.num_tokens
+        attention = self.num_layers * self.attention.seconds(self.strategy, shape)
+        layers = self.num_layers * self._layer_time.at(num_tokens)
+        slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
         return (
-            self.num_layers * self.attention.seconds(self.strategy, shape),
-            self.num_layers * self._layer_time.at(num_tokens),
+            attention * slower,
+            layers * slower,
             self._token_time.at(num_tokens)
             + self._sampled_time.at(shape.num_sampled)
             + self.step_overhead,
         )
+
+    def matrix_load(self, num_tokens: int, seconds: T) -> T:
+        """The square of the matrix products' share of the layers' seconds.
+
+        Whole steps take longer than their parts, timed with pauses between them: matrix work
+        without a pause lowers the clock further. What it adds is in proportion to this.
+        """
+        share = self._matrix_seconds_per_token * num_tokens / seconds
+        return share * share
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
@@ -170,7 +188,8 @@ class ProfiledLatency:
         attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
         layers = self.num_layers * self._layer_time.at(n)
         once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
-        seconds = (attention + layers + once) * self.scale
+        slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
+        seconds = (attention * slower + layers * slower + once) * self.scale
         self.seconds_predicted += float(seconds.sum())
         last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
         if not self.is_inside(last):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Of the sides' time, that of the prefill."""
@@ -59,7 +59,7 @@ def place(knots: Sequence[float], at: float) -> Place:
     return i, (at - knots[i]) / (knots[i + 1] - knots[i])
 
 
-def hats(knots: Sequence[float], at: ArrayLike) -> NDArray[np.float64]:
+def hats(knots: Sequence[float], at: NDArray[np.float64]) -> NDArray[np.float64]:
     """[..., knots]: the weights of the values at the knots in `between`."""
     return np.stack(
         [np.interp(at, knots, row) for row in np.eye(len(knots))],

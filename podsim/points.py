@@ -54,6 +54,17 @@ class AttentionPoint:
         return BatchShape.of(self.prefills, self.decode_contexts)
 
     @property
+    def summary(self) -> str:
+        """Such as "1024@8192 100@100 + 65 decodes at 77 to 8192"."""
+        parts = [self.prefills_text] if self.prefills else []
+        if self.decode_contexts:
+            least, most = min(self.decode_contexts), max(self.decode_contexts)
+            at = f"{least}" if least == most else f"{least} to {most}"
+            count = len(self.decode_contexts)
+            parts.append(f"{count} decode{'s' if count > 1 else ''} at {at}")
+        return " + ".join(parts)
+
+    @property
     def prefills_text(self) -> str:
         """Such as "1024@8192 100@100": tokens at context."""
         return " ".join(f"{n}@{context}" for n, context in self.prefills)
