@@ -24,9 +24,12 @@ DECODE_FEATURES = (
     *("launch", "keys", "longest_split", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
-UNIFIED_FEATURES = ("launch", "makespan", "tiles", "loaded_makespan", "decode_keys")
-MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles")
-"""Beside these, a mixed batch takes a share of the times of its sides: see `podsim.overlap`."""
+UNIFIED_FEATURES = (
+    *("launch", "makespan", "tiles", "loaded_makespan", "decode_keys"),
+    *("prefill", "shorter", "busy_makespan"),
+)
+MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs")
+"""Items and tiles an SM, and how many pairs of the two that makes. Beside these, a mixed batch takes a share of the times of its sides: see `podsim.overlap`."""
 
 FEATURES = {
     "prefill": PREFILL_FEATURES,
@@ -43,7 +46,7 @@ BLOCKS_PER_ITEM = 2.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
 BLOCKS_PER_LONE_BLOCK = 2.0
 """Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
-MASKED_BLOCKS = 3.5
+MASKED_BLOCKS = 2.5
 """Blocks that a decode takes beyond its keys as a tile of its own: start, end, part of a block."""
 
 
@@ -246,16 +249,3 @@ def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
     falling = [(1.0 - i / (others + 1)) ** exponent for i in range(1, others + 1)]
     scale = mean * others / sum(falling)
     return [longest + MASKED_BLOCKS, *(min(scale * f, longest) + MASKED_BLOCKS for f in falling)]
-
-
-def unified_features(
-    shape: BatchShape, work: TileWork, geometry: Geometry, load: float
-) -> tuple[float, ...]:
-    """`work` is of all tiles, the decodes' among them."""
-    return (
-        1.0,
-        work.makespan,
-        work.tiles / geometry.num_sms,
-        work.makespan * load,
-        shape.decode_context_sum * geometry.num_kv_heads / geometry.num_sms / geometry.block_n,
-    )

@@ -32,7 +32,6 @@ from podsim.attention_features import (
     row_tiles,
     sustained,
     tile_work,
-    unified_features,
 )
 from podsim.batch import BatchShape
 from podsim.model import Model
@@ -108,8 +107,9 @@ class AttentionModel:
         prefill, decode, items, _, side = self.sides(shape)
         both = prefill + decode
         paid = self.overlaps[strategy].at(prefill / both, side.busy_place, side.waves_place)
-        launch, item, wave = self.coefficients[strategy]
-        return launch + item * items + wave * side.waves + paid * both
+        launch, item, wave, pair = self.coefficients[strategy]
+        seconds = launch + item * items + wave * side.waves + paid * both
+        return seconds + pair * min(items, side.waves)
 
     def sides(self, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
@@ -125,10 +125,21 @@ class AttentionModel:
 
     def unified_features(self, shape: BatchShape) -> tuple[float, ...]:
         """Of a mixed batch."""
+        geometry = self.geometry
         work = self._unified_work(
-            row_tiles(shape.prefills, self.geometry), decode_tiles(shape, self.geometry)
+            row_tiles(shape.prefills, geometry), decode_tiles(shape, geometry)
         )
-        return unified_features(shape, work, self.geometry, self.sides(shape).load)
+        prefill, decode, _, load, side = self.sides(shape)
+        return (
+            1.0,
+            work.makespan,
+            work.tiles / geometry.num_sms,
+            work.makespan * load,
+            shape.decode_context_sum * geometry.blocks_per_key,
+            prefill,
+            min(prefill, decode),
+            work.makespan * side.busy,
+        )
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))

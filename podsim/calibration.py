@@ -16,7 +16,7 @@ from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu
-from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of
+from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
@@ -67,8 +67,11 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     assert isinstance(kernels, dict)
     ops = _op_tables(grid)
     kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
-    timings = {name: _timings(rows_of(grid, name)) for name in FEATURES}
-    attention = fit_attention(timings, Geometry.of(model, kernels))
+    geometry = Geometry.of(model, kernels)
+    fitted_on = {name: rows_of(grid, name) for name in FEATURES}
+    fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
+    timings = {name: _timings(rows) for name, rows in fitted_on.items()}
+    attention = fit_attention(timings, geometry)
     kernels = kernels | {"tile_overhead": attention.geometry.tile_overhead}
     profile = Profile(
         source=str(folder),

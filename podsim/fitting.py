@@ -126,12 +126,14 @@ def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
 def _fit_mixed(timings: Timings, model: AttentionModel) -> tuple[list[float], Overlap]:
     sides = [model.sides(shape) for shape in timings.shapes]
     both = np.array([s.prefill + s.decode for s in sides])
+    waves = np.array([s.side.waves for s in sides])
+    items = np.array([s.decode_items for s in sides])
+    launches = np.stack([np.ones(len(sides)), items, waves, np.minimum(items, waves)], axis=1)
     cells = table_weights(
         np.array([s.prefill for s in sides]) / both,
         np.array([s.side.busy for s in sides]),
-        np.array([s.side.waves for s in sides]),
+        waves,
     )
-    launches = np.array([(1.0, s.decode_items, s.side.waves) for s in sides])
     # Of the order of seconds, as the cells are: the roughness is then small beside the errors.
     features = np.concatenate([launches * 1e-6, cells * both[:, None]], axis=1)
     differences = ROUGHNESS * roughness()

@@ -47,6 +47,18 @@ def rows_of(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows[(rows["strategy"] == name) & (rows["prefills"] != "") & (rows["decodes"] != "")]
 
 
+def without_whole_blocks(rows: pd.DataFrame, block_n: int) -> pd.DataFrame:
+    """Without the batches whose decodes all end with a block of keys, as hardly any in serving do.
+
+    As tiles of their own (unified) they save the masked part of a block.
+    """
+    whole = [
+        all(context % block_n == 0 for context in point.decode_contexts)
+        for point in points_of(rows)
+    ]
+    return rows[~np.array(whole, dtype=bool)]
+
+
 def predictions(profile: Profile, model: Model, rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each measured one of a kernel, an operation or a whole step.
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podsim import calibration
-from podsim.attention_model import AttentionModel, Geometry, tile_work
+from podsim.attention_features import Geometry, tile_work
+from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
@@ -147,9 +148,7 @@ def test_a_step_costs_the_sum_of_its_parts_and_a_batch_of_one_side_its_own_kerne
 
 @given(contexts.filter(len), st.integers(1, 16384))
 def test_another_decode_never_makes_attention_faster(decodes: list[int], context: int) -> None:
-    model = AttentionModel(
-        Geometry.of(LLAMA, PROFILE.attention["geometry"]), PROFILE.attention["coefficients"]
-    )
+    model = AttentionModel.of(LLAMA, PROFILE.attention)
     fewer, more = BatchShape.of((), decodes), BatchShape.of((), [*decodes, context])
     # Splits are chosen anew for each batch: a little slack for where their length jumps.
     assert model.seconds("serial", more) > 0.93 * model.seconds("serial", fewer)
