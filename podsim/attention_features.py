@@ -29,7 +29,8 @@ UNIFIED_FEATURES = (
     *("prefill", "shorter", "busy_makespan"),
 )
 MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs")
-"""Items and tiles an SM, and how many pairs of the two that makes. Beside these, a mixed batch takes a share of the times of its sides: see `podsim.overlap`."""
+"""Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
+the times of its sides: see `podsim.overlap`."""
 
 FEATURES = {
     "prefill": PREFILL_FEATURES,

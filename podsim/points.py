@@ -102,7 +102,8 @@ def attention_points(
 ) -> list[AttentionPoint]:
     """Points of a grid and random batches to fit on, then random batches to judge by.
 
-    Decodes together hold no more tokens than the GPU's KV cache beside the model's weights.
+    No two are of the same lengths, so that none is both fitted on and judged by. Decodes together
+    hold no more tokens than the GPU's KV cache beside the model's weights.
     """
     points = [
         *_prefill_grid(),
@@ -112,9 +113,10 @@ def attention_points(
         *(_random_batch(rng, "held_out") for _ in range(num_held_out)),
     ]
     most = int(gpu.memory - model.weight_bytes) // model.kv_bytes_per_token
+    different = {(point.prefills, point.decode_contexts): point for point in reversed(points)}
     return [
         point
-        for point in points
+        for point in reversed(different.values())
         if sum(point.decode_contexts) <= most
         and point.num_slots * point.max_context <= pool_tokens(model)
     ]
