@@ -16,6 +16,8 @@ from podsim.model import BYTES_PER_VALUE, Model
 MAX_CONTEXT = 131072
 NUM_STEPS = 24
 """Batches that are timed as whole forward passes to fit on, and as many to judge by."""
+MORE_HELD_OUT = ("prefill",) * 30 + ("decode",) * 20 + ("decode, heavy",) * 20 + ("heavy",) * 30
+"""Batches that a random draw has too few of to tell their error."""
 POOL_BYTES = 37_000_000_000
 """Of the keys, and of the values, of one layer in the KV pool of a measurement."""
 
@@ -111,6 +113,7 @@ def attention_points(
         *_mixed_grid(rng),
         *(_random_batch(rng, "grid") for _ in range(num_random)),
         *(_random_batch(rng, "held_out") for _ in range(num_held_out)),
+        *(_random_batch(rng, "held_out", kind) for kind in MORE_HELD_OUT),
     ]
     most = int(gpu.memory - model.weight_bytes) // model.kv_bytes_per_token
     different = {(point.prefills, point.decode_contexts): point for point in reversed(points)}
@@ -164,12 +167,14 @@ def _mixed_grid(rng: Generator) -> list[AttentionPoint]:
     ]
 
 
-def _random_batch(rng: Generator, split: str) -> AttentionPoint:
+def _random_batch(rng: Generator, split: str, kind: str = "") -> AttentionPoint:
     """A budget of tokens filled with decodes and one to four chunks; some have one side only."""
-    kind = rng.choice(["mixed", "decode", "prefill"], p=[0.6, 0.2, 0.2])
-    size = int(np.exp(rng.uniform(0, np.log(256))))
-    contexts = () if kind == "prefill" else _random_contexts(rng, size)
-    chunks = () if kind == "decode" else _random_chunks(rng, int(rng.choice([1, 1, 2, 3, 4])))
+    kind = kind or rng.choice(["mixed", "decode", "prefill"], p=[0.6, 0.2, 0.2])
+    heavy = kind.endswith("heavy")
+    size = int(np.exp(rng.uniform(np.log(8 if heavy else 1), np.log(256))))
+    contexts = () if kind == "prefill" else _random_contexts(rng, size, heavy)
+    without_chunks = kind.startswith("decode")
+    chunks = () if without_chunks else _random_chunks(rng, int(rng.choice([1, 1, 2, 3, 4])))
     return AttentionPoint(chunks, contexts, split)
 
 
@@ -182,10 +187,10 @@ def _random_chunks(rng: Generator, count: int) -> tuple[tuple[int, int], ...]:
     return tuple((int(n), int(n) + (before if i == 0 else 0)) for i, n in enumerate(sizes))
 
 
-def _random_contexts(rng: Generator, size: int) -> tuple[int, ...]:
+def _random_contexts(rng: Generator, size: int, heavy: bool) -> tuple[int, ...]:
     """Lognormal context lengths, from nearly even to heavy-tailed (P99 / P50 over 8)."""
-    middle = np.exp(rng.uniform(np.log(256), np.log(8192)))
-    sigma = rng.choice([0.2, 0.5, 1.0, 1.5])
+    middle = np.exp(rng.uniform(np.log(256), np.log(2048 if heavy else 8192)))
+    sigma = 1.5 if heavy else rng.choice([0.2, 0.5, 1.0, 1.5])
     return _lognormal(rng, size, middle, sigma, 32768)
 
 
