@@ -74,6 +74,7 @@ class Geometry:
     """Blocks an SM for each key of a decode."""
     splitting_blocks_per_key: float = field(init=False)
     """Blocks of a split for each key of all decodes, so that all SMs get their items."""
+    min_split_blocks: float = field(init=False)
     items_per_split: float = field(init=False)
     """Items an SM for each split of a decode."""
 
@@ -82,6 +83,7 @@ class Geometry:
         for name, value in (
             ("blocks_per_key", per_sm / self.block_n),
             ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.block_n),
+            ("min_split_blocks", self.min_split_len / self.block_n),
             ("items_per_split", per_sm),
         ):
             object.__setattr__(self, name, value)
@@ -178,7 +180,8 @@ def decode_seconds(
     block_n = geometry.block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
-    split = math.ceil(max(filling, geometry.min_split_len / block_n)) * block_n
+    least = geometry.min_split_blocks
+    split = math.ceil(filling if filling > least else least) * block_n
     if longest <= split:
         items = n * geometry.items_per_split
         lone = math.ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
@@ -191,7 +194,7 @@ def decode_seconds(
     lone = split / block_n * BLOCKS_PER_LONE_BLOCK
     seconds = launch + key * blocks + longest_split * lone + item * items
     seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
-    partials = (cut - n * max(1.0 - splits, 0.0)) * geometry.items_per_split
+    partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
     return seconds + has_combine + partial * partials + most * (longest / split), items
 
 
@@ -207,7 +210,7 @@ def decode_seconds_of_run(
     block_n = geometry.block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
-    split = np.ceil(np.maximum(filling, geometry.min_split_len / block_n)) * block_n
+    split = np.ceil(np.maximum(filling, geometry.min_split_blocks)) * block_n
     is_cut = longest > split
     splits = keys / n / split
     cut = n * (1.0 + splits * splits / (splits + 0.5))
@@ -215,7 +218,7 @@ def decode_seconds_of_run(
     lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
     seconds = launch + key * blocks + longest_split * lone + item * items
     seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
-    partials = (cut - n * np.maximum(1.0 - splits, 0.0)) * geometry.items_per_split
+    partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
     combined = seconds + has_combine + partial * partials + most * (longest / split)
     return np.where(is_cut, combined, seconds)
 

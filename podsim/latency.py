@@ -159,7 +159,8 @@ class ProfiledLatency:
         num_tokens = shape.num_tokens
         attention = self.num_layers * self.attention.seconds(self.strategy, shape)
         layers = self.num_layers * self._layer_time.at(num_tokens)
-        slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
+        share = self._matrix_seconds_per_token * num_tokens / (attention + layers)
+        slower = 1.0 + self._slowdown * (share * share)  # `matrix_load`, which costs a call
         return (
             attention * slower,
             layers * slower,
