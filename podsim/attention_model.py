@@ -1,235 +1,72 @@
 """How long attention takes: features of a batch with a physical meaning, times fitted coefficients.
 
-Serial work is the prefill kernel, then the decode kernel. The prefill kernel's CTAs each walk the
-keys of a tile of queries and are handed to the SMs in order, so its time is that of the busiest
-SM, which is simulated; the decode kernel reads every key once, so its time is bytes.
-
-A mixed batch under `streams` and `pod` is described by the two times that its sides would take
-alone. The longer one is paid in full; how much of the shorter one hides behind it depends on what
-the prefill leaves free: the SMs it does not fill, and the time that SMs wait for the busiest.
-`unified` runs decodes as prefill tiles of one token.
+Each side alone is described by its features. A mixed batch under `serial`, `streams` and `pod` is
+described by the two times that its sides would take alone, of which a share is paid: the rest hides
+where the prefill leaves SMs free or waits for the busiest (`podsim.overlap`). `unified` runs
+decodes as prefill tiles of one token. The matrix products of the layer slow its prefill down, as
+they draw the power of the GPU (`attention_features.sustained`).
 
 All coefficients are seconds a unit of their feature, and none is negative.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from podsim.batch import BatchShape, PrefillShape
+from podsim.attention_features import (
+    FEATURES,
+    DecodeTiles,
+    Geometry,
+    Tiles,
+    TileWork,
+    decode_seconds,
+    decode_seconds_of_run,
+    decode_tile_blocks,
+    decode_tiles,
+    prefill_features,
+    row_tiles,
+    sustained,
+    tile_work,
+)
+from podsim.batch import BatchShape
 from podsim.model import Model
-
-PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles")
-DECODE_FEATURES = (
-    *("launch", "keys", "requests", "longest_split", "waves"),
-    *("has_combine", "partials", "makespan"),
-)
-UNIFIED_FEATURES = ("launch", "makespan", "blocks", "tiles", "prefill_makespan", "decode_keys")
-MIXED_FEATURES = (
-    *("launch", "longer", "shorter"),
-    *("busy_prefill", "busy_decode", "busy_shorter"),
-    *("once_filled_shorter", "twice_filled_prefill", "twice_filled_shorter"),
-)
-
-FEATURES = {
-    "prefill": PREFILL_FEATURES,
-    "decode": DECODE_FEATURES,
-    "serial": MIXED_FEATURES,
-    "streams": MIXED_FEATURES,
-    "unified": UNIFIED_FEATURES,
-    "pod": MIXED_FEATURES,
-    "pod_50_50": MIXED_FEATURES,
-}
-"""Names of the features of each kernel model, in the order of its coefficients."""
+from podsim.overlap import BUSY, WAVES, Overlap, Place, place
 
 Coefficients = Mapping[str, Sequence[float]]
 
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How the kernels cut their work, on which machine, for which heads."""
-
-    num_sms: int
-    num_kv_heads: int
-    group: int
-    """Query heads a KV head."""
-    block_m: int
-    """Rows (tokens times group) of a prefill tile."""
-    block_n: int
-    """Keys of a block."""
-    decode_items_per_sm: int
-    min_split_len: int
-    tile_overhead: float = 0.0
-    """What a prefill tile costs beside its blocks, in blocks; fitted."""
-
-    @classmethod
-    def of(cls, model: Model, kernels: Mapping[str, float]) -> Geometry:
-        """For a model's heads; `kernels` holds the numbers that a profile records."""
-        return cls(
-            num_kv_heads=model.num_kv_heads,
-            group=model.num_q_heads // model.num_kv_heads,
-            **kernels,  # type: ignore[arg-type]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TileWork:
-    """Row tiles of a prefill launch over all KV heads, in blocks of keys to walk."""
-
-    makespan: float
-    """Blocks of the SM that has the most, when tiles go to whichever SM is free."""
-    blocks: float
-    """Of all tiles."""
-    longest: float
-    """Of the longest tile."""
-    tiles: int
-
-
-Tiles = tuple[tuple[int, int], ...]
-"""Of each chunk: its row tiles for one KV head, and the blocks of keys of its last one."""
-
-
-def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
-    """What of the chunks' lengths the kernel's work depends on."""
-    return tuple(
-        (-(-num_tokens * geometry.group // geometry.block_m), -(-context // geometry.block_n))
-        for num_tokens, context in prefills
-    )
-
-
-def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[int] = ()) -> TileWork:
-    """Hand out the tiles as the kernel does: head after head, within a head the longest first.
-
-    `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
-    """
-    blocks_per_tile = geometry.block_m / geometry.group / geometry.block_n
-    sizes = [float(blocks) for blocks in decode_blocks]
-    for num_tiles, last_blocks in chunks:
-        # Causal: each tile sees its own tokens fewer than the one after it.
-        sizes += [max(last_blocks - i * blocks_per_tile, 1.0) for i in range(num_tiles)]
-    sizes.sort(reverse=True)
-    order = [size + geometry.tile_overhead for size in sizes] * geometry.num_kv_heads
-    busy_until = order[: geometry.num_sms]
-    heapq.heapify(busy_until)
-    for size in order[geometry.num_sms :]:
-        heapq.heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(sizes) * geometry.num_kv_heads, sizes[0], len(order))
-
-
-def prefill_features(work: TileWork, geometry: Geometry) -> tuple[float, ...]:
-    return (1.0, work.makespan, work.longest, work.tiles / geometry.num_sms)
-
-
-def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
-    """Keys are split so that every SM gets several items, none shorter than min_split_len."""
-    heads, num_sms = geometry.num_kv_heads, geometry.num_sms
-    keys = shape.decode_context_sum
-    split = max(
-        keys * heads / (num_sms * geometry.decode_items_per_sm), float(geometry.min_split_len)
-    )
-    longest_split = min(shape.decode_context_max, split) / geometry.block_n
-    items = (keys / split + shape.num_decodes) * heads
-    has_combine = 1.0 if shape.decode_context_max > split else 0.0
-    return (
-        1.0,
-        float(keys),
-        float(shape.num_decodes),
-        longest_split,
-        items / num_sms,
-        has_combine,
-        has_combine * keys / split,
-        max(keys * heads / geometry.block_n / num_sms, longest_split),
-    )
-
-
-def decode_features_of_run(
-    num_decodes: int,
-    context_sums: NDArray[np.int64],
-    context_maxima: NDArray[np.int64],
-    geometry: Geometry,
-) -> tuple[float | NDArray[np.float64], ...]:
-    """`decode_features` of many batches of as many decodes: the same operations, in NumPy."""
-    heads, num_sms = geometry.num_kv_heads, geometry.num_sms
-    keys = context_sums
-    split = np.maximum(
-        keys * heads / (num_sms * geometry.decode_items_per_sm), float(geometry.min_split_len)
-    )
-    longest_split = np.minimum(context_maxima, split) / geometry.block_n
-    items = (keys / split + num_decodes) * heads
-    has_combine = np.where(context_maxima > split, 1.0, 0.0)
-    return (
-        1.0,
-        keys.astype(np.float64),
-        float(num_decodes),
-        longest_split,
-        items / num_sms,
-        has_combine,
-        has_combine * keys / split,
-        np.maximum(keys * heads / geometry.block_n / num_sms, longest_split),
-    )
-
-
-def unified_features(
-    shape: BatchShape, work: TileWork, prefill: TileWork, geometry: Geometry
-) -> tuple[float, ...]:
-    """`work` is of all tiles, the decodes' among them; `prefill` of the chunks' alone."""
-    num_sms = geometry.num_sms
-    return (
-        1.0,
-        work.makespan,
-        work.blocks / num_sms,
-        work.tiles / num_sms,
-        prefill.makespan,
-        float(shape.decode_context_sum),
-    )
+LOADED = FEATURES["prefill"].index("loaded_makespan")
 
 
 class PrefillSide(NamedTuple):
-    """The prefill of a mixed batch: its time alone, and what it leaves free."""
+    """The prefill of a batch, whatever the rest of it."""
 
     work: TileWork
-    seconds: float
+    waves: float
+    """Tiles an SM."""
     busy: float
     """Share of the SMs' time that it works."""
-    once: float
-    """Share of the SMs that have a tile."""
-    twice: float
-    """Share of the SMs that could hold two tiles and do, counting one for half."""
-
-    @classmethod
-    def of(cls, work: TileWork, seconds: float, geometry: Geometry) -> PrefillSide:
-        walked = work.blocks + geometry.tile_overhead * work.tiles
-        return cls(
-            work,
-            seconds,
-            busy=walked / (work.makespan * geometry.num_sms),
-            once=min(1.0, work.tiles / geometry.num_sms),
-            twice=min(1.0, work.tiles / (2 * geometry.num_sms)),
-        )
+    seconds: float
+    """Alone, while the clock is high."""
+    loaded_seconds: float
+    """What comes on top under a load of one."""
+    busy_place: Place
+    waves_place: Place
 
 
-def mixed_features(prefill: PrefillSide, decode_time: float) -> tuple[float, ...]:
-    """The times of the two sides alone, whole and by what the prefill leaves free."""
-    prefill_time = prefill.seconds
-    shorter = min(prefill_time, decode_time)
-    return (
-        1.0,
-        max(prefill_time, decode_time),
-        shorter,
-        prefill.busy * prefill_time,
-        prefill.busy * decode_time,
-        prefill.busy * shorter,
-        prefill.once * shorter,
-        prefill.twice * prefill_time,
-        prefill.twice * shorter,
-    )
+class Sides(NamedTuple):
+    """A mixed batch by what its two sides would take alone, in seconds."""
+
+    prefill: float
+    decode: float
+    decode_items: float
+    """Items an SM."""
+    load: float
+    side: PrefillSide
 
 
 def dot(coefficients: Sequence[float], features: Sequence[float]) -> float:
@@ -237,51 +74,93 @@ def dot(coefficients: Sequence[float], features: Sequence[float]) -> float:
 
 
 class AttentionModel:
-    """Seconds of one layer's attention, from the coefficients of a profile."""
+    """Seconds of one layer's attention, from the coefficients and tables of a profile."""
 
-    def __init__(self, geometry: Geometry, coefficients: Coefficients) -> None:
+    def __init__(
+        self, geometry: Geometry, coefficients: Coefficients, overlaps: Mapping[str, Overlap]
+    ) -> None:
         self.geometry = geometry
         self.coefficients = coefficients
+        self.overlaps = overlaps
         self._prefill_side = lru_cache(maxsize=100_000)(self._compute_prefill_side)
         self._unified_work = lru_cache(maxsize=100_000)(self._compute_unified_work)
+
+    @classmethod
+    def of(cls, model: Model, attention: Mapping[str, Mapping[str, Any]]) -> AttentionModel:
+        """From what a profile holds of attention."""
+        return cls(
+            Geometry.of(model, attention["geometry"]),
+            attention["coefficients"],
+            {name: Overlap.of(values) for name, values in attention["overlap"].items()},
+        )
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
         if not shape.num_decodes:
-            return self._prefill(shape).seconds
+            side = self._prefill(shape)
+            load = sustained(shape.num_tokens, side.seconds, self.geometry)
+            return side.seconds + load * side.loaded_seconds
         if not shape.prefills:
-            return self._decode(shape)
-        return dot(self.coefficients[strategy], self.features(strategy, shape))
+            return self._decode(shape)[0]
+        if strategy == "unified":
+            return dot(self.coefficients["unified"], self.unified_features(shape))
+        prefill, decode, items, _, side = self.sides(shape)
+        both = prefill + decode
+        paid = self.overlaps[strategy].at(prefill / both, side.busy_place, side.waves_place)
+        launch, item, wave, pair = self.coefficients[strategy]
+        seconds = launch + item * items + wave * side.waves + paid * both
+        return seconds + pair * min(items, side.waves)
 
-    def features(self, strategy: str, shape: BatchShape) -> tuple[float, ...]:
+    def sides(self, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
-        prefill = self._prefill(shape)
-        if strategy != "unified":
-            return mixed_features(prefill, self._decode(shape))
+        side = self._prefill(shape)
+        decode, items = self._decode(shape)
+        load = sustained(shape.num_tokens, side.seconds + decode, self.geometry)
+        return Sides(side.seconds + load * side.loaded_seconds, decode, items, load, side)
+
+    def _decode(self, shape: BatchShape) -> tuple[float, float]:
+        """Seconds of the decodes alone, and their items an SM."""
+        _, _, n, keys, longest, _ = shape
+        return decode_seconds(self.coefficients["decode"], n, keys, longest, self.geometry)
+
+    def unified_features(self, shape: BatchShape) -> tuple[float, ...]:
+        """Of a mixed batch."""
+        geometry = self.geometry
         work = self._unified_work(
-            row_tiles(shape.prefills, self.geometry), self._decode_tiles(shape)
+            row_tiles(shape.prefills, geometry), decode_tiles(shape, geometry)
         )
-        return unified_features(shape, work, prefill.work, self.geometry)
+        prefill, decode, _, load, side = self.sides(shape)
+        return (
+            1.0,
+            work.makespan,
+            work.tiles / geometry.num_sms,
+            work.makespan * load,
+            shape.decode_context_sum * geometry.blocks_per_key,
+            prefill,
+            min(prefill, decode),
+            work.makespan * side.busy,
+        )
 
-    def _decode_tiles(self, shape: BatchShape) -> tuple[int, int, int]:
-        """Blocks of the longest decode, how many others there are, and their mean blocks."""
-        block_n, others = self.geometry.block_n, shape.num_decodes - 1
-        rest = shape.decode_context_sum - shape.decode_context_max
-        mean = round(rest / others / block_n + 0.5) if others else 0
-        return -(-shape.decode_context_max // block_n), others, mean
-
-    def _compute_unified_work(self, chunks: Tiles, decodes: tuple[int, int, int]) -> TileWork:
-        longest, others, mean = decodes
-        return tile_work(chunks, self.geometry, (longest, *[mean] * others))
+    def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
+        return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))
 
     def _prefill(self, shape: BatchShape) -> PrefillSide:
         return self._prefill_side(row_tiles(shape.prefills, self.geometry))
 
     def _compute_prefill_side(self, chunks: Tiles) -> PrefillSide:
+        num_sms = self.geometry.num_sms
         work = tile_work(chunks, self.geometry)
-        features = prefill_features(work, self.geometry)
-        seconds = dot(self.coefficients["prefill"], features)
-        return PrefillSide.of(work, seconds, self.geometry)
+        waves, busy = work.tiles / num_sms, work.blocks / (work.makespan * num_sms)
+        coefficients = self.coefficients["prefill"]
+        return PrefillSide(
+            work,
+            waves,
+            busy,
+            dot(coefficients, prefill_features(work, self.geometry, 0.0)),
+            coefficients[LOADED] * work.makespan,
+            place(BUSY, busy),
+            place(WAVES, waves),
+        )
 
     def decode_seconds(
         self,
@@ -290,11 +169,7 @@ class AttentionModel:
         context_maxima: NDArray[np.int64],
     ) -> NDArray[np.float64]:
         """Of many batches of as many decodes and nothing else, each given by its contexts."""
-        features = decode_features_of_run(num_decodes, context_sums, context_maxima, self.geometry)
-        seconds = np.zeros(len(context_sums))
-        for coefficient, feature in zip(self.coefficients["decode"], features, strict=True):
-            seconds = seconds + coefficient * feature
-        return seconds
-
-    def _decode(self, shape: BatchShape) -> float:
-        return dot(self.coefficients["decode"], decode_features(shape, self.geometry))
+        coefficients = self.coefficients["decode"]
+        return decode_seconds_of_run(
+            coefficients, num_decodes, context_sums, context_maxima, self.geometry
+        )

@@ -9,24 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
 
-from podsim.attention_model import (
-    FEATURES,
-    AttentionModel,
-    Geometry,
-    decode_features,
-    prefill_features,
-    row_tiles,
-    tile_work,
-)
-from podsim.batch import BatchShape
+from podsim import fit_plots
+from podsim.attention_features import FEATURES, Geometry
+from podsim.config import STRATEGIES
 from podsim.errors import InputError
+from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu
-from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
+from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
+from podsim.latency import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency
 from podsim.model import Model
-from podsim.points import AttentionPoint
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 
 COLUMNS = (
@@ -59,8 +51,7 @@ def write(
 def refit(folder: Path) -> Profile:
     """Fit the rows of an existing profile folder again, keeping its provenance."""
     old = read_profile(folder, str(folder))
-    model = Model(name=old.model, max_model_len=1, **old.shape)
-    profile = fit(folder, old.gpu, model, old.provenance)
+    profile = fit(folder, old.gpu, model_of(old), old.provenance)
     (folder / PROFILE_FILE).write_text(profile.to_json(), encoding="utf-8")
     return profile
 
@@ -70,14 +61,17 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
 
     Raises InputError if the file cannot be read or lacks rows.
     """
-    rows = read_measurements(folder / MEASUREMENTS_FILE)
-    launch = _launch_costs(rows)
-    # A timed graph of one kernel carries the cost of launching a graph; in a step it is paid once.
-    rows["seconds"] = rows["time_us"] * 1e-6 - launch["graph"]
-    grid, held_out = rows[rows["split"] == "grid"], rows[rows["split"] == "held_out"]
+    rows, launch = _measured(folder)
+    grid = rows[rows["split"] == "grid"]
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
-    attention = _fit_attention(grid, _fitted_geometry(grid, Geometry.of(model, kernels)))
+    ops = _op_tables(grid)
+    kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
+    geometry = Geometry.of(model, kernels)
+    fitted_on = {name: rows_of(grid, name) for name in FEATURES}
+    fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
+    timings = {name: _timings(rows) for name, rows in fitted_on.items()}
+    attention = fit_attention(timings, geometry)
     kernels = kernels | {"tile_overhead": attention.geometry.tile_overhead}
     profile = Profile(
         source=str(folder),
@@ -86,16 +80,44 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
         shape=model.shape,
         provenance=provenance,
         launch=launch,
-        ops=_op_tables(grid),
+        ops=ops,
         attention={
             "geometry": kernels,
             "features": {name: list(features) for name, features in FEATURES.items()},
-            "coefficients": {name: list(c) for name, c in attention.coefficients.items()},
+            "coefficients": attention.coefficients,
+            "overlap": {
+                name: {"by_busy": overlap.by_busy, "by_waves": overlap.by_waves}
+                for name, overlap in attention.overlaps.items()
+            },
         },
+        sustained={"slowdown": 0.0, "steps": 0},
         errors={},
         hull=_hull(grid),
     )
-    return profile.with_errors(_errors(profile, model, attention, held_out))
+    profile = replace(profile, sustained=_sustained(profile, model, grid))
+    return profile.with_errors(held_out_errors(predictions(profile, model, rows)))
+
+
+def write_plots(folder: Path, profile: Profile) -> Path:
+    """Leave figures of the rows of a profile folder against its models; where they are."""
+    rows, _ = _measured(folder)
+    return fit_plots.write_plots(folder, predictions(profile, model_of(profile), rows))
+
+
+def model_of(profile: Profile) -> Model:
+    """The model whose shape a profile is of."""
+    return Model(name=profile.model, max_model_len=1, **profile.shape)
+
+
+def _measured(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
+    """The rows of a folder with their seconds, and the launch costs.
+
+    A timed graph of one kernel carries the cost of launching a graph; in a step it is paid once.
+    """
+    rows = read_measurements(folder / MEASUREMENTS_FILE)
+    launch = _launch_costs(rows)
+    launches = np.where(rows["op"] == "step", 0.0, launch["graph"])
+    return rows.assign(seconds=rows["time_us"] * 1e-6 - launches), launch
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
@@ -140,66 +162,41 @@ def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     return tables
 
 
-def _points(rows: pd.DataFrame) -> list[BatchShape]:
-    return [
-        AttentionPoint.from_text(prefills, decodes, "").shape
-        for prefills, decodes in zip(rows["prefills"], rows["decodes"], strict=True)
-    ]
+def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float:
+    """What a token adds to the matrix products of a layer, from a quarter of the most tokens on."""
+    seconds = 0.0
+    for name in MATRIX_OPS:
+        num_tokens, times = np.array(ops[name]["num_tokens"]), np.array(ops[name]["seconds"])
+        most = num_tokens >= num_tokens[-1] / 4
+        seconds += float(np.polyfit(num_tokens[most], times[most], 1)[0])
+    return seconds
 
 
-def _kind(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The attention rows that a kernel model is about."""
-    rows = rows[rows["op"] == "attention"]
-    if name == "prefill":
-        return rows[rows["decodes"] == ""]
-    if name == "decode":
-        return rows[rows["prefills"] == ""]
-    return rows[(rows["strategy"] == name) & (rows["prefills"] != "") & (rows["decodes"] != "")]
+def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:
+    """How much matrix work slows whole steps down: see `latency.Sustained`; least squares.
+
+    Without whole steps to fit on there is none, which `steps`, their number, tells.
+    """
+    steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
+    loads, excesses = [], []
+    for strategy, rows in steps.groupby("strategy"):
+        latency = ProfiledLatency(profile, model, str(strategy))
+        for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
+            parts = latency.breakdown(shape)
+            layers = parts.attention + parts.layers
+            loads.append(latency.matrix_load(shape.num_tokens, layers))
+            excesses.append((seconds - parts.once) / layers - 1)
+    load, excess = np.array(loads), np.array(excesses)
+    slowdown = max(0.0, float(load @ excess / (load @ load))) if loads else 0.0
+    return {"slowdown": slowdown, "steps": len(loads)}
 
 
-def _fitted_geometry(grid: pd.DataFrame, geometry: Geometry) -> Geometry:
-    """With the tile overhead, in half blocks, under which the prefill rows fit best."""
-    rows = _kind(grid, "prefill")
-    shapes, seconds = _points(rows), rows["seconds"].to_numpy()
-
-    def misfit(tile_overhead: float) -> float:
-        tried = replace(geometry, tile_overhead=tile_overhead)
-        works = [tile_work(row_tiles(shape.prefills, tried), tried) for shape in shapes]
-        features = np.array([prefill_features(work, tried) for work in works])
-        predicted = features @ _non_negative_fit(features, seconds)
-        return float(np.square(predicted / seconds - 1).sum())
-
-    return replace(geometry, tile_overhead=min(np.arange(0.0, 8.5, 0.5).tolist(), key=misfit))
-
-
-def _fit_attention(grid: pd.DataFrame, geometry: Geometry) -> AttentionModel:
-    """Each side alone first: the mixed strategies are described by the times of their sides."""
-    coefficients: dict[str, list[float]] = {}
-    model = AttentionModel(geometry, coefficients)
-    for name in FEATURES:
-        rows = _kind(grid, name)
-        shapes = _points(rows)
-        if name == "prefill":
-            works = [tile_work(row_tiles(shape.prefills, geometry), geometry) for shape in shapes]
-            features = [prefill_features(work, geometry) for work in works]
-        elif name == "decode":
-            features = [decode_features(shape, geometry) for shape in shapes]
-        else:
-            features = [model.features(name, shape) for shape in shapes]
-        if len(features) < len(FEATURES[name]):
-            raise InputError(f"measurements.csv: only {len(features)} rows to fit '{name}' on")
-        coefficients[name] = _non_negative_fit(np.array(features), rows["seconds"].to_numpy())
-    return model
-
-
-def _non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
-    """Coefficients >= 0 with the least squared relative error."""
-    solution, _ = nnls(features / seconds[:, None], np.ones(len(seconds)))
-    return [float(value) for value in solution]
+def _timings(rows: pd.DataFrame) -> Timings:
+    return Timings(shapes_of(rows), rows["seconds"].to_numpy())
 
 
 def _hull(grid: pd.DataFrame) -> dict[str, int]:
-    shapes = _points(grid[grid["op"] == "attention"])
+    shapes = shapes_of(grid[grid["op"] == "attention"])
     linear, sampled = grid[grid["op"] == "qkv"], grid[grid["op"] == "lm_head"]
     contexts = [chunk.context_len for shape in shapes for chunk in shape.prefills]
     return {
@@ -208,45 +205,4 @@ def _hull(grid: pd.DataFrame) -> dict[str, int]:
         "context_len": max(contexts + [shape.decode_context_max for shape in shapes]),
         "num_decodes": max(shape.num_decodes for shape in shapes),
         "decode_context_sum": max(shape.decode_context_sum for shape in shapes),
-    }
-
-
-# ------------------------------------------------------------------------------------- errors
-
-
-def _errors(
-    profile: Profile, model: Model, attention: AttentionModel, held_out: pd.DataFrame
-) -> dict[str, dict[str, float]]:
-    """Of every kernel model and of whole steps: error on points that were not fitted on."""
-    errors = {}
-    for name in FEATURES:
-        rows = _kind(held_out, name)
-        predicted = [attention.seconds(name, shape) for shape in _points(rows)]
-        errors[f"attention {name}"] = _error(predicted, rows["seconds"])
-    for name, table in profile.ops.items():
-        rows = held_out[held_out["op"] == name]
-        interpolated = op_seconds(table, rows["num_tokens"])
-        errors[name] = _error(interpolated, rows["seconds"])
-    steps = held_out[held_out["op"] == "step"]
-    for strategy in ("serial", "streams", "unified", "pod"):
-        rows = steps[steps["strategy"] == strategy]
-        latency = ProfiledLatency(profile, model, strategy)
-        predicted = [latency.step_time(shape) for shape in _points(rows)]
-        errors[f"step {strategy}"] = _error(predicted, rows["time_us"] * 1e-6)
-    return errors
-
-
-def _error(predicted: ArrayLike, measured: pd.Series[float]) -> dict[str, float]:
-    relative = np.asarray(predicted) / measured.to_numpy() - 1
-    if not len(relative):
-        raise InputError("measurements.csv: a kernel has no held-out rows")
-    size = np.abs(relative)
-    return {
-        "points": len(relative),
-        "median": round(float(np.median(size)), 4),
-        "p90": round(float(np.percentile(size, 90)), 4),
-        "worst": round(float(size.max()), 4),
-        "bias": round(float(relative.mean()), 4),
-        "signed_p10": round(float(np.percentile(relative, 10)), 4),
-        "signed_p90": round(float(np.percentile(relative, 90)), 4),
     }

@@ -197,15 +197,18 @@ def profile_command(
 ) -> None:
     """Time the kernels and layers on this machine's GPU, fit the cost models, leave a profile.
 
-    The folder gets measurements.csv (every timed row) and profile.json (the fitted models, their
-    error on held-out points, and what they were measured on). Needs torch and triton.
+    The folder gets measurements.csv (every timed row), profile.json (the fitted models, their
+    error on held-out points, and what they were measured on) and plots/ (predicted against measured
+    times of each kernel). Needs torch and triton.
     """
     if refit is not None:
         profile = calibration.refit(refit)
+        calibration.write_plots(refit, profile)
     else:
         folder = out or Path("profiles") / gpu / model
         with report.result_folder(folder, made_by=PROFILE_FILE) as scratch:
             profile = _measured_profile(model_named(model), gpu_named(gpu), scratch)
+            calibration.write_plots(scratch, profile)
     if as_json:
         typer.echo(report.to_json(profile.description()), nl=False)
         return

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from podsim.attention_model import AttentionModel, Geometry
+from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.graph_sizes import graph_size
 from podsim.model import Model
@@ -27,10 +27,15 @@ LAYER_OPS = {
 }
 """How often each operation but attention runs in a layer."""
 
+MATRIX_OPS = ("qkv", "output", "gate_up", "down")
+"""The matrix products among them."""
+
 TOKEN_OPS = ("embedding", "rmsnorm")
 SAMPLED_OPS = ("lm_head", "sampling")
 """What a step runs once, over all its tokens and over those that come out."""
 
+
+T = TypeVar("T", float, NDArray[np.float64])
 
 WORTH_AN_ARRAY = 8
 """Steps of a run from which on NumPy is faster than a loop."""
@@ -136,12 +141,14 @@ class ProfiledLatency:
         self.scale = scale
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
-        self.attention = AttentionModel(
-            Geometry.of(model, profile.attention["geometry"]), profile.attention["coefficients"]
-        )
+        self.attention = AttentionModel.of(model, profile.attention)
         self._layer_time = _Table(profile, LAYER_OPS, graph_padding)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
+        self._slowdown: float = profile.sustained["slowdown"]
+        self._matrix_seconds_per_token: float = (
+            model.num_layers * profile.attention["geometry"]["linear_token_seconds"]
+        )
         self._hull = Hull(**profile.hull)
         self.seconds_predicted = 0.0
         self.seconds_outside = 0.0
@@ -156,9 +163,13 @@ class ProfiledLatency:
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float]:
         num_tokens = shape.num_tokens
+        attention = self.num_layers * self.attention.seconds(self.strategy, shape)
+        layers = self.num_layers * self._layer_time.at(num_tokens)
+        share = self._matrix_seconds_per_token * num_tokens / (attention + layers)
+        slower = 1.0 + self._slowdown * (share * share)  # `matrix_load`, which costs a call
         return (
-            self.num_layers * self.attention.seconds(self.strategy, shape),
-            self.num_layers * self._layer_time.at(num_tokens),
+            attention * slower,
+            layers * slower,
             self._token_time.at(num_tokens)
             + self._sampled_time.at(shape.num_sampled)
             + self._host_time(shape.num_decodes + len(shape.prefills)),
@@ -166,6 +177,15 @@ class ProfiledLatency:
 
     def _host_time(self, num_requests: int) -> float:
         return self.step_overhead + self.host_per_request * num_requests
+
+    def matrix_load(self, num_tokens: int, seconds: T) -> T:
+        """The square of the matrix products' share of the layers' seconds.
+
+        Whole steps take longer than their parts, timed with pauses between them: matrix work
+        without a pause lowers the clock further. What it adds is in proportion to this.
+        """
+        share = self._matrix_seconds_per_token * num_tokens / seconds
+        return share * share
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
@@ -178,7 +198,8 @@ class ProfiledLatency:
         attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
         layers = self.num_layers * self._layer_time.at(n)
         once = self._token_time.at(n) + self._sampled_time.at(n) + self._host_time(n)
-        seconds = (attention + layers + once) * self.scale
+        slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
+        seconds = (attention * slower + layers * slower + once) * self.scale
         self.seconds_predicted += float(seconds.sum())
         last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
         if not self.is_inside(last):

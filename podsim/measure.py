@@ -32,6 +32,7 @@ from podsim.points import (
     attention_points,
     linear_points,
     pool_tokens,
+    step_points,
 )
 
 PASSES = 2
@@ -40,8 +41,6 @@ point takes drifts with what ran before it."""
 REPEATS = 11
 WARM_UP = 0.04
 """Seconds that a sequence runs before it is timed: the power limit acts within a few 10 ms."""
-STEP_CHECKS = 24
-"""Held-out batches that are also timed as whole forward passes."""
 MAX_TOKENS = 8192 + 512
 MOST_DECODES = 256
 MAX_SAMPLED = 512
@@ -400,7 +399,7 @@ def measure_profile(
     """
     rng = np.random.default_rng(0)
     linear, attention_batches = linear_points(rng), attention_points(rng, model, gpu)
-    steps = [point for point in attention_batches if point.split == "held_out"][:STEP_CHECKS]
+    steps = step_points(attention_batches)
     bench = LayerBench(model, max_tokens=MAX_TOKENS)
     jobs: list[Callable[[], Iterator[Row]]] = [measure_launches]
     for num_tokens, split in linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,10 @@ from podsim.hardware import Gpu
 from podsim.model import BYTES_PER_VALUE, Model
 
 MAX_CONTEXT = 131072
+NUM_STEPS = 24
+"""Batches that are timed as whole forward passes to fit on, and as many to judge by."""
+MORE_HELD_OUT = ("prefill",) * 30 + ("decode",) * 20 + ("decode, heavy",) * 20 + ("heavy",) * 30
+"""Batches that a random draw has too few of to tell their error."""
 POOL_BYTES = 37_000_000_000
 """Of the keys, and of the values, of one layer in the KV pool of a measurement."""
 
@@ -51,6 +56,17 @@ class AttentionPoint:
         return BatchShape.of(self.prefills, self.decode_contexts)
 
     @property
+    def summary(self) -> str:
+        """Such as "1024@8192 100@100 + 65 decodes at 77 to 8192"."""
+        parts = [self.prefills_text] if self.prefills else []
+        if self.decode_contexts:
+            least, most = min(self.decode_contexts), max(self.decode_contexts)
+            at = f"{least}" if least == most else f"{least} to {most}"
+            count = len(self.decode_contexts)
+            parts.append(f"{count} decode{'s' if count > 1 else ''} at {at}")
+        return " + ".join(parts)
+
+    @property
     def prefills_text(self) -> str:
         """Such as "1024@8192 100@100": tokens at context."""
         return " ".join(f"{n}@{context}" for n, context in self.prefills)
@@ -80,28 +96,47 @@ def pool_tokens(model: Model) -> int:
 
 
 def attention_points(
-    rng: Generator, model: Model, gpu: Gpu, num_held_out: int = 120
+    rng: Generator,
+    model: Model,
+    gpu: Gpu,
+    num_random: int = 300,
+    num_held_out: int = 160,
 ) -> list[AttentionPoint]:
-    """Grid points of each kind of batch, then random batches as serving makes them.
+    """Points of a grid and random batches to fit on, then random batches to judge by.
 
-    Decodes together hold no more tokens than the GPU's KV cache beside the model's weights.
+    No two are of the same lengths, so that none is both fitted on and judged by. Decodes together
+    hold no more tokens than the GPU's KV cache beside the model's weights.
     """
     points = [
         *_prefill_grid(),
-        *_several_chunks(rng),
-        *_decode_grid(),
-        *_uneven_decodes(rng),
-        *_mixed_grid(),
-        *_mixed_uneven(rng),
+        *_decode_grid(rng),
+        *_mixed_grid(rng),
+        *(_random_batch(rng, "grid") for _ in range(num_random)),
+        *(_random_batch(rng, "held_out") for _ in range(num_held_out)),
+        *(_random_batch(rng, "held_out", kind) for kind in MORE_HELD_OUT),
     ]
-    held_out = [_random_batch(rng, "held_out") for _ in range(num_held_out)]
     most = int(gpu.memory - model.weight_bytes) // model.kv_bytes_per_token
+    different = {(point.prefills, point.decode_contexts): point for point in reversed(points)}
     return [
         point
-        for point in points + held_out
+        for point in reversed(different.values())
         if sum(point.decode_contexts) <= most
         and point.num_slots * point.max_context <= pool_tokens(model)
     ]
+
+
+def step_points(points: Sequence[AttentionPoint], each: int = NUM_STEPS) -> list[AttentionPoint]:
+    """Of `attention_points`, those that are timed as whole forward passes too.
+
+    As many random batches to fit on as to judge by; mixed ones first if there are only a few.
+    """
+    grid = [point for point in points if point.split == "grid"][-NUM_STEPS:]
+    held_out = [point for point in points if point.split == "held_out"][:NUM_STEPS]
+    if each < NUM_STEPS:
+        grid, held_out = (
+            sorted(some, key=lambda point: not point.is_mixed) for some in (grid, held_out)
+        )
+    return [*grid[:each], *held_out[:each]]
 
 
 def _prefill_grid() -> list[AttentionPoint]:
@@ -111,43 +146,35 @@ def _prefill_grid() -> list[AttentionPoint]:
     return [AttentionPoint((shape,), (), "grid") for shape in sorted(shapes)]
 
 
-def _several_chunks(rng: Generator) -> list[AttentionPoint]:
-    return [AttentionPoint(_random_chunks(rng, int(n)), (), "grid") for n in (2, 2, 3, 3, 4, 4, 8)]
-
-
-def _decode_grid() -> list[AttentionPoint]:
-    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-    contexts = (16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, MAX_CONTEXT)
-    return [AttentionPoint((), (context,) * n, "grid") for n in sizes for context in contexts]
-
-
-def _uneven_decodes(rng: Generator) -> list[AttentionPoint]:
-    sizes = (4, 16, 48, 96, 160, 256) * 3
-    return [AttentionPoint((), _random_contexts(rng, n), "grid") for n in sizes]
-
-
-def _mixed_grid() -> list[AttentionPoint]:
-    prefills = [
-        (n, max(n, context)) for n in (128, 256, 512, 1024, 2048) for context in (0, 4096, 16384)
-    ]
-    decodes = [(n, context) for n in (1, 8, 32, 64, 128, 256) for context in (256, 2048, 8192)]
+def _decode_grid(rng: Generator) -> list[AttentionPoint]:
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    contexts = (16, 128, 512, 2048, 8192, 32768, MAX_CONTEXT)
     return [
-        AttentionPoint((prefill,), (context,) * n, "grid")
-        for prefill in prefills
-        for n, context in decodes
+        AttentionPoint((), _around(rng, size, context), "grid")
+        for size in sizes
+        for context in contexts
     ]
 
 
-def _mixed_uneven(rng: Generator) -> list[AttentionPoint]:
-    return [_random_batch(rng, "grid") for _ in range(160)]
+def _mixed_grid(rng: Generator) -> list[AttentionPoint]:
+    sizes, contexts = (128, 256, 512, 1024, 2048, 4096), (0, 8192)
+    prefills = [(n, max(n, context)) for n in sizes for context in contexts]
+    decodes = [(1, 2048), (8, 8192), (24, 16384), (32, 512), (64, 4096), (192, 1024)]
+    return [
+        AttentionPoint((prefill,), _around(rng, size, context), "grid")
+        for prefill in prefills
+        for size, context in decodes
+    ]
 
 
-def _random_batch(rng: Generator, split: str) -> AttentionPoint:
+def _random_batch(rng: Generator, split: str, kind: str = "") -> AttentionPoint:
     """A budget of tokens filled with decodes and one to four chunks; some have one side only."""
-    kind = rng.choice(["mixed", "decode", "prefill"], p=[0.6, 0.2, 0.2])
-    size = int(np.exp(rng.uniform(0, np.log(256))))
-    contexts = () if kind == "prefill" else _random_contexts(rng, size)
-    chunks = () if kind == "decode" else _random_chunks(rng, int(rng.choice([1, 1, 1, 2, 3, 4])))
+    kind = kind or rng.choice(["mixed", "decode", "prefill"], p=[0.6, 0.2, 0.2])
+    heavy = kind.endswith("heavy")
+    size = int(np.exp(rng.uniform(np.log(8 if heavy else 1), np.log(256))))
+    contexts = () if kind == "prefill" else _random_contexts(rng, size, heavy)
+    without_chunks = kind.startswith("decode")
+    chunks = () if without_chunks else _random_chunks(rng, int(rng.choice([1, 1, 2, 3, 4])))
     return AttentionPoint(chunks, contexts, split)
 
 
@@ -160,20 +187,34 @@ def _random_chunks(rng: Generator, count: int) -> tuple[tuple[int, int], ...]:
     return tuple((int(n), int(n) + (before if i == 0 else 0)) for i, n in enumerate(sizes))
 
 
-def _random_contexts(rng: Generator, size: int) -> tuple[int, ...]:
+def _random_contexts(rng: Generator, size: int, heavy: bool) -> tuple[int, ...]:
     """Lognormal context lengths, from nearly even to heavy-tailed (P99 / P50 over 8)."""
-    middle = np.exp(rng.uniform(np.log(256), np.log(8192)))
-    sigma = rng.choice([0.2, 0.5, 1.0])
-    lengths = np.clip(middle * np.exp(sigma * rng.standard_normal(size)), 16, 32768)
+    middle = np.exp(rng.uniform(np.log(256), np.log(2048 if heavy else 8192)))
+    sigma = 1.5 if heavy else rng.choice([0.2, 0.5, 1.0, 1.5])
+    return _lognormal(rng, size, middle, sigma, 32768)
+
+
+def _around(rng: Generator, size: int, context: int) -> tuple[int, ...]:
+    """Contexts of about one length: equal ones, or whole blocks, hardly occur in serving."""
+    return _lognormal(rng, size, context, 0.1, MAX_CONTEXT)
+
+
+def _lognormal(
+    rng: Generator, size: int, middle: float, sigma: float, most: int
+) -> tuple[int, ...]:
+    lengths = np.clip(middle * np.exp(sigma * rng.standard_normal(size)), 16, most)
     return tuple(sorted((int(n) for n in lengths), reverse=True))
 
 
 def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str]]:
     """Numbers of tokens for the linear layers: both sides of the edges where tiles quantize.
 
-    Multiples of 8 and others run different kernels, so each edge has both on both sides.
+    Multiples of 8 and others run different kernels, so each edge has both on both sides. Few rows
+    run kernels of their own, and the sampling of one row more than the SMs hold takes a turn more.
     """
-    small = [*range(1, 17), *(n for m in range(24, 65, 8) for n in (m - 3, m))]
+    small = [*range(1, 19), *(n for m in range(24, 65, 8) for n in (m - 3, m, m + 1))]
+    small += [*range(80, 513, 32), *(n + 1 for n in range(80, 513, 32))]
+    small += [n + i for n in range(132, 529, 132) for i in (0, 1)]
     edges = [
         *range(64, 1024, 64),
         *range(1024, 2048, 128),

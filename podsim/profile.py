@@ -14,7 +14,7 @@ from typing import Any
 from podsim.errors import InputError
 from podsim.model import Model
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROFILE_FILE = "profile.json"
 MEASUREMENTS_FILE = "measurements.csv"
 
@@ -34,15 +34,17 @@ class Profile:
     ops: Mapping[str, Mapping[str, list[float]]]
     """Of each operation but attention: num_tokens and seconds, piecewise linear between them."""
     attention: Mapping[str, Mapping[str, Any]]
-    """Of each kernel model: the coefficients of its features."""
+    """Geometry, and of each kernel model the coefficients of its features and its overlap."""
     launch: Mapping[str, float]
     """What a graph launch and a kernel in a graph add."""
-    errors: Mapping[str, Mapping[str, float]]
-    """Of each kernel model: relative error on held-out points."""
+    sustained: Mapping[str, float]
+    """How much matrix work slows whole steps down, and how many steps that was fitted on."""
+    errors: Mapping[str, Mapping[str, Any]]
+    """Of each kernel model: relative error on held-out points, and the batch of the worst."""
     hull: Mapping[str, int]
     """The largest values that were measured."""
 
-    def with_errors(self, errors: Mapping[str, Mapping[str, float]]) -> Profile:
+    def with_errors(self, errors: Mapping[str, Mapping[str, Any]]) -> Profile:
         return replace(self, errors=errors)
 
     def description(self) -> dict[str, object]:
@@ -65,6 +67,7 @@ class Profile:
             "hull": self.hull,
             "errors": self.errors,
             "launch": self.launch,
+            "sustained": self.sustained,
             "attention": self.attention,
             "ops": self.ops,
         }

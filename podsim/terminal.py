@@ -229,10 +229,18 @@ def error_table(profile: Profile) -> Table:
     title = f"{profile.model} on {profile.gpu}: error on held-out points"
     table = _table(title)
     for name in ("kernel", "points", "median", "P90", "worst", "bias"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
+        is_kernel = name == "kernel"
+        table.add_column(name, justify="left" if is_kernel else "right", no_wrap=is_kernel)
+    table.add_column("worst batch")
     for kernel, error in profile.errors.items():
         cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
-        table.add_row(kernel, f"{error['points']:.0f}", *cells, f"{error['bias']:+.1%}")
+        table.add_row(
+            kernel,
+            f"{error['points']:.0f}",
+            *cells,
+            f"{error['bias']:+.1%}",
+            error["worst_batch"],
+        )
     return table
 
 

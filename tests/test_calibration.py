@@ -11,16 +11,30 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from podsim import calibration
-from podsim.attention_model import AttentionModel, Geometry, tile_work
+from podsim.attention_features import (
+    DECODE_FEATURES,
+    Geometry,
+    decode_seconds,
+    decode_seconds_of_run,
+    decode_tile_blocks,
+    decode_tiles,
+    sustained,
+    tile_work,
+)
+from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
+from podsim.cli import app
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
+from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import LAYER_OPS, ProfiledLatency, op_seconds
 from podsim.model import model_named
-from podsim.points import AttentionPoint
+from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
+from podsim.points import AttentionPoint, attention_points, step_points
 from podsim.profile import find_profile, kernels_hash, read_profile
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
@@ -52,8 +66,15 @@ def test_a_shipped_profile_is_the_fit_of_its_rows(name: str, tmp_path: Path) -> 
     assert refitted.ops == shipped.ops
     for kernel, coefficients in shipped.attention["coefficients"].items():
         assert refitted.attention["coefficients"][kernel] == pytest.approx(coefficients, rel=1e-6)
+    for kernel, overlap in shipped.attention["overlap"].items():
+        for name, table in overlap.items():
+            again = refitted.attention["overlap"][kernel][name]
+            assert np.array(again) == pytest.approx(np.array(table), abs=1e-4)
+    assert refitted.sustained == pytest.approx(shipped.sustained, rel=1e-4)
     for kernel, error in shipped.errors.items():
-        assert refitted.errors[kernel] == pytest.approx(error, abs=2e-4)
+        assert refitted.errors[kernel].pop("worst_batch")
+        expected = {name: value for name, value in error.items() if name != "worst_batch"}
+        assert refitted.errors[kernel] == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ALL_SHIPPED)
@@ -127,6 +148,70 @@ def test_tiles_go_to_the_sm_that_is_free() -> None:
     assert tile_work(((1, 4), (1, 4), (1, 4)), geometry).makespan == 8.0
 
 
+@given(contexts.filter(len))
+def test_decodes_as_tiles_keep_their_longest_and_nearly_their_sum(decodes: list[int]) -> None:
+    geometry = AttentionModel.of(LLAMA, PROFILE.attention).geometry
+    tiles = decode_tiles(BatchShape.of((), decodes), geometry)
+    overhead = decode_tile_blocks((0, 0, 0))[0]
+    blocks = [size - overhead for size in decode_tile_blocks(tiles)]
+    assert len(blocks) == len(decodes)
+    assert max(blocks) == blocks[0] == -(-max(decodes) // geometry.block_n)
+    assert blocks == sorted(blocks, reverse=True)
+    # Each mean is rounded to whole blocks, and no tile is longer than the longest decode.
+    assert sum(blocks) <= sum(decodes) / geometry.block_n + len(decodes) / 2 + 1
+    assert sum(blocks) >= 0.8 * (sum(decodes) / geometry.block_n - len(decodes) / 2)
+
+
+@given(
+    st.lists(st.floats(0, 1e-5), min_size=len(DECODE_FEATURES), max_size=len(DECODE_FEATURES)),
+    st.integers(1, 300),
+    st.lists(st.tuples(st.integers(1, 200_000), st.integers(0, 100)), min_size=1, max_size=20),
+)
+def test_many_batches_of_decodes_take_to_the_last_bit_what_each_takes(
+    coefficients: list[float], n: int, batches: list[tuple[int, int]]
+) -> None:
+    geometry = AttentionModel.of(LLAMA, PROFILE.attention).geometry
+    longest = [most for most, _ in batches]
+    keys = [most + (n - 1) * most * part // 100 for most, part in batches]
+    together = decode_seconds_of_run(
+        coefficients, n, np.array(keys), np.array(longest), geometry
+    ).tolist()
+    one_by_one = [
+        decode_seconds(coefficients, n, k, most, geometry)[0]
+        for k, most in zip(keys, longest, strict=True)
+    ]
+    assert together == one_by_one
+
+
+def test_matrix_products_slow_prefill_down_the_more_the_larger_their_share() -> None:
+    geometry = AttentionModel.of(LLAMA, PROFILE.attention).geometry
+    assert sustained(0, 1.0, geometry) == 0.0
+    alone = geometry.linear_token_seconds * 100
+    assert sustained(100, alone, geometry) == pytest.approx(0.25)  # half of the time, squared
+    assert sustained(100, 0.0, geometry) == 1.0
+
+
+@given(st.floats(0.001, 0.999), st.floats(0, 1), st.floats(0, 20), st.integers(0, 2**32 - 1))
+def test_an_overlap_is_what_the_weights_of_its_cells_say(
+    share: float, busy: float, waves: float, seed: int
+) -> None:
+    cells = np.random.default_rng(seed).uniform(size=len(SHARES) * (len(BUSY) + len(WAVES)))
+    weights = table_weights(np.array([share]), np.array([busy]), np.array([waves]))
+    overlap = Overlap.of(tables(cells))
+    expected = float((weights @ cells)[0])
+    found = overlap.at(share, place(BUSY, busy), place(WAVES, waves))
+    assert found == pytest.approx(expected, abs=2e-6)  # tables are rounded
+
+
+def test_a_side_that_vanishes_leaves_the_time_of_the_other() -> None:
+    model = AttentionModel.of(LLAMA, PROFILE.attention)
+    long_prefill, one_decode = [(2048, 16384)], [64]
+    alone = model.seconds("serial", BatchShape.of(long_prefill))
+    for strategy in STRATEGIES:
+        both = model.seconds(strategy, BatchShape.of(long_prefill, one_decode))
+        assert both == pytest.approx(alone, rel=0.1)
+
+
 @given(chunks, contexts)
 def test_a_step_costs_the_sum_of_its_parts_and_a_batch_of_one_side_its_own_kernel(
     prefills: list[tuple[int, int]], decodes: list[int]
@@ -147,9 +232,7 @@ def test_a_step_costs_the_sum_of_its_parts_and_a_batch_of_one_side_its_own_kerne
 
 @given(contexts.filter(len), st.integers(1, 16384))
 def test_another_decode_never_makes_attention_faster(decodes: list[int], context: int) -> None:
-    model = AttentionModel(
-        Geometry.of(LLAMA, PROFILE.attention["geometry"]), PROFILE.attention["coefficients"]
-    )
+    model = AttentionModel.of(LLAMA, PROFILE.attention)
     fewer, more = BatchShape.of((), decodes), BatchShape.of((), [*decodes, context])
     # Splits are chosen anew for each batch: a little slack for where their length jumps.
     assert model.seconds("serial", more) > 0.93 * model.seconds("serial", fewer)
@@ -171,6 +254,91 @@ def test_layer_times_follow_the_table() -> None:
     )
     layers = latency.breakdown(BatchShape.of([(512, 512)])).layers
     assert layers == pytest.approx(LLAMA.num_layers * expected)
+
+
+def copy_of(name: str, folder: Path) -> pd.DataFrame:
+    """A shipped profile in a folder; its rows."""
+    for file in ("measurements.csv", "profile.json"):
+        shutil.copy(SHIPPED.parent / name / file, folder / file)
+    return pd.read_csv(folder / "measurements.csv", keep_default_na=False)
+
+
+def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_path: Path) -> None:
+    table = copy_of("llama-3-8b", tmp_path)
+    steps = table["op"] == "step"
+    table = table[~(steps & (table["split"] == "grid"))]
+    table.to_csv(tmp_path / "measurements.csv", index=False)
+    without = calibration.refit(tmp_path)
+    assert without.sustained == {"slowdown": 0.0, "steps": 0}
+
+    # Every other batch to fit on, each taking what its parts take and 20 % of its load more.
+    batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
+    to_fit_on = set(batches[::2])
+    for index, row in table[table["op"] == "step"].iterrows():
+        shape = AttentionPoint.from_text(row["prefills"], row["decodes"], "").shape
+        latency = ProfiledLatency(without, LLAMA, row["strategy"])
+        parts = latency.breakdown(shape)
+        layers = parts.attention + parts.layers
+        load = latency.matrix_load(shape.num_tokens, layers)
+        table.loc[index, "time_us"] = (layers * (1 + 0.2 * load) + parts.once) * 1e6
+        if (row["prefills"], row["decodes"]) in to_fit_on:
+            table.loc[index, "split"] = "grid"
+    table.to_csv(tmp_path / "measurements.csv", index=False)
+    fitted = calibration.refit(tmp_path)
+    assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
+    assert fitted.sustained["steps"] > 20
+    for strategy in STRATEGIES:
+        assert fitted.errors[f"step {strategy}"]["worst"] <= 2e-4
+
+    prompt = BatchShape.of([(4096, 4096)])
+    slowed, parts = (ProfiledLatency(profile, LLAMA, "pod") for profile in (fitted, without))
+    assert 1.08 < slowed.step_time(prompt) / parts.step_time(prompt) < 1.2
+    decodes = BatchShape.of((), [2048] * 16)
+    assert slowed.step_time(decodes) == pytest.approx(parts.step_time(decodes), rel=2e-3)
+
+
+def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:
+    assert is_heavy_tailed(AttentionPoint((), (8000, *[1000] * 9), "held_out")) is False
+    assert is_heavy_tailed(AttentionPoint((), (*[9000] * 2, *[1000] * 8), "held_out")) is True
+    assert is_heavy_tailed(AttentionPoint(((64, 64),), (), "held_out")) is False
+    numbers = {n: has_several_chunks(AttentionPoint(((64, 64),) * n, (), "")) for n in range(1, 6)}
+    assert numbers == {1: False, 2: True, 3: True, 4: True, 5: False}
+    for name in (*STRATEGIES, "decode"):
+        whole = PROFILE.errors[f"attention {name}"]
+        subset = PROFILE.errors[f"attention {name}, heavy tail"]
+        assert 0 < subset["points"] < whole["points"]
+        assert subset["worst"] <= whole["worst"]
+    for name in (*STRATEGIES, "prefill"):
+        assert PROFILE.errors[f"attention {name}, several chunks"]["points"] >= 5
+    assert "decode" in PROFILE.errors["attention decode"]["worst_batch"]
+
+
+def test_a_batch_in_a_few_words() -> None:
+    point = AttentionPoint(((1024, 8192), (7, 7)), (500, 500, 20), "grid")
+    assert point.summary == "1024@8192 7@7 + 3 decodes at 20 to 500"
+    assert AttentionPoint((), (77,), "grid").summary == "1 decode at 77"
+
+
+def test_points_are_fitted_on_as_on_what_judges_them() -> None:
+    points = attention_points(np.random.default_rng(0), LLAMA, gpu_named("h200"))
+    assert len({(point.prefills, point.decode_contexts) for point in points}) == len(points)
+    for split, least in (("grid", 40), ("held_out", 15)):
+        some = [point for point in points if point.split == split]
+        assert sum(is_heavy_tailed(point) for point in some) >= least
+        assert sum(has_several_chunks(point) for point in some) >= 2 * least
+    steps = step_points(points)
+    assert [point.split for point in steps] == ["grid"] * 24 + ["held_out"] * 24
+    assert sum(point.is_mixed for point in step_points(points, each=4)) == 8
+
+
+def test_a_refit_draws_every_kernel(tmp_path: Path) -> None:
+    copy_of("llama-3-8b", tmp_path)
+    result = CliRunner().invoke(app, ["profile", "--refit", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "worst batch" in result.output
+    drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert {"attention-pod", "attention-decode", "gate-up", "step-pod"} <= drawn
+    assert (tmp_path / "plots" / "attention-pod.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_that_are_missing_are_named(tmp_path: Path) -> None:

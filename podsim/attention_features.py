@@ -1,0 +1,255 @@
+"""Features of a batch's attention that have a physical meaning, computed from its lengths.
+
+The prefill kernel's CTAs each walk the keys of a tile of queries and are handed to the SMs in
+order, so its time is that of the busiest SM, which is simulated. The decode kernel reads every key
+once: its time is bytes, unless its items are too short or too few to keep the memory busy.
+`unified` runs decodes as prefill tiles of one token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from podsim.batch import BatchShape, PrefillShape
+from podsim.model import Model
+
+PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles", "loaded_makespan")
+DECODE_FEATURES = (
+    *("launch", "keys", "longest_split", "items", "has_combine"),
+    *("partials", "most_partials", "bottleneck"),
+)
+UNIFIED_FEATURES = (
+    *("launch", "makespan", "tiles", "loaded_makespan", "decode_keys"),
+    *("prefill", "shorter", "busy_makespan"),
+)
+MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs")
+"""Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
+the times of its sides: see `podsim.overlap`."""
+
+FEATURES = {
+    "prefill": PREFILL_FEATURES,
+    "decode": DECODE_FEATURES,
+    "serial": MIXED_FEATURES,
+    "streams": MIXED_FEATURES,
+    "unified": UNIFIED_FEATURES,
+    "pod": MIXED_FEATURES,
+    "pod_50_50": MIXED_FEATURES,
+}
+"""Names of the features of each kernel model, in the order of its coefficients: seconds each."""
+
+BLOCKS_PER_ITEM = 2.0
+"""What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
+BLOCKS_PER_LONE_BLOCK = 2.0
+"""Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
+MASKED_BLOCKS = 2.5
+"""Blocks that a decode takes beyond its keys as a tile of its own: start, end, part of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How the kernels cut their work, on which machine, for which heads."""
+
+    num_sms: int
+    num_kv_heads: int
+    group: int
+    """Query heads a KV head."""
+    block_m: int
+    """Rows (tokens times group) of a prefill tile."""
+    block_n: int
+    """Keys of a block."""
+    decode_items_per_sm: int
+    min_split_len: int
+    tile_overhead: float = 0.0
+    """What a prefill tile costs beside its blocks, in blocks; fitted."""
+    linear_token_seconds: float = 0.0
+    """What a token adds to the matrix products of a layer once these fill the GPU; measured."""
+
+    blocks_per_key: float = field(init=False)
+    """Blocks an SM for each key of a decode."""
+    splitting_blocks_per_key: float = field(init=False)
+    """Blocks of a split for each key of all decodes, so that all SMs get their items."""
+    min_split_blocks: float = field(init=False)
+    items_per_split: float = field(init=False)
+    """Items an SM for each split of a decode."""
+
+    def __post_init__(self) -> None:
+        per_sm = self.num_kv_heads / self.num_sms
+        for name, value in (
+            ("blocks_per_key", per_sm / self.block_n),
+            ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.block_n),
+            ("min_split_blocks", self.min_split_len / self.block_n),
+            ("items_per_split", per_sm),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, model: Model, kernels: Mapping[str, float]) -> Geometry:
+        """For a model's heads; `kernels` holds the numbers that a profile records."""
+        return cls(
+            num_kv_heads=model.num_kv_heads,
+            group=model.num_q_heads // model.num_kv_heads,
+            **kernels,  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TileWork:
+    """Row tiles of a prefill launch over all KV heads, in blocks of keys to walk."""
+
+    makespan: float
+    """Blocks of the SM that has the most, when tiles go to whichever SM is free."""
+    blocks: float
+    """Of all tiles."""
+    longest: float
+    """Of the longest tile."""
+    tiles: int
+
+
+Tiles = tuple[tuple[int, int], ...]
+"""Of each chunk: its row tiles for one KV head, and the blocks of keys of its last one."""
+
+
+def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
+    """What of the chunks' lengths the kernel's work depends on."""
+    return tuple(
+        (-(-num_tokens * geometry.group // geometry.block_m), -(-context // geometry.block_n))
+        for num_tokens, context in prefills
+    )
+
+
+def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
+    """Hand out the tiles as the kernel does: head after head, within a head the longest first.
+
+    `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
+    """
+    blocks_per_tile = geometry.block_m / geometry.group / geometry.block_n
+    sizes = list(decode_blocks)
+    for num_tiles, last_blocks in chunks:
+        # Causal: each tile sees its own tokens fewer than the one after it.
+        sizes += [
+            max(last_blocks - i * blocks_per_tile, 1.0) + geometry.tile_overhead
+            for i in range(num_tiles)
+        ]
+    sizes.sort(reverse=True)
+    order = sizes * geometry.num_kv_heads
+    busy_until = order[: geometry.num_sms]
+    heapq.heapify(busy_until)
+    for size in order[geometry.num_sms :]:
+        heapq.heapreplace(busy_until, busy_until[0] + size)
+    return TileWork(max(busy_until), sum(sizes) * geometry.num_kv_heads, sizes[0], len(order))
+
+
+def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
+    """`load` is the share of the layer's time that its matrix products take: see `sustained`."""
+    return (
+        1.0,
+        work.makespan,
+        work.longest,
+        work.tiles / geometry.num_sms,
+        work.makespan * load,
+    )
+
+
+def sustained(num_tokens: int, attention: float, geometry: Geometry) -> float:
+    """How much the layer's matrix products slow its attention down, from 0 to 1.
+
+    They draw the power that the GPU's limit allows, and the clock of all that runs in turn with
+    them falls: in proportion to the square of their share of the layer's time, which is what
+    cross-validation prefers to the share itself. `attention` in seconds, without load.
+    """
+    linear = geometry.linear_token_seconds * num_tokens
+    share = linear / (linear + attention)
+    return share * share
+
+
+def decode_seconds(
+    coefficients: Sequence[float], n: int, keys: int, longest: int, geometry: Geometry
+) -> tuple[float, float]:
+    """Seconds of n decodes with so many keys together, and the items that an SM gets of them.
+
+    Keys are split so that every SM gets several items, none shorter than min_split_len. In one
+    piece and not as features, because a simulated step costs little more than this.
+    """
+    launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
+    block_n = geometry.block_n
+    blocks = keys * geometry.blocks_per_key
+    filling = keys * geometry.splitting_blocks_per_key
+    least = geometry.min_split_blocks
+    split = math.ceil(filling if filling > least else least) * block_n
+    if longest <= split:
+        items = n * geometry.items_per_split
+        lone = math.ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
+        seconds = launch + key * blocks + longest_split * lone + item * items
+        return seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone), items
+    # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.
+    splits = keys / n / split
+    cut = n * (1.0 + splits * splits / (splits + 0.5))
+    items = cut * geometry.items_per_split
+    lone = split / block_n * BLOCKS_PER_LONE_BLOCK
+    seconds = launch + key * blocks + longest_split * lone + item * items
+    seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
+    partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
+    return seconds + has_combine + partial * partials + most * (longest / split), items
+
+
+def decode_seconds_of_run(
+    coefficients: Sequence[float],
+    n: int,
+    keys: NDArray[np.int64],
+    longest: NDArray[np.int64],
+    geometry: Geometry,
+) -> NDArray[np.float64]:
+    """Of many batches of as many decodes: the operations of `decode_seconds` in NumPy."""
+    launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
+    block_n = geometry.block_n
+    blocks = keys * geometry.blocks_per_key
+    filling = keys * geometry.splitting_blocks_per_key
+    split = np.ceil(np.maximum(filling, geometry.min_split_blocks)) * block_n
+    is_cut = longest > split
+    splits = keys / n / split
+    cut = n * (1.0 + splits * splits / (splits + 0.5))
+    items = np.where(is_cut, cut, n) * geometry.items_per_split
+    lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
+    seconds = launch + key * blocks + longest_split * lone + item * items
+    seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
+    partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
+    combined = seconds + has_combine + partial * partials + most * (longest / split)
+    return np.where(is_cut, combined, seconds)
+
+
+def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
+    """What the seconds of decodes are linear in."""
+    units = np.eye(len(DECODE_FEATURES)).tolist()
+    work = (shape.num_decodes, shape.decode_context_sum, shape.decode_context_max)
+    return tuple(decode_seconds(unit, *work, geometry)[0] for unit in units)
+
+
+DecodeTiles = tuple[int, int, int]
+"""Blocks of the longest decode, how many others there are, and their mean blocks."""
+
+
+def decode_tiles(shape: BatchShape, geometry: Geometry) -> DecodeTiles:
+    """What of the decodes' lengths the unified kernel's work depends on, a little rounded."""
+    others, block_n = shape.num_decodes - 1, geometry.block_n
+    rest = shape.decode_context_sum - shape.decode_context_max
+    return -(-shape.decode_context_max // block_n), others, round(rest / block_n / max(others, 1))
+
+
+def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
+    """Blocks of each decode as a tile, the lengths falling as a power from the longest one.
+
+    The power law is the one with the mean of the others; equal lengths are its flat case.
+    """
+    longest, others, mean = decodes
+    if not others:
+        return [longest + MASKED_BLOCKS]
+    exponent = max(longest / max(mean, 0.5) - 1.0, 0.0)
+    falling = [(1.0 - i / (others + 1)) ** exponent for i in range(1, others + 1)]
+    scale = mean * others / sum(falling)
+    return [longest + MASKED_BLOCKS, *(min(scale * f, longest) + MASKED_BLOCKS for f in falling)]

@@ -1,0 +1,169 @@
+"""Fits the attention model: coefficients that are not negative, with the least relative error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from podsim.attention_features import (
+    FEATURES,
+    Geometry,
+    decode_features,
+    prefill_features,
+    row_tiles,
+    sustained,
+    tile_work,
+)
+from podsim.attention_model import AttentionModel
+from podsim.batch import BatchShape
+from podsim.errors import InputError
+from podsim.overlap import Overlap, roughness, table_weights, tables
+
+Floats = NDArray[np.float64]
+
+REWEIGHTINGS = 15
+"""Rounds of least squares, each with the weights that the errors of the last one ask for."""
+ERROR_OF_A_TIMING = 0.02
+"""Relative errors below it count as noise (their square is minimised), above it as they are."""
+ROUGHNESS = 0.6
+"""Weight of the differences of neighbouring cells of a table; by cross-validation."""
+TILE_OVERHEADS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+"""Blocks; those that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Batches of one kernel and what each took, in seconds."""
+
+    shapes: Sequence[BatchShape]
+    seconds: Floats
+
+
+def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> AttentionModel:
+    """Each side alone first: mixed batches are described by the times of their sides.
+
+    Raises InputError if a kernel has fewer timings than its model has coefficients.
+    """
+    for name, features in FEATURES.items():
+        if len(timings[name].shapes) < len(features):
+            raise InputError(
+                f"measurements.csv: only {len(timings[name].shapes)} rows to fit '{name}' on"
+            )
+    geometry, prefill = _fit_prefill(timings["prefill"], geometry)
+    coefficients = {"prefill": prefill, "decode": _fit_decode(timings["decode"], geometry)}
+    overlaps: dict[str, Overlap] = {}
+    model = AttentionModel(geometry, coefficients, overlaps)
+    for name in ("serial", "streams", "pod", "pod_50_50"):
+        coefficients[name], overlaps[name] = _fit_mixed(timings[name], model)
+    coefficients["unified"] = _fit_unified(timings["unified"], model)
+    return model
+
+
+def _fit_prefill(timings: Timings, geometry: Geometry) -> tuple[Geometry, list[float]]:
+    """With the tile overhead under which the rows fit best."""
+
+    def fitted(overhead: float) -> tuple[float, Geometry, list[float]]:
+        tried = replace(geometry, tile_overhead=overhead)
+        solution, misfit = _fit_loaded(timings, _prefill_rows(timings.shapes, tried))
+        return misfit, tried, solution
+
+    _, best, coefficients = min(map(fitted, TILE_OVERHEADS), key=lambda fit: fit[0])
+    return best, coefficients
+
+
+def _prefill_rows(
+    shapes: Sequence[BatchShape], geometry: Geometry
+) -> Callable[[Sequence[float] | None], Floats]:
+    """The features under the load that follows from the attention's seconds; None: no load."""
+    works = [tile_work(row_tiles(shape.prefills, geometry), geometry) for shape in shapes]
+
+    def rows(unloaded: Sequence[float] | None) -> Floats:
+        loads = (
+            [0.0] * len(shapes)
+            if unloaded is None
+            else [
+                sustained(shape.num_tokens, seconds, geometry)
+                for shape, seconds in zip(shapes, unloaded, strict=True)
+            ]
+        )
+        features = [
+            prefill_features(work, geometry, load) for work, load in zip(works, loads, strict=True)
+        ]
+        return np.array(features)
+
+    return rows
+
+
+def _fit_loaded(
+    timings: Timings, rows: Callable[[Sequence[float] | None], Floats]
+) -> tuple[list[float], float]:
+    """The load depends on what is fitted: a few rounds, the first from the times as measured."""
+    unloaded: Sequence[float] = timings.seconds.tolist()
+    for _ in range(4):
+        features = rows(unloaded)
+        solution = fit_non_negative(features, timings.seconds)
+        unloaded = (rows(None) @ solution).tolist()
+    relative = np.abs(rows(unloaded) @ solution / timings.seconds - 1)
+    return solution.tolist(), float(relative.mean())
+
+
+def _fit_decode(timings: Timings, geometry: Geometry) -> list[float]:
+    features = [decode_features(shape, geometry) for shape in timings.shapes]
+    coefficients: list[float] = fit_non_negative(np.array(features), timings.seconds).tolist()
+    return coefficients
+
+
+def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
+    features = [model.unified_features(shape) for shape in timings.shapes]
+    coefficients: list[float] = fit_non_negative(np.array(features), timings.seconds).tolist()
+    return coefficients
+
+
+def _fit_mixed(timings: Timings, model: AttentionModel) -> tuple[list[float], Overlap]:
+    sides = [model.sides(shape) for shape in timings.shapes]
+    both = np.array([s.prefill + s.decode for s in sides])
+    waves = np.array([s.side.waves for s in sides])
+    items = np.array([s.decode_items for s in sides])
+    launches = np.stack([np.ones(len(sides)), items, waves, np.minimum(items, waves)], axis=1)
+    cells = table_weights(
+        np.array([s.prefill for s in sides]) / both,
+        np.array([s.side.busy for s in sides]),
+        waves,
+    )
+    # Of the order of seconds, as the cells are: the roughness is then small beside the errors.
+    features = np.concatenate([launches * 1e-6, cells * both[:, None]], axis=1)
+    differences = ROUGHNESS * roughness()
+    rough = np.pad(differences, ((0, 0), (launches.shape[1], 0)))
+    solution = fit_non_negative(features, timings.seconds, rough)
+    coefficients, values = np.split(solution, [launches.shape[1]])
+    return (coefficients * 1e-6).tolist(), Overlap.of(tables(values))
+
+
+def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:
+    """Coefficients >= 0 with the least relative error: its size, or near zero its square.
+
+    `features` are [rows, features]; `penalties` [any, features] times the coefficients are to be
+    near zero too.
+    """
+    relative = features / seconds[:, None]
+    # Columns of like size: the stopping rule of the solver is absolute.
+    scale = np.abs(relative).mean(axis=0) if penalties is None else np.ones(features.shape[1])
+    scale = np.where(scale > 0, scale, 1.0)
+    relative = relative / scale
+    extra = np.zeros((0, features.shape[1])) if penalties is None else penalties
+    weights = np.ones(len(seconds))
+    for _ in range(REWEIGHTINGS):
+        root = np.sqrt(weights)
+        solution, _ = nnls(
+            np.concatenate([relative * root[:, None], extra]),
+            np.concatenate([root, np.zeros(len(extra))]),
+            maxiter=50 * features.shape[1],
+        )
+        errors = np.abs(relative @ solution - 1)
+        weights = 1 / np.maximum(errors, ERROR_OF_A_TIMING)
+        weights /= weights.mean()
+    return np.asarray(solution / scale)
