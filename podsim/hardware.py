@@ -20,6 +20,8 @@ class Gpu:
     """Dense bf16 FLOP/s."""
     peak_bandwidth: float
     """Device memory, bytes/s."""
+    num_sms: int
+    l2_bytes: int
 
 
 GPUS = {
@@ -31,6 +33,8 @@ GPUS = {
             memory=143771 * 2**20,
             peak_flops=989e12,
             peak_bandwidth=4.8e12,
+            num_sms=132,
+            l2_bytes=60 * 10**6,
         ),
     )
 }
