@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podsim.errors import InputError
+from podsim.hardware import GPUS
 from podsim.model import Model
 
 SCHEMA_VERSION = 1
@@ -80,6 +81,7 @@ def find_profile(gpu: str, model: Model, folder: Path | None = None) -> Profile:
         profile = read_profile(folder, str(folder))
         if profile.gpu != gpu:
             raise InputError(f"{profile.source}: measured on '{profile.gpu}', not on '{gpu}'")
+        _check_device(profile)
         _check_shape(profile, model)
         return profile
     shipped = _shipped_profiles(gpu)
@@ -100,6 +102,15 @@ def _shipped_profiles(gpu: str) -> list[Profile]:
         return []
     models = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda e: e.name)
     return [read_profile(entry, f"profiles/{gpu}/{entry.name}") for entry in models]
+
+
+def _check_device(profile: Profile) -> None:
+    device, known = profile.provenance.get("device_name"), GPUS.get(profile.gpu)
+    if known is not None and device not in (None, known.device_name):
+        raise InputError(
+            f"{profile.source}: gpu '{profile.gpu}' is '{known.device_name}', but it was measured "
+            f"on '{device}'"
+        )
 
 
 def _check_shape(profile: Profile, model: Model) -> None:
