@@ -77,7 +77,7 @@ def provenance(model: Model) -> dict[str, object]:
         "max_sm_clock": sm_clock,
         "max_memory_clock": memory_clock,
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": triton.__version__,
         "geometry": _geometry(model),
     }

@@ -29,7 +29,7 @@ SPREAD_TARGET = 0.05
 operations,"""
 SPREAD_FLOOR = 1e-6
 """or at most so many seconds,"""
-MOST_ROUNDS = 4
+MOST_ROUNDS = 3
 """or so many rounds are done."""
 ATTEMPTS = 2
 """A sequence with a row that cannot be believed is prepared and timed again so often in all."""
@@ -106,9 +106,9 @@ def require_place(folder: Path) -> None:
     """InputError if a folder holds something that is neither a profile nor the start of one."""
     if not folder.exists():
         return
-    mine = {PROFILE_FILE, MEASUREMENTS_FILE, JOURNAL_FILE, _SCRATCH}
-    if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - mine:
-        raise InputError(f"{folder}: holds other files than a profile; name another --out")
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {""}
+    if found and not found & {PROFILE_FILE, JOURNAL_FILE}:
+        raise InputError(f"{folder}: not empty, and no profile; name another --out")
 
 
 def is_started(folder: Path) -> bool:

@@ -11,7 +11,7 @@ before has just written, by the whole cache.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from podsim.batch import PrefillShape
@@ -113,7 +113,11 @@ def step_seconds(
     decode_contexts: Sequence[int],
     layer_ops: Mapping[str, int],
 ) -> float:
-    """The least time of a forward pass: its operations run one after another."""
+    """The least time of a forward pass: its operations run one after another.
+
+    Within one graph a launch hides behind the kernel before it, so none counts.
+    """
+    ceilings = replace(ceilings, launch=0.0)
     num_tokens = sum(n for n, _ in prefills) + len(decode_contexts)
     num_sampled = len(prefills) + len(decode_contexts)
     layer = ceilings.least_seconds(attention_work(model, gpu, prefills, decode_contexts))

@@ -215,7 +215,7 @@ def test_kernels_that_changed_in_between_are_named(
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds other files than a profile"):
+    with pytest.raises(InputError, match="not empty, and no profile"):
         measure(tmp_path, FakeGpu())
     (tmp_path / "notes.txt").rename(tmp_path / JOURNAL_FILE)
     (tmp_path / JOURNAL_FILE).write_text("mine\nand\n")
