@@ -32,6 +32,8 @@ LEAD_CYCLES = 2_000_000
 """About a millisecond that the card sleeps while the host queues a burst."""
 READ_BYTES = 8 * 2**30
 COPY_BYTES = 4 * 2**30
+DECODE_BYTES = 4 * 10**9
+NUM_DECODES = 64
 HOST_BYTES = 2**28
 MATRIX_SIZE = 8192
 READ_BLOCK = 16384
@@ -97,12 +99,12 @@ def _matvec(bench: LayerBench) -> _Burst:
 
 
 def _decode(bench: LayerBench) -> _Burst:
-    """The decode kernel over contexts that fill 4 GB."""
+    """The decode kernel over contexts that fill DECODE_BYTES."""
     model = bench.model
     bytes_per_key = 4 * model.num_kv_heads * model.head_dim
-    context = 4 * 10**9 // (64 * bytes_per_key)
-    point = AttentionPoint((), (context,) * 64, "")
-    return _Burst(bench.attention(point, "serial"), 64.0 * context * bytes_per_key)
+    context = DECODE_BYTES // (NUM_DECODES * bytes_per_key)
+    point = AttentionPoint((), (context,) * NUM_DECODES, "")
+    return _Burst(bench.attention(point, "serial"), float(NUM_DECODES * context * bytes_per_key))
 
 
 def _copy(bench: LayerBench) -> _Burst:
