@@ -1,6 +1,6 @@
-"""What `podsim profile` runs on a GPU, run on the CPU: kernels interpreted, streams and graphs fake.
+"""What `podsim profile` runs on a GPU, run on the CPU: kernels interpreted, streams faked.
 
-Times mean nothing here. That every kind of job can be prepared, runs its operations and gives one
+Graphs are fakes too. Times mean nothing here. That every kind of job can be prepared, runs its operations and gives one
 time for each of its rows is what is tested.
 """
 
