@@ -22,7 +22,7 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
-from podsim.profile_command import profile_command
+from podsim.profile_command import profile_command, profile_export_command
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
 from podsim.search_command import capacity_command, sweep_command
@@ -40,6 +40,7 @@ app.add_typer(trace_app, name="trace")
 app.command("capacity")(capacity_command)
 app.command("sweep")(sweep_command)
 app.command("profile")(profile_command)
+app.command("profile-export")(profile_export_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 

@@ -28,6 +28,7 @@ from podsim.profile_plan import (
     plan_profile,
 )
 from podsim.profile_run import is_started, require_place, run_profile
+from podsim.vidur_export import export_vidur
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
@@ -93,6 +94,31 @@ def _show(profile: Profile, as_json: bool) -> None:
     refused = profile.provenance.get("refused_rows")
     if refused:
         console.print(f"{refused} rows were refused; measurements.csv says why", highlight=False)
+
+
+def profile_export_command(
+    folder: Annotated[Path, typer.Argument(help="Profile folder, with its measurements.csv.")],
+    to: Annotated[str, typer.Option(help="Whose format: vidur.")],
+    out: Annotated[Path, typer.Option(help="Folder to leave the files in.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a profile's rows as the profiling data of another simulator.
+
+    vidur: attention.csv and mlp.csv, with the columns that its execution-time predictor reads.
+    """
+    if to != "vidur":
+        raise InputError(f"--to is '{to}', expected vidur")
+    with report.result_folder(out, made_by="mlp.csv") as scratch:
+        counts = export_vidur(folder, scratch)
+    if as_json:
+        typer.echo(report.to_json({"out": str(out), **counts}), nl=False)
+        return
+    console.print(
+        f"{out}: {counts['attention']:,} rows of attention.csv, {counts['mlp']:,} of mlp.csv; "
+        f"{counts['left_out']:,} left out, of batches that Vidur has no columns for",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 # ------------------------------------------------------------------------------------ measuring

@@ -1,7 +1,7 @@
 """What `podsim profile` runs on a GPU, run on the CPU: kernels interpreted, streams faked.
 
-Graphs are fakes too. Times mean nothing here. That every kind of job can be prepared, runs its operations and gives one
-time for each of its rows is what is tested.
+Graphs are fakes too, and times mean nothing. That every kind of job can be prepared, runs its
+operations and gives one time for each of its rows is what is tested.
 """
 
 from __future__ import annotations
