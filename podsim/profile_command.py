@@ -35,7 +35,10 @@ messages = Console(stderr=True)
 
 
 def profile_command(
-    model: Annotated[str, typer.Option(help="Model whose layers are timed.")] = "llama-3-8b",
+    model: Annotated[
+        str,
+        typer.Option(help="Model whose layers are timed: a name, or a Hugging Face config.json."),
+    ] = "llama-3-8b",
     gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
     out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
     quick: Annotated[
@@ -75,7 +78,9 @@ def profile_command(
     if dry_run:
         _show_plan(plan, shape, machine, as_json)
         return
-    _show(_measured_profile(shape, machine, plan, out or Path("profiles") / gpu / model), as_json)
+    folder = out or Path("profiles") / gpu / shape.name
+    command = f"podsim profile --model {model} --gpu {gpu}{' --quick' if quick else ''}"
+    _show(_measured_profile(shape, machine, plan, folder, command), as_json)
 
 
 def _require_one(**given: object) -> None:
@@ -124,7 +129,7 @@ def profile_export_command(
 # ------------------------------------------------------------------------------------ measuring
 
 
-def _measured_profile(model: Model, gpu: Gpu, plan: Plan, folder: Path) -> Profile:
+def _measured_profile(model: Model, gpu: Gpu, plan: Plan, folder: Path, command: str) -> Profile:
     require_place(folder)
     try:
         from podsim import measure
@@ -149,6 +154,7 @@ def _measured_profile(model: Model, gpu: Gpu, plan: Plan, folder: Path) -> Profi
                 provenance,
                 bench.prepare,
                 lambda done, total: progress.update(task, completed=done, total=total),
+                command,
             )
     except KeyboardInterrupt:
         print(

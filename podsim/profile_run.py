@@ -67,12 +67,14 @@ def run_profile(
     provenance: Mapping[str, object],
     prepare: Prepare,
     on_progress: Callable[[int, int], None],
+    command: str,
 ) -> Profile:
     """Measure what of a plan is missing in a folder's journal; then leave the profile there.
 
-    `provenance` is what the measurements depend on. `on_progress` is told how many of how many
-    sequences are done. The profile's files appear whole, once all is measured. Raises InputError,
-    before anything is measured, if the folder holds something else or another measurement.
+    `provenance` is what the measurements depend on; `command` repeats them. `on_progress` is told
+    how many of how many sequences are done. The profile's files appear whole, once all is measured.
+    Raises InputError, before anything is measured, if the folder holds something else or another
+    measurement.
     """
     require_place(folder)
     identity = {
@@ -95,7 +97,7 @@ def run_profile(
                 rows = _measured(job, number, prepare, check)
                 journal.append(rows, time.perf_counter() - started)
             on_progress(len(plan.turns), len(plan.turns))
-            profile = _finish(folder, plan, model, gpu, provenance, journal)
+            profile = _finish(folder, plan, model, gpu, {**provenance, "command": command}, journal)
         (folder / JOURNAL_FILE).unlink()
     except OSError as error:
         raise InputError(f"{folder}: cannot write the profile: {error.strerror}") from None
@@ -192,7 +194,6 @@ def _finish(
     rows = _both_refused(journal.rows)
     measured = {
         **provenance,
-        "command": command_of(model, gpu, plan),
         "quick": plan.quick,
         "timing": TIMING,
         "plan": {"rows": len(journal.rows), "sha256": plan.sha256()},
@@ -229,8 +230,3 @@ TIMING = (
     "the best of short bursts after a pause"
 )
 """What state of the card a profile's times are of."""
-
-
-def command_of(model: Model, gpu: Gpu, plan: Plan) -> str:
-    quick = " --quick" if plan.quick else ""
-    return f"podsim profile --model {model.name} --gpu {gpu.name}{quick}"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "workers", "ray_workers"},
-    {"request", "batch", "model", "hardware", "config", "variants"},
+    {"request", "batch", "model", "model_config", "hardware", "config", "variants"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
     {"trace_clients", "trace_folders"},
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},

@@ -101,7 +101,16 @@ class FakeSequence:
 
 
 def measure(folder: Path, gpu: FakeGpu, plan: Plan = PLAN, **changes: object) -> None:
-    run_profile(folder, plan, MODEL, GPU, PROVENANCE | changes, gpu.prepare, lambda *_: None)
+    run_profile(
+        folder,
+        plan,
+        MODEL,
+        GPU,
+        PROVENANCE | changes,
+        gpu.prepare,
+        lambda *_: None,
+        "podsim profile",
+    )
 
 
 def contents(folder: Path) -> tuple[str, dict[str, object]]:
