@@ -177,6 +177,9 @@ def compare_command(
     console.print(terminal.comparison_table(compared, title, unclear))
     if unclear:
         console.print("~ the error bars of the two overlap", highlight=False)
+    for line in terminal.error_lines(results):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    notes = terminal.uncalibrated_lines(results) + notes
     _print_results(out, notes)
 
 
@@ -235,7 +238,7 @@ def _outputs(out: Path | None, *asked: Any) -> Outputs:
 
 def _print_results(out: Path | None, notes: list[str]) -> None:
     for note in notes:
-        console.print(f"Note         {note}", highlight=False, soft_wrap=True)
+        console.print(f"Note         {note}", highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 

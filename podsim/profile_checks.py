@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from podsim import calibration
-from podsim.attention_model import FEATURES
 from podsim.errors import InputError
 from podsim.hardware import GPUS, Gpu
 from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS
@@ -82,16 +81,13 @@ def schema_faults(profile: Profile) -> Iterator[str]:
             yield f"ops.{op}: num_tokens do not increase"
         elif not all(math.isfinite(s) and s > 0 for s in seconds):
             yield f"ops.{op}: a time is not over 0"
-    for part in ("geometry", "features", "coefficients"):
+    for part in ("geometry", "coefficients"):
         if part not in profile.attention:
             yield f"attention.{part} is missing"
             return
-    for name in FEATURES:
-        coefficients = profile.attention["coefficients"].get(name, [])
-        if len(coefficients) != len(profile.attention["features"].get(name, [])):
-            yield f"attention.coefficients.{name}: not one number a feature"
-        elif not coefficients or not all(math.isfinite(c) for c in coefficients):
-            yield f"attention.coefficients.{name}: not numbers"
+    for name, coefficients in profile.attention["coefficients"].items():
+        if not coefficients or not all(math.isfinite(c) and c >= 0 for c in coefficients):
+            yield f"attention.coefficients.{name}: expected numbers of at least 0"
 
 
 def _machine_faults(profile: Profile) -> Iterator[str]:

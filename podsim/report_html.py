@@ -25,6 +25,7 @@ from podsim.terminal import (
     format_seconds,
     latency_notes,
     own_part,
+    unclear_differences,
 )
 
 NUM_SLOWEST = 10
@@ -60,7 +61,7 @@ def comparison_page(
     title = f"{trace.name}: {len(trace)} requests, {trace.qps:.2f} req/s"
     numbered = range(len(runs))
     sections = [
-        _section("Variants", _compared_table(compared)),
+        _section("Variants", _compared_table(compared, runs)),
         _section("Latency", *_figures("cdf-ttft", "cdf-tbt", "cdf-e2e")),
         _section("Latency over time", *_figures("ttft", "tbt")),
         _section("Batches over time", *_figures("requests", "kv")),
@@ -173,19 +174,22 @@ def _interval(span: tuple[float, float]) -> str:
     return f"<small>{low} to {high}</small>"
 
 
-def _compared_table(compared: pd.DataFrame) -> str:
-    """Differences from the first variant in per cent."""
+def _compared_table(compared: pd.DataFrame, runs: Sequence[Run]) -> str:
+    """Differences from the first variant in per cent; a tilde where they may be error."""
+    unclear = unclear_differences({run.name: run.result for run in runs})
     first, *others = (str(name) for name in compared.columns)
     head = ["", escape(first), *(escape(name) for name in others)]
     rows = []
     for key, (label, unit) in COMPARED.items():
         base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()
         cells = [format_metric(base, unit)]
-        for value in values:
-            change = format_difference(value, base)
+        for name, value in zip(others, values, strict=True):
+            mark = " ~" if (name, key) in unclear else ""
+            change = format_difference(value, base) + mark
             cells.append(f"{format_metric(value, unit)} <small>{change}</small>")
         rows.append([label, *cells])
-    return _table(head, rows)
+    note = "<p>~ the error bars of the two overlap: the difference may be error.</p>\n"
+    return _table(head, rows) + (note if unclear else "")
 
 
 def _notes(runs: Sequence[Run]) -> str:

@@ -76,33 +76,52 @@ def layer_weight_bytes(model: Model) -> int:
     return BYTES_PER_VALUE * sum(n * k for op, (n, k) in shapes.items() if op != "lm_head")
 
 
-def op_work(model: Model, gpu: Gpu, op: str, num_tokens: int) -> Work:
-    """Of a linear layer or an element-wise operation; KeyError for any other."""
+def op_traffic(model: Model, op: str, num_tokens: int) -> Work:
+    """FLOPs and all bytes that a linear layer or an element-wise operation reads and writes."""
     elementwise = values_per_token(model).get(op)
     if elementwise is not None:
-        touched = BYTES_PER_VALUE * elementwise * num_tokens
-        return Work(0.0, max(0.0, touched - gpu.l2_bytes))
+        return Work(0.0, float(BYTES_PER_VALUE * elementwise * num_tokens))
     n, k = linear_shapes(model)[op]
-    weights, activations = BYTES_PER_VALUE * n * k, BYTES_PER_VALUE * num_tokens * (n + k)
+    values = n * k + num_tokens * (n + k)
+    return Work(2.0 * num_tokens * n * k, float(BYTES_PER_VALUE * values))
+
+
+def op_work(model: Model, gpu: Gpu, op: str, num_tokens: int) -> Work:
+    """Of a linear layer or an element-wise operation; KeyError for any other."""
+    flops, touched = op_traffic(model, op, num_tokens)
+    if op in values_per_token(model):
+        return Work(flops, max(0.0, touched - gpu.l2_bytes))
+    n, k = linear_shapes(model)[op]
+    weights = BYTES_PER_VALUE * n * k
     cycle = weights if op == "lm_head" else layer_weight_bytes(model)
-    streamed = _not_cached(weights, cycle, gpu) + max(0.0, activations - gpu.l2_bytes)
-    return Work(2.0 * num_tokens * n * k, streamed)
+    activations = max(0.0, touched - weights - gpu.l2_bytes)
+    return Work(flops, _not_cached(weights, cycle, gpu) + activations)
+
+
+def attention_traffic(model: Model, prefills: Sequence[tuple[int, int]], decode_keys: int) -> Work:
+    """FLOPs and bytes of keys and values of one layer's attention, the same under every strategy.
+
+    `decode_keys` are the contexts of all decodes together.
+    """
+    pairs = sum(n * context - n * (n - 1) / 2 for n, context in prefills) + decode_keys
+    keys = sum(context for _, context in prefills) + decode_keys
+    per_key = 2 * BYTES_PER_VALUE * model.num_kv_heads * model.head_dim
+    return Work(4.0 * model.num_q_heads * model.head_dim * pairs, float(per_key * keys))
 
 
 def attention_work(
     model: Model, gpu: Gpu, prefills: Sequence[tuple[int, int]], decode_contexts: Sequence[int]
 ) -> Work:
-    """Of one layer's attention, the same under every strategy.
+    """Of one layer's attention.
 
     Each key and value is read once; those that the layer has just written may be in the cache.
     """
-    pairs = sum(n * context - n * (n - 1) / 2 for n, context in prefills) + sum(decode_contexts)
-    keys = sum(context for _, context in prefills) + sum(decode_contexts)
+    flops, read = attention_traffic(model, prefills, sum(decode_contexts))
     per_key = 2 * BYTES_PER_VALUE * model.num_kv_heads * model.head_dim
     written = per_key * (sum(n for n, _ in prefills) + len(decode_contexts))
-    read = max(0.0, per_key * keys - min(written, gpu.l2_bytes))
-    cycle = layer_weight_bytes(model) + per_key * keys
-    return Work(4.0 * model.num_q_heads * model.head_dim * pairs, _not_cached(read, cycle, gpu))
+    cycle = layer_weight_bytes(model) + read
+    missing = max(0.0, read - min(written, gpu.l2_bytes))
+    return Work(flops, _not_cached(missing, cycle, gpu))
 
 
 def step_seconds(
