@@ -41,9 +41,7 @@ def profile_command(
     ] = "llama-3-8b",
     gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
     out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Time one point in six: under two minutes.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Time one point in six.")] = False,
     dry_run: Annotated[
         bool,
         typer.Option(

@@ -29,7 +29,7 @@ SPREAD_TARGET = 0.05
 operations,"""
 SPREAD_FLOOR = 1e-6
 """or at most so many seconds,"""
-MOST_ROUNDS = 3
+MOST_ROUNDS = 2
 """or so many rounds are done."""
 ATTEMPTS = 2
 """A sequence with a row that cannot be believed is prepared and timed again so often in all."""

@@ -21,6 +21,9 @@ from podsim.profile import MEASUREMENTS_FILE, Profile, read_profile
 BLOCK_SIZE = 16
 """Vidur's default, by which it picks rows; podsim's kernels read contiguous slots."""
 
+MOST_UNEVEN = 2.0
+"""Longest over shortest context of decodes that their mean describes."""
+
 MLP_COLUMNS = {
     "emb": "embedding",
     "input_layernorm": "rmsnorm",
@@ -40,7 +43,7 @@ FUSED_ATTENTION = ("attn_input_reshape", "attn_output_reshape", "attn_kv_cache_s
 def export_vidur(folder: Path, out: Path) -> dict[str, int]:
     """Write attention.csv and mlp.csv into `out`; how many rows each has, and how many are left.
 
-    Vidur has no columns for batches of several chunks, of uneven decodes, or of both sides.
+    Vidur has no columns for batches of several chunks, of very uneven decodes, or of both sides.
     Raises InputError if the folder is no profile.
     """
     profile = read_profile(folder, str(folder))
@@ -85,14 +88,19 @@ def _by_tokens(rows: pd.DataFrame, op: str) -> pd.Series[float]:
 
 
 def _attention_rows(rows: pd.DataFrame, profile: Profile) -> Iterator[Mapping[str, object]]:
-    """Single chunks, and decodes of one context."""
+    """Single chunks, and decodes of about one context: Vidur takes their mean."""
     alone = rows[(rows["op"] == "attention") & (rows["strategy"] == "serial")]
     for prefills, decodes, ms in zip(alone["prefills"], alone["decodes"], alone["ms"], strict=True):
         point = AttentionPoint.from_text(prefills, decodes, "")
-        contexts = set(point.decode_contexts)
-        if len(point.prefills) + len(contexts) != 1:
+        contexts = point.decode_contexts
+        if contexts:
+            is_one = not point.prefills and max(contexts) <= MOST_UNEVEN * min(contexts)
+            chunk, context = 0, sum(contexts) // len(contexts)
+        else:
+            is_one = len(point.prefills) == 1
+            chunk, context = point.prefills[0]
+        if not is_one:
             continue
-        chunk, context = point.prefills[0] if point.prefills else (0, min(contexts))
         yield {
             **{f"time_stats.{name}.median": 0.0 for name in FUSED_ATTENTION},
             "time_stats.attn_prefill.median": ms if chunk else None,
