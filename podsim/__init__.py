@@ -13,6 +13,7 @@ from podsim.config import Deployment, Workload
 from podsim.errors import InputError
 from podsim.kv_cache import PagedKVCache
 from podsim.latency import ConstantLatency, LatencyModel, ProfiledLatency
+from podsim.latency_provider import LatencyProvider, StepTime
 from podsim.request import Request
 from podsim.scheduler import SarathiScheduler, Scheduler
 from podsim.simulation import Result, simulate
@@ -30,6 +31,7 @@ __all__ = [
     "Deployment",
     "InputError",
     "LatencyModel",
+    "LatencyProvider",
     "PagedKVCache",
     "PrefillShape",
     "ProfiledLatency",
@@ -38,6 +40,7 @@ __all__ = [
     "SarathiScheduler",
     "Scheduler",
     "Slo",
+    "StepTime",
     "SweepOutcome",
     "SweepPlan",
     "Trace",

@@ -25,6 +25,8 @@ COLUMNS = (
     *("op", "strategy", "split", "num_tokens", "prefills", "decodes", "pass"),
     *("time_us", "time_p10_us", "time_p90_us", "repeats"),
 )
+LATER_COLUMNS = ("sm_clock_mhz", "work", "refused")
+"""That the first profiles lack."""
 _POINT = ["op", "strategy", "split", "num_tokens", "prefills", "decodes"]
 
 
@@ -36,7 +38,7 @@ def write(
     provenance: Mapping[str, object],
 ) -> Profile:
     """Leave measurements.csv and profile.json in a folder; the profile."""
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).fillna("")
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *LATER_COLUMNS]).fillna("")
     table.to_csv(folder / MEASUREMENTS_FILE, index=False, float_format="%.4f")
     measured = {
         **provenance,
@@ -121,13 +123,15 @@ def _measured(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
-    """One row a point: the median over the passes of its timings."""
+    """One row a point: the median over the passes of its timings, but for refused ones."""
     try:
         rows = pd.read_csv(path, keep_default_na=False)
         missing = set(COLUMNS) - set(rows.columns)
         if missing:
             raise InputError(f"{path}: misses the column {sorted(missing)[0]}")
         rows["time_us"] = rows["time_us"].astype(float)
+        if "refused" in rows.columns:
+            rows = rows[rows["refused"] == ""]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValueError as error:

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 
-from podsim import calibration, config, report, terminal
+from podsim import config, report, terminal
 from podsim.command_options import (
     ConfigOption,
     JsonOption,
@@ -23,9 +22,7 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
-from podsim.hardware import Gpu, gpu_named
-from podsim.model import Model, model_named
-from podsim.profile import PROFILE_FILE, Profile
+from podsim.profile_command import profile_command, profile_export_command
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
 from podsim.search_command import capacity_command, sweep_command
@@ -44,6 +41,8 @@ app.add_typer(trace_app, name="trace")
 app.command("capacity")(capacity_command)
 app.command("sweep")(sweep_command)
 app.command("validate")(validate_command)
+app.command("profile")(profile_command)
+app.command("profile-export")(profile_export_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
@@ -181,38 +180,10 @@ def compare_command(
     console.print(terminal.comparison_table(compared, title, unclear))
     if unclear:
         console.print("~ the error bars of the two overlap", highlight=False)
+    for line in terminal.error_lines(results):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    notes = terminal.uncalibrated_lines(results) + notes
     _print_results(out, notes)
-
-
-@app.command("profile")
-def profile_command(
-    model: Annotated[str, typer.Option(help="Model whose layers are timed.")] = "llama-3-8b",
-    gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
-    out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
-    refit: Annotated[
-        Path | None,
-        typer.Option(help="Fit the rows of this profile folder again; needs no GPU."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Time the kernels and layers on this machine's GPU, fit the cost models, leave a profile.
-
-    The folder gets measurements.csv (every timed row), profile.json (the fitted models, their
-    error on held-out points, and what they were measured on) and plots/ (predicted against measured
-    times of each kernel). Needs torch and triton.
-    """
-    if refit is not None:
-        profile = calibration.refit(refit)
-        calibration.write_plots(refit, profile)
-    else:
-        folder = out or Path("profiles") / gpu / model
-        with report.result_folder(folder, made_by=PROFILE_FILE) as scratch:
-            profile = _measured_profile(model_named(model), gpu_named(gpu), scratch)
-            calibration.write_plots(scratch, profile)
-    if as_json:
-        typer.echo(report.to_json(profile.description()), nl=False)
-        return
-    console.print(terminal.error_table(profile))
 
 
 @app.command("doctor")
@@ -232,28 +203,6 @@ def doctor_command(as_json: JsonOption = False) -> None:
         console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
     if faults:
         raise typer.Exit(1)
-
-
-def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
-    try:
-        from podsim import measure
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"podsim profile needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine"
-        ) from None
-    measure.require_gpu(gpu)
-    columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
-    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
-        task = progress.add_task(f"timing {model.name} on {gpu.name}", total=None)
-        rows = list(
-            measure.measure_profile(
-                model, gpu, lambda done, total: progress.update(task, completed=done, total=total)
-            )
-        )
-    command = f"podsim profile --model {model.name} --gpu {gpu.name}"
-    return calibration.write(
-        folder, rows, model, gpu, measure.provenance(model) | {"command": command}
-    )
 
 
 def _loaded(workload: Workload) -> Trace:
@@ -297,7 +246,7 @@ def _outputs(out: Path | None, *asked: Any) -> Outputs:
 
 def _print_results(out: Path | None, notes: list[str]) -> None:
     for note in notes:
-        console.print(f"Note         {note}", highlight=False, soft_wrap=True)
+        console.print(f"Note         {note}", highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 

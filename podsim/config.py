@@ -34,7 +34,9 @@ def _option(default: Any, help: str) -> Any:
 class Deployment:
     """What serves the requests. Raises InputError for values that cannot be."""
 
-    model: str = _option("llama-3-8b", "Model served.")
+    model: str = _option(
+        "llama-3-8b", "Model served: a name, or the config.json of one from Hugging Face."
+    )
     gpu: str = _option("h200", "GPU of each replica.")
     profile: str | None = _option(
         None, "Profile folder to take costs from, instead of the one shipped for GPU and model."

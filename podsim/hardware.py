@@ -20,8 +20,18 @@ class Gpu:
     """Dense bf16 FLOP/s."""
     peak_bandwidth: float
     """Device memory, bytes/s."""
+    num_sms: int
+    l2_bytes: int
+    architecture: str
+
+    @property
+    def flops_per_byte(self) -> float:
+        return self.peak_flops / self.peak_bandwidth
 
 
+# Memory and L2 as the driver reports them; the other numbers are the vendor's for dense bf16, in
+# the form that is named: data sheets "NVIDIA H200", "NVIDIA H100" (SXM5 and PCIe), "NVIDIA A100
+# 80GB" (SXM4), "NVIDIA L40S", "NVIDIA HGX B200"; SMs from the architecture white papers.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -31,6 +41,59 @@ GPUS = {
             memory=143771 * 2**20,
             peak_flops=989e12,
             peak_bandwidth=4.8e12,
+            num_sms=132,
+            l2_bytes=60 * 10**6,
+            architecture="hopper",
+        ),
+        Gpu(
+            name="h100",
+            device_name="NVIDIA H100 80GB HBM3",
+            memory=81559 * 2**20,
+            peak_flops=989e12,
+            peak_bandwidth=3.35e12,
+            num_sms=132,
+            l2_bytes=50 * 2**20,
+            architecture="hopper",
+        ),
+        Gpu(
+            name="h100-pcie",
+            device_name="NVIDIA H100 PCIe",
+            memory=81559 * 2**20,
+            peak_flops=756e12,
+            peak_bandwidth=2.0e12,
+            num_sms=114,
+            l2_bytes=50 * 2**20,
+            architecture="hopper",
+        ),
+        Gpu(
+            name="a100",
+            device_name="NVIDIA A100-SXM4-80GB",
+            memory=81920 * 2**20,
+            peak_flops=312e12,
+            peak_bandwidth=2.039e12,
+            num_sms=108,
+            l2_bytes=40 * 2**20,
+            architecture="ampere",
+        ),
+        Gpu(
+            name="l40s",
+            device_name="NVIDIA L40S",
+            memory=46068 * 2**20,
+            peak_flops=362e12,
+            peak_bandwidth=864e9,
+            num_sms=142,
+            l2_bytes=96 * 2**20,
+            architecture="ada",
+        ),
+        Gpu(
+            name="b200",
+            device_name="NVIDIA B200",
+            memory=183359 * 2**20,
+            peak_flops=2250e12,
+            peak_bandwidth=8e12,
+            num_sms=148,
+            l2_bytes=126 * 2**20,
+            architecture="blackwell",
         ),
     )
 }

@@ -15,6 +15,7 @@ from podsim.batch import BatchShape
 from podsim.graph_sizes import graph_size
 from podsim.model import Model
 from podsim.profile import Profile
+from podsim.scaling import Attention, ScaledAttention
 
 LAYER_OPS = {
     "rmsnorm": 2,
@@ -141,7 +142,9 @@ class ProfiledLatency:
         self.scale = scale
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
-        self.attention = AttentionModel.of(model, profile.attention)
+        self.attention: Attention = AttentionModel.of(model, profile.attention)
+        if profile.scaling is not None:
+            self.attention = ScaledAttention(self.attention, profile.scaling)
         self._layer_time = _Table(profile, LAYER_OPS, graph_padding)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
@@ -222,9 +225,13 @@ class ProfiledLatency:
         return again
 
     def likely_scales(self) -> tuple[float, float]:
-        """True over predicted time of whole steps: P10 and P90, from the held-out ones."""
+        """True over predicted time of whole steps: P10 and P90, from the held-out ones.
+
+        Wider by `Scaling.width` where the costs are scaled from those of another GPU.
+        """
         error = self.profile.errors[f"step {self.strategy}"]
-        return 1 / (1 + error["signed_p90"]), 1 / (1 + error["signed_p10"])
+        width = self.profile.scaling.width if self.profile.scaling else 1.0
+        return 1 / (1 + error["signed_p90"]) / width, width / (1 + error["signed_p10"])
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
@@ -240,10 +247,13 @@ class ProfiledLatency:
 
     def notes(self) -> Sequence[str]:
         """What a reader of the results should know of these predictions."""
-        if not self.seconds_outside:
-            return []
-        share = self.seconds_outside / self.seconds_predicted
-        return [f"{share:.1%} of the simulated step time was predicted beyond what was measured"]
+        notes = [self.profile.scaling.note] if self.profile.scaling else []
+        if self.seconds_outside:
+            share = self.seconds_outside / self.seconds_predicted
+            notes.append(
+                f"{share:.1%} of the simulated step time was predicted beyond what was measured"
+            )
+        return notes
 
 
 def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> NDArray[np.float64]:

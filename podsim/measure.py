@@ -1,60 +1,55 @@
-"""Times podsim's kernels and a model's linear layers on this machine's GPU: rows for calibration.
+"""Times podsim's kernels and a model's linear layers on this machine's GPU: sequences of a profile.
 
 Every operation is timed inside the layer it belongs to, after that layer has run for a while: so
 the L2 cache holds what it would in serving (the weights stream 100s of MB through it), and the
 card is in the power state that serving such batches puts it in. A timing is a CUDA graph's replay
 between two events; the host queues it while the card is still busy, so that it is never waited for.
+Two small kernels around the timed repetitions read every SM's cycle counter: the clock of a row is
+what its SMs really ran at.
 """
 
 from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from statistics import median, quantiles
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import triton
 
-from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.kernels import launch, rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
 from podsim.kernels.config import config_for
 from podsim.kernels.plan import AttentionPlan, Decode, PrefillChunk
+from podsim.measure_ceilings import CeilingSequence
+from podsim.measure_clock import SmClock
 from podsim.model import Model
-from podsim.points import (
-    MAX_CONTEXT,
-    AttentionPoint,
-    attention_points,
-    linear_points,
-    pool_tokens,
-    step_points,
-)
+from podsim.points import MAX_CONTEXT, AttentionPoint, pool_tokens
+from podsim.profile_plan import POD_50_50, SUSTAINED_ENDS, Job
+from podsim.profile_run import Round
 
-PASSES = 2
-"""Times the whole list of points is gone through, each time in another order, because what a
-point takes drifts with what ran before it."""
 REPEATS = 11
+"""Of a round."""
 WARM_UP = 0.04
 """Seconds that a sequence runs before it is timed: the power limit acts within a few 10 ms."""
+WARM_UP_AGAIN = 0.01
+"""Seconds before each further round: the host has looked at the timings for a moment."""
 MAX_TOKENS = 8192 + 512
 MOST_DECODES = 256
-MAX_SAMPLED = 512
-
-POD_50_50 = "pod_50_50"
-"""POD with tickets that alternate, timed to compare with the proportional ones."""
-MIXED_STRATEGIES = (*STRATEGIES, POD_50_50)
 HOST_SECONDS_PER_LAUNCH = 20e-6
 """At most, to queue a graph and an event."""
+REST = 1.0
+"""Seconds without work before sustained work, so that the clock is at its highest."""
+SUSTAINED_MARGIN = 0.1
+MOST_QUEUED = 4
 LEAST_LEAD = 2e-3
 """Seconds that the host gets ahead of a card that keeps up with it."""
 SLEEP_CYCLES_PER_SECOND = 2e9
 
-Row = dict[str, object]
 Launch = Callable[[], object]
 
 
@@ -88,7 +83,7 @@ def provenance(model: Model) -> dict[str, object]:
         "max_sm_clock": sm_clock,
         "max_memory_clock": memory_clock,
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": triton.__version__,
         "geometry": _geometry(model),
     }
@@ -131,52 +126,99 @@ class Timed:
             launch_op()
 
 
-def time_sequence(ops: Sequence[Timed]) -> dict[str, list[float]]:
-    """Seconds of each operation of a sequence that runs REPEATS times, once it has warmed up."""
-    _warm_up(ops)
-    marks = []
-    for _ in range(REPEATS):
-        row = [torch.cuda.Event(enable_timing=True)]
-        row[0].record()
-        for op in ops:
+class GraphSequence:
+    """Operations that run one after another, again and again; see `profile_run.TimedSequence`."""
+
+    work: float | None = None
+
+    def __init__(self, ops: Sequence[Timed], clock: SmClock) -> None:
+        self._ops = ops
+        self._clock = clock
+
+    def round(self, first: bool) -> Round:
+        """Warm up, then time REPEATS repetitions of every operation whose name is not empty."""
+        self._clock.clear()
+        self._warm_up(WARM_UP if first else WARM_UP_AGAIN)
+        self._clock.start()
+        marks = []
+        for _ in range(REPEATS):
+            row = [torch.cuda.Event(enable_timing=True)]
+            row[0].record()
+            for op in self._ops:
+                op.graph.replay()
+                row.append(torch.cuda.Event(enable_timing=True))
+                row[-1].record()
+            marks.append(row)
+        self._clock.stop()
+        torch.cuda.synchronize()
+        seconds = {
+            op.name: [row[i].elapsed_time(row[i + 1]) / 1000 for row in marks]
+            for i, op in enumerate(self._ops)
+            if op.name
+        }
+        return Round(seconds, self._clock.mean_hertz())
+
+    def _warm_up(self, seconds: float) -> None:
+        """Run for so long, and leave the card busy while the host goes on."""
+        self._replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._replay()
+        end.record()
+        torch.cuda.synchronize()
+        once = start.elapsed_time(end) / 1000
+        for _ in range(math.ceil(seconds / once)):
+            self._replay()
+        host_seconds = HOST_SECONDS_PER_LAUNCH * len(self._ops)
+        if once < 2 * host_seconds + LEAST_LEAD / REPEATS:  # the card keeps up with the host
+            lead = max(REPEATS * host_seconds, LEAST_LEAD)
+            torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
+
+    def _replay(self) -> None:
+        for op in self._ops:
             op.graph.replay()
-            row.append(torch.cuda.Event(enable_timing=True))
-            row[-1].record()
-        marks.append(row)
-    torch.cuda.synchronize()
-    return {
-        op.name: [row[i].elapsed_time(row[i + 1]) / 1000 for row in marks]
-        for i, op in enumerate(ops)
-    }
 
 
-def _warm_up(ops: Sequence[Timed]) -> None:
-    """Run the sequence for WARM_UP seconds, and leave the card busy while the host goes on."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for op in ops:
-        op.graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    seconds = start.elapsed_time(end) / 1000
-    for _ in range(math.ceil(WARM_UP / seconds)):
-        for op in ops:
-            op.graph.replay()
-    host_seconds = HOST_SECONDS_PER_LAUNCH * len(ops)
-    if seconds < 2 * host_seconds:  # the card keeps up with the host: hold it back once
-        lead = max(REPEATS * host_seconds, LEAST_LEAD)
-        torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
+class SustainedSequence:
+    """Whole steps one after another, from rest; see `profile_run.TimedSequence`."""
+
+    work: float | None = None
+
+    def __init__(self, step: Timed) -> None:
+        self._step = step
+
+    def round(self, first: bool) -> Round:
+        """REST seconds without work, then steps until the last window of SUSTAINED_ENDS ends."""
+        torch.cuda.synchronize()
+        time.sleep(REST)
+        marks = [torch.cuda.Event(enable_timing=True)]
+        marks[0].record()
+        started = time.perf_counter()
+        while time.perf_counter() - started < SUSTAINED_ENDS[-1] + SUSTAINED_MARGIN:
+            self._step.graph.replay()
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+            if len(marks) > MOST_QUEUED:  # the host is not to run away from the card
+                marks[-MOST_QUEUED].synchronize()
+        torch.cuda.synchronize()
+        return Round(windows([marks[0].elapsed_time(mark) / 1000 for mark in marks]), None)
 
 
-def timing_row(seconds: Sequence[float]) -> Row:
-    """The columns of a timing: the median, and the spread around it."""
-    low, *_, high = quantiles(seconds, n=10)
-    return {
-        "time_us": median(seconds) * 1e6,
-        "time_p10_us": low * 1e6,
-        "time_p90_us": high * 1e6,
-        "repeats": len(seconds),
-    }
+def windows(ends: Sequence[float]) -> dict[str, list[float]]:
+    """Of each window of SUSTAINED_ENDS, its mean step, from when steps ended.
+
+    The first number is when the first step began. A step counts in the window in which it ends; one
+    that no step ends in has the mean of the step across it.
+    """
+    steps = np.diff(ends)
+    window = np.searchsorted(SUSTAINED_ENDS, ends[1:], side="left")
+    found = {}
+    for i, end in enumerate(SUSTAINED_ENDS):
+        inside = steps[window == i]
+        across = min(int(np.searchsorted(ends[1:], end)), len(steps) - 1)
+        mean = float(inside.mean()) if len(inside) else float(steps[across])
+        found[f"{end:g} s"] = [mean, mean]
+    return found
 
 
 class LayerBench:
@@ -286,138 +328,101 @@ class LayerBench:
             ("sampling", lambda: torch.argmax(logits, dim=-1)),
         ]
 
+    def forward(self, point: AttentionPoint, strategy: str) -> Launch:
+        """A whole forward pass, to check the sum of the parts by.
+
+        One layer's weights stand in for all: they are larger than the L2 cache, as all layers' are.
+        """
+        n, attend = point.num_tokens, self.attention(point, strategy)
+        layer = [op for _, op in self.before_attention(n)]
+        layer += [attend, *(op for _, op in self.after_attention(n))]
+        embedding, lm_head, sampling = self.around_the_layers(n, point.num_sampled)
+
+        def run() -> None:
+            embedding[1]()
+            for _ in range(self.model.num_layers):
+                for op in layer:
+                    op()
+            self.norm(n)
+            lm_head[1]()
+            sampling[1]()
+
+        return run
+
 
 def _random(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.5)
 
 
-def measure_launches() -> Iterator[Row]:
-    """An empty kernel alone and in a graph of many: what a launch and what an event costs."""
-    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+class Bench:
+    """Makes the jobs of a plan ready to run on this machine's GPU: `profile_run.Prepare`."""
 
-        def run(count: int = count) -> None:
-            for _ in range(count):
-                launch.empty()
+    def __init__(self, model: Model) -> None:
+        self._layer = LayerBench(model, max_tokens=MAX_TOKENS)
+        self._clock = SmClock(self._layer.num_sms)
+        self._around: tuple[int, list[Timed], list[Timed]] = (0, [], [])
+        """Captured before and after attention, for the number of tokens timed last."""
 
-        seconds = time_sequence([Timed("launch", run)])["launch"]
-        yield {"op": "launch", "num_tokens": count, **timing_row(seconds)}
+    def prepare(self, job: Job) -> GraphSequence | CeilingSequence | SustainedSequence:
+        """Compile, capture and warm up what a job times."""
+        if job.kind == "ceiling":
+            return CeilingSequence(job.strategy, self._layer)
+        if job.kind == "sustained":
+            assert job.point is not None
+            return SustainedSequence(Timed("step", self._layer.forward(job.point, "serial")))
+        return GraphSequence(self._ops(job), self._clock)
 
+    def _ops(self, job: Job) -> list[Timed]:
+        layer, point = self._layer, job.point
+        if job.kind == "launch":
+            return [Timed("launch", _launches(job.num_tokens))]
+        if job.kind == "linear":
+            return self._linear(job)
+        if job.kind == "once":
+            ops = layer.around_the_layers(job.num_tokens, job.num_tokens)
+            return [Timed(name, run) for name, run in ops]
+        assert point is not None
+        if job.kind == "step":
+            return [Timed("step", layer.forward(point, job.strategy))]
+        before, after = self._layer_around(point.num_tokens)
+        return [*before, Timed("attention", layer.attention(point, job.strategy)), *after]
 
-def measure_linear(bench: LayerBench, num_tokens: int, split: str) -> Iterator[Row]:
-    """Every operation of a layer but attention, at one number of tokens.
+    def _linear(self, job: Job) -> list[Timed]:
+        """Every operation of a layer, the second norm and attention unnamed.
 
-    The layer's attention runs too: of as many decodes, or of one prompt of that length.
-    """
-    n = num_tokens
-    point = (
-        AttentionPoint((), (1024,) * n, split)
-        if n <= MOST_DECODES
-        else AttentionPoint(((n, n),), (), split)
-    )
-    layer = [
-        *bench.before_attention(n),
-        ("attention", bench.attention(point, "serial")),
-        *bench.after_attention(n),
-    ]
-    seen: set[str] = set()
-    ops = []
-    for name, run in layer:
-        ops.append(Timed(name if name not in seen else f"{name} again", run))
-        seen.add(name)
-    for name, seconds in time_sequence(ops).items():
-        if name in seen - {"attention"}:
-            yield {"op": name, "split": split, "num_tokens": num_tokens, **timing_row(seconds)}
+        Attention is of as many decodes, or of one prompt of that length.
+        """
+        n = job.num_tokens
+        point = (
+            AttentionPoint((), (1024,) * n, job.split)
+            if n <= MOST_DECODES
+            else AttentionPoint(((n, n),), (), job.split)
+        )
+        layer = [
+            *self._layer.before_attention(n),
+            ("", self._layer.attention(point, "serial")),
+            *self._layer.after_attention(n),
+        ]
+        names = [name for name, _ in layer]
+        return [
+            Timed("" if name in names[:i] else name, run) for i, (name, run) in enumerate(layer)
+        ]
 
-
-def measure_once_per_step(bench: LayerBench, num_tokens: int, split: str) -> Iterator[Row]:
-    """Embedding of `num_tokens`; LM head and sampling of as many rows."""
-    ops = [Timed(name, run) for name, run in bench.around_the_layers(num_tokens, num_tokens)]
-    for name, seconds in time_sequence(ops).items():
-        yield {"op": name, "split": split, "num_tokens": num_tokens, **timing_row(seconds)}
-
-
-def measure_attention(bench: LayerBench, point: AttentionPoint) -> Iterator[Row]:
-    """One batch under each strategy, inside the layer's other work."""
-    n, strategies = point.num_tokens, strategies_for(point)
-    before = [Timed("other", op) for _, op in bench.before_attention(n)]
-    after = [Timed("other", op) for _, op in bench.after_attention(n)]
-    for name in strategies:
-        layer = [*before, Timed("attention", bench.attention(point, name)), *after]
-        seconds = time_sequence(layer)["attention"]
-        yield {
-            "op": "attention",
-            "split": point.split,
-            "strategy": name,
-            "num_tokens": n,
-            "prefills": point.prefills_text,
-            "decodes": point.decodes_text,
-            **timing_row(seconds),
-        }
-
-
-def measure_steps(bench: LayerBench, point: AttentionPoint) -> Iterator[Row]:
-    """A whole forward pass as one graph under each strategy, to check the sum of the parts by.
-
-    One layer's weights stand in for all: they are larger than the L2 cache, as 32 layers' are.
-    """
-    n = point.num_tokens
-    before, after = bench.before_attention(n), bench.after_attention(n)
-    embedding, lm_head, sampling = bench.around_the_layers(n, point.num_sampled)
-
-    def forward(attend: Launch) -> None:
-        embedding[1]()
-        for _ in range(bench.model.num_layers):
-            for _, op in before:
-                op()
-            attend()
-            for _, op in after:
-                op()
-        bench.norm(n)
-        lm_head[1]()
-        sampling[1]()
-
-    for name in strategies_for(point):
-        step = Timed("step", partial(forward, bench.attention(point, name)))
-        seconds = time_sequence([step])["step"]
-        yield {
-            "op": "step",
-            "split": point.split,
-            "strategy": name,
-            "num_tokens": n,
-            "prefills": point.prefills_text,
-            "decodes": point.decodes_text,
-            **timing_row(seconds),
-        }
+    def _layer_around(self, num_tokens: int) -> tuple[list[Timed], list[Timed]]:
+        if self._around[0] != num_tokens:
+            self._around = (
+                num_tokens,
+                [Timed("", op) for _, op in self._layer.before_attention(num_tokens)],
+                [Timed("", op) for _, op in self._layer.after_attention(num_tokens)],
+            )
+        return self._around[1:]
 
 
-def measure_profile(
-    model: Model, gpu: Gpu, on_progress: Callable[[int, int], None]
-) -> Iterator[Row]:
-    """Every row of a profile, in an order that mixes small and large batches.
+def _launches(count: int) -> Launch:
+    """An empty kernel, so many times."""
 
-    `on_progress` is told how many of how many points are done.
-    """
-    rng = np.random.default_rng(0)
-    linear, attention_batches = linear_points(rng), attention_points(rng, model, gpu)
-    steps = step_points(attention_batches)
-    bench = LayerBench(model, max_tokens=MAX_TOKENS)
-    jobs: list[Callable[[], Iterator[Row]]] = [measure_launches]
-    for num_tokens, split in linear:
-        jobs.append(partial(measure_linear, bench, num_tokens, split))
-        if num_tokens <= MAX_SAMPLED:
-            jobs.append(partial(measure_once_per_step, bench, num_tokens, split))
-    jobs += [partial(measure_attention, bench, point) for point in attention_batches]
-    jobs += [partial(measure_steps, bench, point) for point in steps]
-    total = PASSES * len(jobs)
-    for done in range(total):
-        if done % len(jobs) == 0:
-            order = rng.permutation(len(jobs))
-        on_progress(done, total)
-        for row in jobs[order[done % len(jobs)]]():
-            yield {**row, "pass": done // len(jobs)}
-    on_progress(total, total)
+    def run() -> None:
+        for _ in range(count):
+            launch.empty()
 
-
-def strategies_for(point: AttentionPoint) -> tuple[str, ...]:
-    """A batch with one side only runs that side's own kernel, whatever the strategy."""
-    return MIXED_STRATEGIES if point.is_mixed else ("serial",)
+    return run

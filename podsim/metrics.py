@@ -243,6 +243,7 @@ def summarize(result: Result) -> dict[str, object]:
         "preemptions": totals.preemptions,
         **_prefix_cache(result, totals),
         **({"intervals": result.intervals} if result.intervals else {}),
+        **({"uncalibrated": result.uncalibrated} if result.uncalibrated else {}),
         "refused": dict(totals.refused.most_common()),
         "trace": _provenance(result),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from podsim.errors import InputError
 
@@ -94,7 +95,12 @@ MODELS = {
 
 
 def model_named(name: str) -> Model:
-    """The model of this name; InputError if there is none."""
+    """The model of this name, or of a Hugging Face config.json; InputError if there is none."""
+    if name.endswith(".json"):
+        from podsim.model_config import read_model_config  # which needs Model
+
+        return read_model_config(Path(name))
     if name not in MODELS:
-        raise InputError(f"unknown model '{name}'; known models: {', '.join(sorted(MODELS))}")
+        known = ", ".join(sorted(MODELS))
+        raise InputError(f"unknown model '{name}'; known models: {known}, or a config.json")
     return MODELS[name]

@@ -139,6 +139,20 @@ def step_points(points: Sequence[AttentionPoint], each: int = NUM_STEPS) -> list
     return [*grid[:each], *held_out[:each]]
 
 
+def sustained_points() -> list[AttentionPoint]:
+    """Batches that are timed again and again for seconds, from rest: more and less matrix work."""
+    chunks_of = [((512, 512),), ((1024, 1024),), ((1024, 8192),), ((2048, 2048),), ((4096, 4096),)]
+    alone = [AttentionPoint(chunks, (), "sustained") for chunks in chunks_of]
+    mixed = [
+        AttentionPoint(((num_tokens, context),), (contexts,) * decodes, "sustained")
+        for num_tokens, context, decodes, contexts in (
+            *((64, 1024, 16, 2048), (128, 4096, 32, 1024), (256, 2048, 32, 2048)),
+            *((512, 2048, 64, 1024), (1024, 4096, 32, 2048), (2048, 8192, 64, 4096)),
+        )
+    ]
+    return [*alone, *mixed]
+
+
 def _prefill_grid() -> list[AttentionPoint]:
     chunks = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     contexts = (0, 1024, 4096, 8192, 16384, 32768, 65536, MAX_CONTEXT)

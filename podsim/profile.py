@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from podsim.errors import InputError
+from podsim.hardware import GPUS, Gpu
 from podsim.model import Model
+from podsim.scaling import Scaling
 
 SCHEMA_VERSION = 2
 PROFILE_FILE = "profile.json"
@@ -43,6 +46,8 @@ class Profile:
     """Of each kernel model: relative error on held-out points, and the batch of the worst."""
     hull: Mapping[str, int]
     """The largest values that were measured."""
+    scaling: Scaling | None = None
+    """None: measured. Otherwise how its costs come from those of another GPU; in no file."""
 
     def with_errors(self, errors: Mapping[str, Mapping[str, Any]]) -> Profile:
         return replace(self, errors=errors)
@@ -55,6 +60,7 @@ class Profile:
             "provenance": dict(self.provenance),
             "hull": dict(self.hull),
             "errors": {kernel: dict(error) for kernel, error in self.errors.items()},
+            **({"uncalibrated": self.scaling.note} if self.scaling else {}),
         }
 
     def to_json(self) -> str:
@@ -77,18 +83,23 @@ class Profile:
 def find_profile(gpu: str, model: Model, folder: Path | None = None) -> Profile:
     """The profile in `folder`, or the shipped one of this GPU and model shape.
 
-    Raises InputError if there is none, or if it was measured for another GPU or model.
+    For a GPU without any, the shipped one of the nearest GPU, scaled (`podsim.scaling`). Raises
+    InputError if there is none, or if it was measured for another GPU or model.
     """
     if folder is not None:
         profile = read_profile(folder, str(folder))
         if profile.gpu != gpu:
             raise InputError(f"{profile.source}: measured on '{profile.gpu}', not on '{gpu}'")
+        _check_device(profile)
         _check_shape(profile, model)
         return profile
     shipped = _shipped_profiles(gpu)
     for profile in shipped:
         if profile.shape == model.shape:
             return profile
+    nearest = _nearest_profile(gpu, model) if not shipped and gpu in GPUS else None
+    if nearest is not None:
+        return _scaled(nearest, GPUS[gpu], model)
     have = ", ".join(profile.model for profile in shipped) or "none"
     raise InputError(
         f"no shipped profile of {model.name} on {gpu} (shipped for {gpu}: {have}); measure one on "
@@ -103,6 +114,42 @@ def _shipped_profiles(gpu: str) -> list[Profile]:
         return []
     models = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda e: e.name)
     return [read_profile(entry, f"profiles/{gpu}/{entry.name}") for entry in models]
+
+
+def _nearest_profile(gpu: str, model: Model) -> Profile | None:
+    """The shipped profile of the model on the GPU whose FLOPs a byte are most like this one's."""
+    wanted = GPUS[gpu]
+
+    def distance(profile: Profile) -> tuple[bool, float]:
+        measured = GPUS[profile.gpu]
+        other_kind = measured.architecture != wanted.architecture
+        return other_kind, abs(math.log(measured.flops_per_byte / wanted.flops_per_byte))
+
+    profiles = [profile for name in GPUS for profile in _shipped_profiles(name)]
+    fitting = [profile for profile in profiles if profile.shape == model.shape]
+    return min(fitting, key=distance, default=None)
+
+
+def _scaled(profile: Profile, gpu: Gpu, model: Model) -> Profile:
+    scaling = Scaling(profile.source, GPUS[profile.gpu], gpu, model)
+    geometry = dict(profile.attention["geometry"])
+    geometry["linear_token_seconds"] *= scaling.measured.peak_flops / gpu.peak_flops
+    return replace(
+        profile,
+        gpu=gpu.name,
+        ops=scaling.ops(profile.ops),
+        attention={**profile.attention, "geometry": geometry},
+        scaling=scaling,
+    )
+
+
+def _check_device(profile: Profile) -> None:
+    device, known = profile.provenance.get("device_name"), GPUS.get(profile.gpu)
+    if known is not None and device not in (None, known.device_name):
+        raise InputError(
+            f"{profile.source}: gpu '{profile.gpu}' is '{known.device_name}', but it was measured "
+            f"on '{device}'"
+        )
 
 
 def _check_shape(profile: Profile, model: Model) -> None:

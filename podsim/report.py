@@ -151,7 +151,8 @@ def save_comparison(
     directory: Path,
 ) -> None:
     """Write compare.csv and the report of all variants; `workload` of all, or of each by name."""
-    compared.rename_axis("metric").to_csv(directory / "compare.csv", float_format="%.9g")
+    table = pd.concat([compared, _interval_columns(compared, results)], axis=1)
+    table.rename_axis("metric").to_csv(directory / "compare.csv", float_format="%.9g")
     runs = [
         Run.of(name, result, workload[name] if isinstance(workload, Mapping) else workload)
         for name, result in results.items()
@@ -161,6 +162,17 @@ def save_comparison(
         for run in runs
     }
     _write_page(comparison_page(runs, compared, hashes), directory)
+
+
+def _interval_columns(compared: pd.DataFrame, results: Mapping[str, Result]) -> pd.DataFrame:
+    """Of each variant with error bars: the low and the high end of each metric's interval."""
+    columns = {}
+    for name, result in results.items():
+        if result.intervals is not None:
+            spans = [result.intervals.get(str(key), (math.nan,) * 2) for key in compared.index]
+            columns[f"{name} low"] = [low for low, _ in spans]
+            columns[f"{name} high"] = [high for _, high in spans]
+    return pd.DataFrame(columns, index=compared.index)
 
 
 def run_hashes(result: Result, config: str) -> dict[str, str]:

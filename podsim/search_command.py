@@ -41,10 +41,10 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
-from podsim.simulation import simulate, workload_trace
+from podsim.simulation import simulate, uncalibrated_notes, workload_trace
 from podsim.slo import RELAXED, STRICT, parse_slo
 from podsim.sweep import run_sweep
-from podsim.sweep_plan import read_plan
+from podsim.sweep_plan import SweepPlan, read_plan
 from podsim.variants import variants_of
 from podsim.workers import num_cores
 
@@ -136,6 +136,10 @@ def capacity_command(
                 _save_report(found, workload, variants, folder)
     if as_json:
         typer.echo(report.to_json(described), nl=False)
+    for note in uncalibrated_notes(variants.values()):
+        (Console(stderr=True) if as_json else console).print(
+            f"Note         {note}", highlight=False, soft_wrap=True
+        )
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 
@@ -210,12 +214,14 @@ def sweep_command(
             raise typer.Exit(130) from None
     if plan_file.resolve() != (folder / "sweep.toml").resolve():
         shutil.copyfile(plan_file, folder / "sweep.toml")
+    notes = _sweep_notes(plan)
     if as_json:
         described = {
             "simulations": outcome.num_rows,
             "simulated_now": outcome.num_simulated,
             "failed": outcome.num_failed,
             "table": str(outcome.table),
+            "notes": notes,
         }
         typer.echo(report.to_json(described), nl=False)
         return
@@ -225,6 +231,7 @@ def sweep_command(
         f"Simulations  {outcome.num_rows:,}"
         + (f", {earlier:,} of them earlier" if earlier else "")
         + (f", {outcome.num_failed:,} failed (column error)" if outcome.num_failed else ""),
+        *(f"Note         {note}" for note in notes),
         f"Results      {outcome.table}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
@@ -232,6 +239,19 @@ def sweep_command(
 
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _sweep_notes(plan: SweepPlan) -> list[str]:
+    """What must be said of GPUs of a sweep that nobody measured."""
+    names = ("gpu", "model", "profile")
+    notes: list[str] = []
+    for values in itertools.product(*(plan.values(name) or (None,) for name in names)):
+        try:
+            deployment = config.options_from(Deployment, dict(zip(names, values, strict=True)))
+            notes += uncalibrated_notes([deployment])
+        except InputError:  # such simulations have failed: the table says why
+            continue
+    return list(dict.fromkeys(notes))
 
 
 def _loads(text: str) -> list[float]:

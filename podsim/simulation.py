@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -73,6 +73,11 @@ class Result:
     def preemptions(self) -> pd.DataFrame:
         """One row a preemption: request_id and time."""
         return metrics.preemption_table(self.log)
+
+    @property
+    def uncalibrated(self) -> str | None:
+        """Set if nobody measured the costs on this GPU: what must be said of the results."""
+        return uncalibrated_note(self.latency_model)
 
     def summary(self) -> dict[str, object]:
         """The headline numbers, under the keys of `vllm bench serve` and podsim's own."""
@@ -230,6 +235,22 @@ def latency_model_for(deployment: Deployment, model: Model) -> ProfiledLatency:
         host_per_request=deployment.host_overhead_per_request,
         graph_padding=deployment.graph_padding,
     )
+
+
+def uncalibrated_notes(deployments: Iterable[Deployment]) -> list[str]:
+    """What must be said of deployments on GPUs that nobody measured, once each."""
+    by_costs = {(d.gpu, d.model, d.profile): d for d in deployments}
+    notes = [
+        uncalibrated_note(latency_model_for(d, model_named(d.model))) for d in by_costs.values()
+    ]
+    return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def uncalibrated_note(latency_model: LatencyModel) -> str | None:
+    """What must be said of costs that were scaled from another GPU's; None if they were not."""
+    if not isinstance(latency_model, ProfiledLatency) or latency_model.profile.scaling is None:
+        return None
+    return latency_model.profile.scaling.note
 
 
 def workload_trace(workload: Workload) -> Trace:

@@ -67,8 +67,9 @@ def _table(title: str) -> Table:
 def describe(result: Result) -> str:
     deployment = result.deployment
     replicas = f"{deployment.replicas} x " if deployment.replicas > 1 else ""
+    gpu = f"{deployment.gpu} (uncalibrated)" if result.uncalibrated else deployment.gpu
     return (
-        f"{deployment.model} on {replicas}{deployment.gpu}, {deployment.attention} attention, "
+        f"{deployment.model} on {replicas}{gpu}, {deployment.attention} attention, "
         f"token budget {deployment.token_budget}; {result.trace.name}, {result.trace.qps:.2f} req/s"
     )
 
@@ -105,6 +106,18 @@ def summary_lines(result: Result) -> list[str]:
 def latency_notes(result: Result) -> list[str]:
     notes = getattr(result.latency_model, "notes", None)
     return list(notes()) if notes is not None else []
+
+
+def uncalibrated_lines(results: Mapping[str, Result]) -> list[str]:
+    """What must be said of variants whose costs nobody measured."""
+    notes: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if result.uncalibrated:
+            notes.setdefault(result.uncalibrated, []).append(name)
+    return [
+        note if len(names) == len(results) else f"{', '.join(names)}: {note}"
+        for note, names in notes.items()
+    ]
 
 
 def format_seconds(seconds: float) -> str:
@@ -199,6 +212,26 @@ def unclear_differences(results: Mapping[str, Result]) -> Unclear:
         for key in COMPARED
         if _overlap(first[1].intervals, result.intervals, key)
     }
+
+
+def error_lines(results: Mapping[str, Result]) -> list[str]:
+    """Of each other variant: which differences from the first are larger than their error.
+
+    With intervals of the results: larger than the error bars of the two together. Without, how to
+    get them.
+    """
+    first, *others = results.items()
+    if first[1].intervals is None:
+        return ["Errors       --error-bars tells which differences are larger than their error"]
+    unclear = unclear_differences(results)
+    keys = [key for key in COMPARED if key in first[1].intervals]
+    lines = []
+    for name, _ in others:
+        clear = [COMPARED[key][0] for key in keys if (name, key) not in unclear]
+        rest = [COMPARED[key][0] for key in keys if (name, key) in unclear]
+        text = f"larger than their error: {', '.join(clear) or 'none'}"
+        lines.append(f"{name} against {first[0]}: {text}; not: {', '.join(rest) or 'none'}")
+    return ["Errors       " + line for line in lines]
 
 
 def _overlap(first: metrics.Intervals | None, second: metrics.Intervals | None, key: str) -> bool:

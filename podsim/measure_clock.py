@@ -1,0 +1,65 @@
+"""The clock that the SMs really run at, from their own cycle counters.
+
+Two small kernels, one before and one after the work, note cycles and nanoseconds of every SM. This
+needs nothing but Triton, costs the work nothing, and is a mean over exactly that work, where the
+driver's tools sample the clock now and then.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+SLOTS = tl.constexpr(1024)
+"""%smid may exceed the number of SMs."""
+
+
+@triton.jit
+def _stamp_kernel(stamps):  # type: ignore[no-untyped-def]
+    """Note this SM's cycles and the global nanoseconds: stamps [SLOTS, 2], int64."""
+    sm = tl.inline_asm_elementwise(
+        "mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+    cycles = tl.inline_asm_elementwise(
+        "mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    nanoseconds = tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    slot = sm % SLOTS
+    tl.store(stamps + slot * 2, cycles)
+    tl.store(stamps + slot * 2 + 1, nanoseconds)
+
+
+class SmClock:
+    """Reads the mean SM clock between two places of the current stream."""
+
+    def __init__(self, num_sms: int) -> None:
+        self._stamps = torch.zeros((2, SLOTS.value, 2), dtype=torch.int64, device="cuda")
+        self._num_ctas = 2 * num_sms  # so that every SM gets one
+        self.start()  # compiles it
+        torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        self._stamps.zero_()
+
+    def start(self) -> None:
+        _stamp_kernel[(self._num_ctas,)](self._stamps[0], num_warps=1)
+
+    def stop(self) -> None:
+        _stamp_kernel[(self._num_ctas,)](self._stamps[1], num_warps=1)
+
+    def mean_hertz(self) -> float | None:
+        """Between start and stop, once the device is done; None if no SM ran both."""
+        return mean_hertz(self._stamps.cpu())
+
+
+def mean_hertz(stamps: torch.Tensor) -> float | None:
+    """The median over the SMs of cycles a second, from [2, SLOTS, 2] cycles and nanoseconds."""
+    seen = (stamps != 0).all(dim=2).all(dim=0)
+    cycles, nanoseconds = (stamps[1] - stamps[0])[seen].double().unbind(dim=1)
+    ran = nanoseconds > 0
+    if not bool(ran.any()):
+        return None
+    return float((cycles[ran] / nanoseconds[ran]).median()) * 1e9

@@ -1,0 +1,170 @@
+"""What `podsim profile` runs on a GPU, run on the CPU: kernels interpreted, streams faked.
+
+Graphs are fakes too, and times mean nothing. That every kind of job can be prepared, runs its
+operations and gives one time for each of its rows is what is tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="measuring needs torch")
+pytest.importorskip("triton", reason="measuring needs triton")
+
+from torch.overrides import TorchFunctionMode  # noqa: E402
+
+from podsim.model import Model  # noqa: E402
+from podsim.points import AttentionPoint  # noqa: E402
+from podsim.profile_plan import CEILINGS, MIXED_STRATEGIES, Job  # noqa: E402
+
+TINY = Model(
+    name="tiny",
+    num_layers=2,
+    hidden_size=128,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    intermediate_size=256,
+    vocab_size=512,
+    max_model_len=512,
+)
+MIXED = AttentionPoint(((3, 9), (2, 2)), (7,), "grid")
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that ask for CUDA are made on the CPU, where there is no CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        args = tuple(torch.device("cpu") if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: object) -> bool:
+    return value == "cuda" if isinstance(value, str) else value == torch.device("cuda")
+
+
+class FakeGraph:
+    def replay(self) -> None:
+        pass
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 0.5
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+class FakeClock:
+    """The real one reads registers, which cannot be interpreted."""
+
+    def __init__(self, num_sms: int) -> None:
+        assert num_sms == 4
+        self.calls: list[str] = []
+
+    def clear(self) -> None:
+        self.calls = ["clear"]
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+    def mean_hertz(self) -> float:
+        assert self.calls == ["clear", "start", "stop"]
+        return 1.7e9
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from podsim import measure, measure_ceilings, points
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda *_: stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "graph": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=4),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(measure, "SmClock", FakeClock)
+    monkeypatch.setattr(points, "POOL_BYTES", 4096 * 2 * 64 * 2)
+    monkeypatch.setattr(measure, "MAX_CONTEXT", 512)
+    for name, size in {
+        "READ_BYTES": 2**16, "READ_BLOCK": 1024, "COPY_BYTES": 2**12, "HOST_BYTES": 2**10,
+        "MATRIX_SIZE": 64, "PAUSE": 0.0, "DECODE_BYTES": 2**14, "NUM_DECODES": 2, "BURSTS": 4,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(measure_ceilings, name, size)
+    with OnCpu():
+        monkeypatch.setattr(measure, "MAX_TOKENS", 4096)
+        monkeypatch.setattr(measure, "MOST_DECODES", 1)  # beyond which one prompt is timed
+        yield measure.Bench(TINY)
+
+
+JOBS = [
+    *(Job("ceiling", "", 0, strategy=name) for name in CEILINGS),
+    Job("launch", "", 4),
+    Job("linear", "grid", 1),
+    Job("linear", "grid", 3),
+    Job("once", "grid", 5),
+    *(Job("attention", "grid", MIXED.num_tokens, MIXED, name) for name in MIXED_STRATEGIES),
+    *(Job("step", "grid", MIXED.num_tokens, MIXED, name) for name in ("pod",)),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its fakes are for machines without a GPU")
+def test_every_kind_of_job_gives_a_time_for_each_of_its_rows(bench: Any) -> None:
+    for job in JOBS:
+        sequence = bench.prepare(job)
+        for first in (True, False):
+            measured = sequence.round(first)
+            assert set(measured.seconds) == {key.op for key in job.keys}, job
+            assert all(len(times) >= 11 for times in measured.seconds.values())
+        assert (sequence.work is None) == (job.kind != "ceiling")
+        if job.kind != "ceiling":
+            assert measured.sm_clock == 1.7e9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its fakes are for machines without a GPU")
+def test_reading_reads_every_value_once(bench: Any) -> None:
+    from podsim import measure_ceilings
+
+    kernel, pool = measure_ceilings._read_kernel, bench._layer.k_pool.view(-1).view(torch.int32)
+    block = 1024
+    sums = torch.empty(4, dtype=torch.int32)
+    kernel[(4,)](pool, sums, block, num_warps=8)
+    assert torch.equal(sums, pool[: 4 * block].view(4, block).sum(dim=1, dtype=torch.int32))
+
+
+def test_the_clock_is_the_median_over_the_sms_that_were_seen() -> None:
+    from podsim.measure_clock import mean_hertz
+
+    stamps = torch.zeros((2, 1024, 2), dtype=torch.int64)
+    stamps[0, :132] = torch.tensor([1_000, 5_000])  # cycles, nanoseconds
+    stamps[1, :132] = torch.tensor([1_000 + 17_000, 5_000 + 10_000])
+    stamps[1, 3] = torch.tensor([1, 5_001])  # a counter that makes no sense
+    stamps[0, 200] = torch.tensor([7, 7])  # ran before the work, not after it
+    assert mean_hertz(stamps) == pytest.approx(1.7e9)
+    assert mean_hertz(torch.zeros_like(stamps)) is None

@@ -1,0 +1,264 @@
+"""`podsim profile --check` on copies of the shipped profile: sound, tampered with, incomplete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from podsim import calibration
+from podsim.hardware import GPUS, gpu_named
+from podsim.model import model_named
+from podsim.profile import find_profile, kernels_hash
+from podsim.profile_checks import check_profile
+from podsim.profile_plan import CEILINGS, Key, rows_sha256
+from podsim.roofline import Ceilings, attention_work, layer_weight_bytes, op_work
+from podsim.row_checks import ceiling_rates, ceilings_of, fault_of
+
+SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
+MODEL, GPU = model_named("llama-3-8b"), gpu_named("h200")
+NUM_PARAMETERS_OF_A_LAYER = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336
+
+RATES = {"matrix_rate": 830e12, "layer_matrix_rate": 820e12, "launch_latency": 0.0}
+
+
+def table_of(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "measurements.csv", keep_default_na=False, dtype=str)
+
+
+def write(folder: Path, table: pd.DataFrame) -> None:
+    table.to_csv(folder / "measurements.csv", index=False)
+
+
+def change(folder: Path, edit: Callable[[dict[str, object]], object]) -> None:
+    """Edit profile.json."""
+    path = folder / "profile.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def ceiling_rows() -> pd.DataFrame:
+    """As an H200 gives them: 4.4 TB/s, 830 TFLOP/s, 54 GB/s to the host, 2.8 us a launch."""
+    rows = []
+    for name in CEILINGS:
+        work = 1e12 if "matrix" in name else 0.0 if name == "launch_latency" else 4e9
+        rate = {"host_to_device": 54e9, "device_to_host": 54e9, **RATES}.get(name, 4.4e12)
+        microseconds = 2.8 if name == "launch_latency" else work / rate * 1e6
+        rows.append(
+            {
+                **dict.fromkeys(("split", "prefills", "decodes", "sm_clock_mhz", "refused"), ""),
+                **{"op": "ceiling", "strategy": name, "num_tokens": "0", "pass": "0"},
+                **dict.fromkeys(("time_us", "time_p10_us", "time_p90_us"), f"{microseconds:.4f}"),
+                **{"repeats": "18", "work": f"{work:.0f}"},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def sound(sound_profile: Path, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(sound_profile, tmp_path / "profile"))
+
+
+@pytest.fixture(scope="module")
+def sound_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped rows as this version would have left them: all that is checked is there."""
+    folder = tmp_path_factory.mktemp("sound")
+    table = table_of(SHIPPED)
+    if "work" not in table.columns:
+        table = table.assign(sm_clock_mhz="1755", work="", refused="")
+    if not (table["op"] == "ceiling").any():
+        published = Ceilings.published(GPU)
+        faults = [fault_of(row, MODEL, GPU, published) for row in table.to_dict("records")]
+        table["refused"] = faults
+        table = pd.concat([ceiling_rows(), table], ignore_index=True)
+    write(folder, table)
+    content = json.loads((SHIPPED / "profile.json").read_text())
+    keys = table[[*Key._fields, "pass"]].astype({"num_tokens": int, "pass": int})
+    rows = {(Key(*row[:-1]), row[-1]) for row in keys.itertuples(index=False, name=None)}
+    content["provenance"] |= {
+        "kernels_sha256": kernels_hash(),
+        "plan": {"rows": len(rows), "sha256": rows_sha256(iter(rows))},
+    }
+    (folder / "profile.json").write_text(json.dumps(content))
+    calibration.refit(folder)
+    return folder
+
+
+def check(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "podsim", "profile", "--check", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+
+
+def faults(folder: Path) -> list[str]:
+    """What a profile is refused for."""
+    return [finding.text for finding in check_profile(folder) if finding.fault]
+
+
+def test_a_sound_profile_passes(sound: Path) -> None:
+    run = check(sound)
+    assert run.stdout == f"{sound}: nothing wrong found\n"
+    assert run.returncode == 0
+    assert find_profile("h200", MODEL, sound).gpu == "h200"
+
+
+@pytest.mark.parametrize(
+    ("op", "num_tokens", "because"),
+    [("gate_up", "1", "MB at the measured"), ("gate_up", "4096", "GFLOP at the measured"),
+     ("rmsnorm", "1", "the shortest launch"), ("lm_head", "512", "GFLOP at the measured")],
+)  # fmt: skip
+def test_a_row_ten_times_too_fast_is_refused(
+    sound: Path, op: str, num_tokens: str, because: str
+) -> None:
+    table = table_of(sound)
+    index = table.index[(table["op"] == op) & (table["num_tokens"] == num_tokens)][0]
+    for column in ("time_us", "time_p10_us", "time_p90_us"):
+        table.loc[index, column] = f"{float(table.loc[index, column]) / 10:.4f}"
+    write(sound, table)
+    first, *_ = faults(sound)
+    assert first.startswith(f"measurements.csv: line {index + 2}: {op} grid {num_tokens} tokens")
+    assert "is faster than" in first
+    assert because in first
+
+
+def test_the_ceilings_alone_catch_nearly_every_row_ten_times_too_fast(sound: Path) -> None:
+    rows = table_of(sound).to_dict("records")
+    ceilings = ceilings_of(ceiling_rates(rows), GPU)
+    timed = [row for row in rows if row["op"] != "ceiling" and not row["refused"]]
+    columns = ("time_us", "time_p10_us", "time_p90_us")
+    fast = [{**row, **{c: float(row[c]) / 10 for c in columns}} for row in timed]
+    assert not any(fault_of(row, MODEL, GPU, ceilings) for row in timed)
+    assert sum(bool(fault_of(row, MODEL, GPU, ceilings)) for row in fast) > 0.95 * len(fast)
+
+
+def test_attention_ten_times_too_fast_is_refused(sound: Path) -> None:
+    table = table_of(sound)
+    index = table.index[(table["op"] == "attention") & (table["strategy"] == "pod")][0]
+    table.loc[index, "time_us"] = f"{float(table.loc[index, 'time_us']) / 10:.4f}"
+    write(sound, table)
+    assert "attention pod" in faults(sound)[0]
+    run = check(sound)
+    assert run.returncode == 1
+    first, *_, last = run.stdout.splitlines()
+    assert first == f"REFUSED  {faults(sound)[0]}"
+    assert last == f"{sound}: refused"
+
+
+def test_a_row_three_times_too_fast_is_refused_for_its_other_pass(sound: Path) -> None:
+    table = table_of(sound)
+    index = table.index[(table["op"] == "attention") & (table["prefills"] == "512@512")][0]
+    for column in ("time_us", "time_p10_us", "time_p90_us"):
+        table.loc[index, column] = f"{float(table.loc[index, column]) / 3:.4f}"
+    write(sound, table)
+    assert any("the passes took" in text for text in faults(sound))
+
+
+def test_a_missing_row_is_named(sound: Path) -> None:
+    table = table_of(sound)
+    index = table.index[(table["op"] == "down") & (table["num_tokens"] == "1024")][1]
+    write(sound, table.drop(index=index))
+    assert "measurements.csv: missing: down grid 1024 tokens pass 1" in faults(sound)
+
+
+def test_a_missing_point_is_missed(sound: Path) -> None:
+    table = table_of(sound)
+    write(sound, table[~((table["op"] == "down") & (table["num_tokens"] == "1024"))])
+    assert any("missing" in text or "rows are not the" in text for text in faults(sound))
+
+
+def test_another_gpu_is_refused_by_whichever_name_was_changed(sound: Path) -> None:
+    change(sound, lambda content: content["provenance"].update(device_name="NVIDIA A100"))  # type: ignore[attr-defined]
+    assert faults(sound) == [
+        "profile.json: gpu 'h200' is 'NVIDIA H200', but it was measured on 'NVIDIA A100'"
+    ]
+    change(sound, lambda content: content.update(gpu="mi300x"))
+    assert faults(sound)[0].startswith("profile.json: gpu 'mi300x' is not known; known: ")
+
+
+def test_other_kernels_are_refused(sound: Path) -> None:
+    change(sound, lambda content: content["provenance"].update(kernels_sha256="0" * 64))  # type: ignore[attr-defined]
+    assert faults(sound)[0].startswith("profile.json: of kernels 000000000000, installed are ")
+
+
+def test_a_profile_that_is_not_the_fit_of_its_rows_is_refused(sound: Path) -> None:
+    def edit(content: dict[str, object]) -> None:
+        content["attention"]["coefficients"]["pod"][0] *= 1.01  # type: ignore[index]
+
+    change(sound, edit)
+    assert faults(sound) == [
+        "profile.json: attention.coefficients.pod is not what a fit of its rows gives"
+    ]
+
+
+def test_a_broken_table_in_the_profile_is_named(sound: Path) -> None:
+    def edit(content: dict[str, object]) -> None:
+        content["ops"]["down"]["seconds"][0] = -1.0  # type: ignore[index]
+
+    change(sound, edit)
+    assert faults(sound) == ["profile.json: ops.down: a time is not over 0"]
+
+
+def test_a_median_outside_its_own_spread_is_refused(sound: Path) -> None:
+    table = table_of(sound)
+    index = table.index[table["op"] == "down"][0]
+    table.loc[index, "time_us"] = f"{float(table.loc[index, 'time_p90_us']) * 1.2:.4f}"
+    write(sound, table)
+    assert any("does not lie between its P10 and P90" in text for text in faults(sound))
+
+
+def test_what_an_older_profile_lacks_is_said(sound: Path) -> None:
+    table = table_of(sound)
+    table = table[(table["op"] != "ceiling") & (table["refused"] == "")]
+    write(sound, table.drop(columns=["sm_clock_mhz", "work", "refused"]))
+    change(sound, lambda content: content["provenance"].pop("plan"))  # type: ignore[attr-defined]
+    lines = check(sound).stdout.splitlines()
+    lacking = [line.removeprefix("lacks").strip() for line in lines if line.startswith("lacks")]
+    assert lacking == [
+        "no measured ceilings: checked against the published peaks",
+        "no clock of its rows",
+        "no record of its plan: checked against the plan of this version",
+    ]
+
+
+def test_a_folder_without_a_profile_is_one_line(tmp_path: Path) -> None:
+    run = check(tmp_path)
+    assert run.returncode == 2
+    assert run.stderr == f"podsim: {tmp_path}/profile.json: No such file or directory\n"
+
+
+def test_least_times_are_what_one_works_out_by_hand() -> None:
+    assert layer_weight_bytes(MODEL) == 2 * NUM_PARAMETERS_OF_A_LAYER
+    kept = 1 - GPU.l2_bytes / layer_weight_bytes(MODEL)
+    gate_up = op_work(MODEL, GPU, "gate_up", 1)
+    assert gate_up.flops == 2 * 4096 * 2 * 14336
+    assert gate_up.bytes == pytest.approx(2 * 4096 * 2 * 14336 * kept)
+    # 64 decodes of 8192: 2 GiB of keys and values but what the L2 keeps; 32 heads of 128.
+    decode = attention_work(MODEL, GPU, (), [8192] * 64)
+    keys_and_values = 64 * 8192 * 2 * 2 * 8 * 128
+    assert keys_and_values * 0.96 < decode.bytes < keys_and_values
+    assert decode.flops == 4 * 32 * 128 * 64 * 8192
+    # A causal prompt sees half of the square, and its diagonal.
+    assert attention_work(MODEL, GPU, [(4, 4)], []).flops == 4 * 32 * 128 * (4 + 3 + 2 + 1)
+    assert attention_work(MODEL, GPU, [(2, 5)], []).flops == 4 * 32 * 128 * (5 + 4)
+    # An activation that fits the L2 costs no device memory.
+    assert op_work(MODEL, GPU, "rmsnorm", 1000).bytes == 0.0
+    assert op_work(MODEL, GPU, "rmsnorm", 8192).bytes == 8 * 4096 * 8192 - GPU.l2_bytes
+    least = Ceilings(flops=1e15, bandwidth=1e12, launch=1e-6, measured=True)
+    assert least.least_seconds(gate_up) == gate_up.bytes / 1e12
+
+
+def test_every_gpu_of_a_shipped_profile_is_known() -> None:
+    for folder in SHIPPED.parent.parent.iterdir():
+        if folder.is_dir() and not folder.name.startswith("_"):
+            assert folder.name in GPUS
