@@ -20,6 +20,8 @@ class Gpu:
     """Dense bf16 FLOP/s."""
     peak_bandwidth: float
     """Device memory, bytes/s."""
+    link_bandwidth: float | None = None
+    """To the other GPUs of its host, bytes/s in; None: not known."""
 
 
 GPUS = {
@@ -31,6 +33,7 @@ GPUS = {
             memory=143771 * 2**20,
             peak_flops=989e12,
             peak_bandwidth=4.8e12,
+            link_bandwidth=450e9,
         ),
     )
 }

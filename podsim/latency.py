@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from podsim.attention_model import AttentionModel, Geometry
 from podsim.batch import BatchShape
+from podsim.collectives import StepCollectives
 from podsim.model import Model
 from podsim.profile import Profile
 
@@ -94,10 +95,12 @@ class Breakdown:
     """Everything else in the layers."""
     once: float
     """Embedding, final norm, LM head, sampling, the launch of the step and host time."""
+    collectives: float
+    """Of the GPUs that share the model; 0 if it is on one."""
 
     @property
     def total(self) -> float:
-        return self.attention + self.layers + self.once
+        return self.attention + self.layers + self.once + self.collectives
 
 
 class Hull(NamedTuple):
@@ -114,7 +117,8 @@ class ProfiledLatency:
     """The sum over a step's operations of their measured, interpolated or fitted times.
 
     It also counts how much of the time it predicted lies outside the measured range. `scale`
-    multiplies every step.
+    multiplies every step. Of a share of a model, without `collectives`, it is the time of one
+    GPU's kernels alone.
     """
 
     def __init__(
@@ -124,8 +128,10 @@ class ProfiledLatency:
         strategy: str,
         host_overhead: float = 0.0,
         scale: float = 1.0,
+        collectives: StepCollectives | None = None,
     ) -> None:
         self.profile = profile
+        self.collectives = collectives
         self.strategy = strategy
         self.scale = scale
         self.num_layers = model.num_layers
@@ -136,19 +142,19 @@ class ProfiledLatency:
         self._layer_time = _Table(profile, LAYER_OPS)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1))
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1))
-        self._hull = Hull(**profile.hull)
+        self._hull = _common_hull(Hull(**profile.hull), collectives)
         self.seconds_predicted = 0.0
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        attention, layers, once = self._parts(shape)
-        seconds = (attention + layers + once) * self.scale
+        attention, layers, once, collectives = self._parts(shape)
+        seconds = (attention + layers + once + collectives) * self.scale
         self.seconds_predicted += seconds
         if not self.is_inside(shape):
             self.seconds_outside += seconds
         return seconds
 
-    def _parts(self, shape: BatchShape) -> tuple[float, float, float]:
+    def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         num_tokens = shape.num_tokens
         return (
             self.num_layers * self.attention.seconds(self.strategy, shape),
@@ -156,7 +162,13 @@ class ProfiledLatency:
             self._token_time.at(num_tokens)
             + self._sampled_time.at(shape.num_sampled)
             + self.step_overhead,
+            self._collective_time(num_tokens, shape.num_sampled),
         )
+
+    def _collective_time(self, num_tokens: int, num_sampled: int) -> float:
+        if self.collectives is None:
+            return 0.0
+        return self.collectives.seconds(num_tokens, num_sampled)
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
@@ -169,7 +181,7 @@ class ProfiledLatency:
         attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
         layers = self.num_layers * self._layer_time.at(n)
         once = self._token_time.at(n) + self._sampled_time.at(n) + self.step_overhead
-        seconds = (attention + layers + once) * self.scale
+        seconds = (attention + layers + once + self._collective_time(n, n)) * self.scale
         self.seconds_predicted += float(seconds.sum())
         last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
         if not self.is_inside(last):
@@ -192,9 +204,16 @@ class ProfiledLatency:
         return again
 
     def likely_scales(self) -> tuple[float, float]:
-        """True over predicted time of whole steps: P10 and P90, from the held-out ones."""
-        error = self.profile.errors[f"step {self.strategy}"]
-        return 1 / (1 + error["signed_p90"]), 1 / (1 + error["signed_p10"])
+        """True over predicted time of whole steps: P10 and P90, from the held-out ones.
+
+        Whole steps were measured on one GPU; where the collectives' errors are wider, theirs count.
+        """
+        errors = [self.profile.errors[f"step {self.strategy}"]]
+        if self.collectives is not None:
+            errors += self.collectives.errors
+        most = max(error["signed_p90"] for error in errors)
+        least = min(error["signed_p10"] for error in errors)
+        return 1 / (1 + most), 1 / (1 + least)
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
@@ -210,10 +229,23 @@ class ProfiledLatency:
 
     def notes(self) -> Sequence[str]:
         """What a reader of the results should know of these predictions."""
-        if not self.seconds_outside:
-            return []
-        share = self.seconds_outside / self.seconds_predicted
-        return [f"{share:.1%} of the simulated step time was predicted beyond what was measured"]
+        notes = [] if self.collectives is None else self.collectives.notes()
+        if self.seconds_outside:
+            share = self.seconds_outside / self.seconds_predicted
+            notes.append(
+                f"{share:.1%} of the simulated step time was predicted beyond what was measured"
+            )
+        return notes
+
+
+def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
+    """What both the kernels and the messages were measured for."""
+    if collectives is None:
+        return hull
+    return hull._replace(
+        num_tokens=min(hull.num_tokens, collectives.max_tokens),
+        num_sampled=min(hull.num_sampled, collectives.max_sampled),
+    )
 
 
 def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> NDArray[np.float64]:

@@ -17,14 +17,16 @@ LAYERS = [
     {"trace_clients", "trace_folders"},
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
     {"trace_tokenizer", "trace_statistics", "trace_report", "trace_writers"},
-    {"profile", "points", "attention_model", "latency", "calibration"},
+    {"profile", "points", "attention_model", "collectives", "latency", "calibration"},
+    {"collective_calibration"},
     {"prefix_cache", "kv_cache", "decode_group", "waiting", "scheduler"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation"},
     {"variants", "slo", "result_row", "capacity_search", "capacity"},
     {"pareto", "sweep_plan", "sweep_point", "sweep_journal", "sweep_table", "sweep"},
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure"},
     {"report_charts", "report_html", "report", "capacity_report"},
-    {"command_options", "measure", "trace_command", "search_command", "doctor", "cli"},
+    {"command_options", "measure", "measure_collectives"},
+    {"trace_command", "search_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]
 
