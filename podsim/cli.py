@@ -304,17 +304,16 @@ def _measured_collectives(gpu: Gpu, gpus: str | None, folder: Path) -> Collectiv
             "machine with the GPUs"
         ) from None
     counts = measure_collectives.gpu_counts(gpu, gpus)
+    command = f"podsim profile-collectives --gpu {gpu.name} --gpus {','.join(map(str, counts))}"
+    provenance = measure_collectives.provenance() | {"command": command}
+    points = {count: collective_calibration.collective_points(count) for count in counts}
     columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
     with Progress(*columns, console=messages) as progress:
         task = progress.add_task(f"timing collectives of {gpu.name}", total=None)
-        points = {count: collective_calibration.collective_points(count) for count in counts}
         rows = measure_collectives.measure(
             points, lambda done, total: progress.update(task, completed=done, total=total)
         )
-    listed = ",".join(map(str, counts))
-    command = f"podsim profile-collectives --gpu {gpu.name} --gpus {listed}"
-    measured = measure_collectives.provenance() | {"command": command}
-    return collective_calibration.write(folder, rows, gpu, measured)
+    return collective_calibration.write(folder, rows, gpu, provenance)
 
 
 def _run(

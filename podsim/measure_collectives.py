@@ -41,11 +41,16 @@ LEAD_CYCLES = 10_000_000
 """Cycles (about 5 ms) that a GPU sleeps first, so that the host queues all repeats ahead of it."""
 TIMEOUT = timedelta(minutes=5)
 """How long a process waits for another before it gives up."""
+TEAR_DOWN = 20
+"""Seconds that a process may take to end once all is measured."""
 START_STD = 2.0**-120
 """Each sum is as many times larger as there are GPUs: from here, all calls of a repeat together do
 not leave the range of bfloat16, so that the values stay random."""
 SETTINGS = (NVLS_SETTING, "NCCL_ALGO", "NCCL_PROTO", "NCCL_P2P_DISABLE")
 """NCCL's environment variables that decide how it moves the bytes."""
+
+# Its name since torch 2.13, and the one before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Row = dict[str, object]
 Points = Mapping[int, Sequence[CollectivePoint]]
@@ -131,12 +136,18 @@ def measure(
             daemon=True,
             start_method="spawn",
         )
-        running = True
-        while running:
-            running = not processes.join(timeout=0.1)
+        while len(rows) < total:
+            ended = processes.join(timeout=0.1)
             while not results.empty():
                 rows.append(results.get())
-            on_progress(len(rows), total)
+                on_progress(len(rows), total)
+            if ended and len(rows) < total:
+                raise RuntimeError(f"the processes ended after {len(rows)} of {total} rows")
+        # All is measured: NCCL's taking down, which has been known to hang, cannot undo it.
+        for process in processes.processes:
+            process.join(TEAR_DOWN)
+            if process.is_alive():
+                process.kill()
     return rows
 
 
@@ -202,7 +213,7 @@ def _check(group: dist.ProcessGroup, device: torch.device) -> None:
     dist.all_reduce(summed, group=group)
     gathered = torch.empty(4096 * count, device=device, dtype=torch.bfloat16)
     mine = torch.full((4096,), float(rank), device=device, dtype=torch.bfloat16)
-    dist.all_gather_into_tensor(gathered, mine, group=group)
+    all_gather(gathered, mine, group=group)
     right = bool((summed == ranks.sum()).all()) and torch.equal(
         gathered, ranks.repeat_interleave(4096)
     )
@@ -236,7 +247,7 @@ class Message:
         if self._adds:
             dist.all_reduce(self._target, group=self._group)
         else:
-            dist.all_gather_into_tensor(self._target, self._source, group=self._group)
+            all_gather(self._target, self._source, group=self._group)
 
 
 class _GraphOfCalls:
