@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from podsim import calibration, collective_calibration, config, report, terminal
-from podsim.collectives import COLLECTIVES_FILE, FOLDER, Collectives
+from podsim import calibration, config, report, terminal
+from podsim.collectives_command import profile_collectives_command
 from podsim.command_options import (
     ConfigOption,
     JsonOption,
@@ -24,7 +24,7 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
-from podsim.hardware import GPUS, Gpu, gpu_named
+from podsim.hardware import Gpu, gpu_named
 from podsim.model import Model, model_named
 from podsim.profile import PROFILE_FILE, Profile
 from podsim.report import Outputs
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.add_typer(trace_app, name="trace")
 app.command("capacity")(capacity_command)
 app.command("sweep")(sweep_command)
+app.command("profile-collectives")(profile_collectives_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
@@ -220,40 +221,6 @@ def profile_command(
     console.print(terminal.error_table(profile))
 
 
-@app.command("profile-collectives")
-def profile_collectives_command(
-    gpu: Annotated[str, typer.Option(help="The GPUs of this machine.")] = "h200",
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            help="Among how many GPUs, as a comma list such as 2,4. "
-            "Default: 2, 4, 8 as far as this machine has as many."
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to leave the times in.")] = None,
-    refit: Annotated[
-        Path | None,
-        typer.Option(help="Check and fit the rows of this folder again; needs no GPU."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Time all-reduce and all-gather among this machine's GPUs, for tensor parallelism.
-
-    The folder gets measurements.csv (every timed row) and collectives.json (times by size of the
-    message, their error on held-out sizes, and what they were measured on). Needs torch and NCCL.
-    """
-    if refit is not None:
-        found = collective_calibration.refit(refit, GPUS)
-    else:
-        folder = out or Path("profiles") / gpu / FOLDER
-        with report.result_folder(folder, made_by=COLLECTIVES_FILE) as scratch:
-            found = _measured_collectives(gpu_named(gpu), gpus, scratch)
-    if as_json:
-        typer.echo(report.to_json(found.description()), nl=False)
-        return
-    console.print(terminal.collectives_table(found))
-
-
 @app.command("doctor")
 def doctor_command(as_json: JsonOption = False) -> None:
     """Show versions, GPU, profiles and traces, and run a small simulation; exit 1 on a fault."""
@@ -293,27 +260,6 @@ def _measured_profile(model: Model, gpu: Gpu, folder: Path) -> Profile:
     return calibration.write(
         folder, rows, model, gpu, measure.provenance(model) | {"command": command}
     )
-
-
-def _measured_collectives(gpu: Gpu, gpus: str | None, folder: Path) -> Collectives:
-    try:
-        from podsim import measure_collectives
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"podsim profile-collectives needs {error.name}: pip install 'podsim[gpu]' on the "
-            "machine with the GPUs"
-        ) from None
-    counts = measure_collectives.gpu_counts(gpu, gpus)
-    command = f"podsim profile-collectives --gpu {gpu.name} --gpus {','.join(map(str, counts))}"
-    provenance = measure_collectives.provenance() | {"command": command}
-    points = {count: collective_calibration.collective_points(count) for count in counts}
-    columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
-    with Progress(*columns, console=messages) as progress:
-        task = progress.add_task(f"timing collectives of {gpu.name}", total=None)
-        rows = measure_collectives.measure(
-            points, lambda done, total: progress.update(task, completed=done, total=total)
-        )
-    return collective_calibration.write(folder, rows, gpu, provenance)
 
 
 def _run(

@@ -42,7 +42,7 @@ LEAD_CYCLES = 10_000_000
 TIMEOUT = timedelta(minutes=5)
 """How long a process waits for another before it gives up."""
 TEAR_DOWN = 20
-"""Seconds that a process may take to end once all is measured."""
+"""Seconds that the processes may take to end once all is measured."""
 START_STD = 2.0**-120
 """Each sum is as many times larger as there are GPUs: from here, all calls of a repeat together do
 not leave the range of bfloat16, so that the values stay random."""
@@ -144,8 +144,9 @@ def measure(
             if ended and len(rows) < total:
                 raise RuntimeError(f"the processes ended after {len(rows)} of {total} rows")
         # All is measured: NCCL's taking down, which has been known to hang, cannot undo it.
+        deadline = time.monotonic() + TEAR_DOWN
         for process in processes.processes:
-            process.join(TEAR_DOWN)
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
     return rows

@@ -26,7 +26,7 @@ LAYERS = [
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure"},
     {"report_charts", "report_html", "report", "capacity_report"},
     {"command_options", "measure", "measure_collectives"},
-    {"trace_command", "search_command", "doctor", "cli"},
+    {"trace_command", "search_command", "collectives_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import podsim
+from podsim import calibration
 from podsim.batch import BatchShape
 from podsim.collectives import Collectives, StepCollectives, find_collectives
 from podsim.config import Deployment
@@ -171,6 +172,18 @@ def test_a_share_has_a_shape_and_a_profile_of_its_own() -> None:
     assert LARGE.command_options == "--model llama-3-70b"
     with pytest.raises(InputError, match="`podsim profile --gpu a100 --model llama-3-70b --tp 4"):
         find_profile("a100", share)
+
+
+def test_a_profile_of_a_share_is_refitted_as_one(
+    profile_of: Callable[[Model], Path],
+) -> None:
+    share = LLAMA.shard(4)
+    folder = profile_of(share)
+    rows = ROOT / "profiles/h200/llama-3-8b/measurements.csv"
+    (folder / rows.name).write_bytes(rows.read_bytes())
+    refitted = calibration.refit(folder)
+    assert find_profile("h200", share, folder).ops == refitted.ops
+    assert (refitted.model, refitted.shape) == ("llama-3-8b-tp4", share.shape)
 
 
 # --------------------------------------------------------------------------------------- memory
