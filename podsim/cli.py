@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from podsim import config, report, terminal
+from podsim.collectives_command import profile_collectives_command
 from podsim.command_options import (
     ConfigOption,
     JsonOption,
@@ -43,6 +44,7 @@ app.command("sweep")(sweep_command)
 app.command("validate")(validate_command)
 app.command("profile")(profile_command)
 app.command("profile-export")(profile_export_command)
+app.command("profile-collectives")(profile_collectives_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 

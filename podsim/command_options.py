@@ -42,10 +42,13 @@ def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[...
                 if option.name == "trace":
                     continue
                 kind: Any = str if lists and options is Deployment else kinds[option.name]
+                short = option.metadata["short"]
+                names = [f"--{option.name.replace('_', '-')}", short] if short else []
                 default = "" if option.default is None else f" Default: {option.default}."
                 annotation = Annotated[
                     kind | None,
                     typer.Option(
+                        *names,
                         help=option.metadata["help"] + default,
                         show_default=False,
                         rich_help_panel=options.__name__,

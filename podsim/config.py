@@ -26,8 +26,9 @@ ZERO_LENGTH = ("error", "drop")
 REPLAYS = ("open", "closed")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, short: str | None = None) -> Any:
+    """`short` is a second name on the command line."""
+    return field(default=default, metadata={"help": help, "short": short})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,14 @@ class Deployment:
     profile: str | None = _option(
         None, "Profile folder to take costs from, instead of the one shipped for GPU and model."
     )
+    tensor_parallel_size: int = _option(
+        1, "GPUs that share each layer of a replica's model.", short="--tp"
+    )
+    collectives: str | None = _option(
+        None, "Folder of collective times to take, instead of those shipped for the GPU."
+    )
     attention: str = _option("serial", f"Attention of a mixed batch: {', '.join(STRATEGIES)}.")
-    replicas: int = _option(1, "Model replicas, one GPU each.")
+    replicas: int = _option(1, "Model replicas, of tensor_parallel_size GPUs each.")
     router: str = _option("round_robin", f"Spreads requests over replicas: {', '.join(ROUTERS)}.")
     scheduler: str = _option("sarathi", f"Builds the batch of each step: {', '.join(SCHEDULERS)}.")
     router_seed: int = _option(0, "Seed of the routers that draw replicas.")
@@ -90,7 +97,8 @@ class Deployment:
         _check_choice("router", self.router, ROUTERS)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
         _check_choice("order", self.order, ORDERS)
-        for name in ("replicas", "token_budget", "max_num_seqs", "block_size"):
+        counts = ("replicas", "tensor_parallel_size", "token_budget", "max_num_seqs", "block_size")
+        for name in counts:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_model_len", "num_blocks", "chunk_size", "max_prefills"):
             value = getattr(self, name)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
+from podsim.collectives import COLLECTIVES_FILE, FOLDER, read_collectives
 from podsim.config import Deployment
 from podsim.errors import InputError
 from podsim.profile import PROFILE_FILE, kernels_hash, read_profile
@@ -78,6 +80,7 @@ def _profiles() -> Iterator[Finding]:
     installed = kernels_hash()
     num_found = 0
     for gpu in sorted(files("podsim.profiles").iterdir(), key=lambda entry: entry.name):
+        yield from _collectives(gpu)
         models = sorted(gpu.iterdir(), key=lambda entry: entry.name) if gpu.is_dir() else []
         for folder in models:
             if not folder.joinpath(PROFILE_FILE).is_file():
@@ -95,6 +98,20 @@ def _profiles() -> Iterator[Finding]:
             yield Finding("profile", text, ok=True)
     if not num_found:
         yield Finding("profile", "none is shipped: give one with --profile FOLDER", ok=False)
+
+
+def _collectives(gpu: Traversable) -> Iterator[Finding]:
+    folder = gpu.joinpath(FOLDER)
+    if not folder.joinpath(COLLECTIVES_FILE).is_file():
+        return
+    try:
+        found = read_collectives(folder, f"profiles/{gpu.name}/{FOLDER}")
+    except InputError as error:
+        yield Finding("collectives", str(error), ok=False)
+        return
+    counts = ", ".join(map(str, found.gpu_counts))
+    date = found.provenance.get("date", "unknown date")
+    yield Finding("collectives", f"among {counts} GPUs of {found.gpu}, {date}", ok=True)
 
 
 def _traces() -> Iterator[Finding]:

@@ -23,6 +23,8 @@ class Gpu:
     num_sms: int
     l2_bytes: int
     architecture: str
+    link_bandwidth: float | None = None
+    """To the other GPUs of its host, bytes/s in; None: not known."""
 
     @property
     def flops_per_byte(self) -> float:
@@ -44,6 +46,7 @@ GPUS = {
             num_sms=132,
             l2_bytes=60 * 10**6,
             architecture="hopper",
+            link_bandwidth=450e9,
         ),
         Gpu(
             name="h100",

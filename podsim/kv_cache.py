@@ -106,24 +106,27 @@ def activation_bytes(model: Model, token_budget: int, max_num_seqs: int) -> int:
     While the MLP runs, the residual, the normed input and the gate-up output are alive together.
     """
     per_token = (2 * model.hidden_size + 2 * model.intermediate_size) * BYTES_PER_VALUE
-    return token_budget * per_token + max_num_seqs * model.vocab_size * 4
+    return token_budget * per_token + max_num_seqs * model.num_logits * 4
 
 
 def num_blocks_for(deployment: Deployment, model: Model, gpu: Gpu) -> int:
     """KV blocks a replica has: given, or the memory left beside weights and activations.
 
-    Raises InputError if the model does not fit.
+    A block is spread over the GPUs of a replica, each of which holds its heads' part of it.
+    Raises InputError if the model, or a GPU's share of it, does not fit.
     """
     if deployment.num_blocks is not None:
         return deployment.num_blocks
+    share = model.shard(deployment.tensor_parallel_size)
     usable = int(gpu.memory * deployment.gpu_memory_utilization)
-    taken = model.weight_bytes + activation_bytes(
-        model, deployment.token_budget, deployment.max_num_seqs
+    taken = share.weight_bytes + activation_bytes(
+        share, deployment.token_budget, deployment.max_num_seqs
     )
-    num_blocks = (usable - taken) // (model.kv_bytes_per_token * deployment.block_size)
+    num_blocks = (usable - taken) // (share.kv_bytes_per_token * deployment.block_size)
     if num_blocks < 1:
         raise InputError(
-            f"{model.name} needs {taken / 1e9:.1f} GB before any KV cache, but {gpu.name} offers "
-            f"{usable / 1e9:.1f} GB at gpu_memory_utilization {deployment.gpu_memory_utilization}"
+            f"{share.name} needs {taken / 1e9:.1f} GB of a GPU before any KV cache, but {gpu.name} "
+            f"offers {usable / 1e9:.1f} GB at gpu_memory_utilization "
+            f"{deployment.gpu_memory_utilization}; --tp shares a model among GPUs"
         )
     return num_blocks

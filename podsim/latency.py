@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
+from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
 from podsim.model import Model
 from podsim.profile import Profile
@@ -101,10 +102,12 @@ class Breakdown:
     """Everything else in the layers."""
     once: float
     """Embedding, final norm, LM head, sampling, the launch of the step and host time."""
+    collectives: float
+    """Of the GPUs that share the model; 0 if it is on one."""
 
     @property
     def total(self) -> float:
-        return self.attention + self.layers + self.once
+        return self.attention + self.layers + self.once + self.collectives
 
 
 class Hull(NamedTuple):
@@ -122,7 +125,8 @@ class ProfiledLatency:
 
     It also counts how much of the time it predicted lies outside the measured range. A step waits
     for `host_overhead` and `host_per_request` of each of its requests, in seconds; with
-    `graph_padding` it computes as many tokens as the next CUDA graph has; `scale` multiplies it.
+    `graph_padding` it computes as many tokens as the next CUDA graph has; `scale` multiplies it. Of
+    a share of a model, without `collectives`, it is the time of one GPU's kernels alone.
     """
 
     def __init__(
@@ -132,11 +136,13 @@ class ProfiledLatency:
         strategy: str,
         host_overhead: float = 0.0,
         scale: float = 1.0,
+        collectives: StepCollectives | None = None,
         *,
         host_per_request: float = 0.0,
         graph_padding: bool = False,
     ) -> None:
         self.profile = profile
+        self.collectives = collectives
         self.strategy = strategy
         self.host_per_request = host_per_request
         self.scale = scale
@@ -152,19 +158,20 @@ class ProfiledLatency:
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"]
         )
-        self._hull = Hull(**profile.hull)
+        self._padded = graph_size if graph_padding else int
+        self._hull = _common_hull(Hull(**profile.hull), collectives)
         self.seconds_predicted = 0.0
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        attention, layers, once = self._parts(shape)
-        seconds = (attention + layers + once) * self.scale
+        attention, layers, once, collectives = self._parts(shape)
+        seconds = (attention + layers + once + collectives) * self.scale
         self.seconds_predicted += seconds
         if not self.is_inside(shape):
             self.seconds_outside += seconds
         return seconds
 
-    def _parts(self, shape: BatchShape) -> tuple[float, float, float]:
+    def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         num_tokens = shape.num_tokens
         attention = self.num_layers * self.attention.seconds(self.strategy, shape)
         layers = self.num_layers * self._layer_time.at(num_tokens)
@@ -176,6 +183,7 @@ class ProfiledLatency:
             self._token_time.at(num_tokens)
             + self._sampled_time.at(shape.num_sampled)
             + self._host_time(shape.num_decodes + len(shape.prefills)),
+            self._collective_time(num_tokens, shape.num_sampled),
         )
 
     def _host_time(self, num_requests: int) -> float:
@@ -190,6 +198,11 @@ class ProfiledLatency:
         share = self._matrix_seconds_per_token * num_tokens / seconds
         return share * share
 
+    def _collective_time(self, num_tokens: int, num_sampled: int) -> float:
+        if self.collectives is None:
+            return 0.0
+        return self.collectives.seconds(self._padded(num_tokens), self._padded(num_sampled))
+
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
         if num_steps < WORTH_AN_ARRAY:
@@ -202,7 +215,8 @@ class ProfiledLatency:
         layers = self.num_layers * self._layer_time.at(n)
         once = self._token_time.at(n) + self._sampled_time.at(n) + self._host_time(n)
         slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
-        seconds = (attention * slower + layers * slower + once) * self.scale
+        kernels = attention * slower + layers * slower + once
+        seconds = (kernels + self._collective_time(n, n)) * self.scale
         self.seconds_predicted += float(seconds.sum())
         last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
         if not self.is_inside(last):
@@ -227,11 +241,16 @@ class ProfiledLatency:
     def likely_scales(self) -> tuple[float, float]:
         """True over predicted time of whole steps: P10 and P90, from the held-out ones.
 
-        Wider by `Scaling.width` where the costs are scaled from those of another GPU.
+        Wider by `Scaling.width` where the costs are scaled from those of another GPU. Whole steps
+        were measured on one GPU; where the collectives' errors are wider, theirs count.
         """
-        error = self.profile.errors[f"step {self.strategy}"]
+        errors = [self.profile.errors[f"step {self.strategy}"]]
+        if self.collectives is not None:
+            errors += self.collectives.errors
+        most = max(error["signed_p90"] for error in errors)
+        least = min(error["signed_p10"] for error in errors)
         width = self.profile.scaling.width if self.profile.scaling else 1.0
-        return 1 / (1 + error["signed_p90"]) / width, width / (1 + error["signed_p10"])
+        return 1 / (1 + most) / width, width / (1 + least)
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
@@ -247,13 +266,25 @@ class ProfiledLatency:
 
     def notes(self) -> Sequence[str]:
         """What a reader of the results should know of these predictions."""
-        notes = [self.profile.scaling.note] if self.profile.scaling else []
+        notes = [] if self.collectives is None else list(self.collectives.notes())
+        if self.profile.scaling:
+            notes.insert(0, self.profile.scaling.note)
         if self.seconds_outside:
             share = self.seconds_outside / self.seconds_predicted
             notes.append(
                 f"{share:.1%} of the simulated step time was predicted beyond what was measured"
             )
         return notes
+
+
+def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
+    """What both the kernels and the messages were measured for."""
+    if collectives is None:
+        return hull
+    return hull._replace(
+        num_tokens=min(hull.num_tokens, collectives.max_tokens),
+        num_sampled=min(hull.num_sampled, collectives.max_sampled),
+    )
 
 
 def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> NDArray[np.float64]:

@@ -322,10 +322,13 @@ class LayerBench:
         """What a step does once: embedding, LM head and greedy sampling."""
         ids, rows = self.token_ids[:num_tokens], self.normed[:num_sampled]
         logits = torch.empty(num_sampled, self.model.vocab_size, device="cuda", dtype=rows.dtype)
+        # Of a share of a model, sampling looks at the logits gathered from all shares.
+        shared = self.model.tensor_parallel_size > 1
+        gathered = _random(num_sampled, self.model.num_logits) if shared else logits
         return [
             ("embedding", lambda: torch.index_select(self.embedding, 0, ids)),
             ("lm_head", lambda: torch.mm(rows, self.lm_head.t(), out=logits)),
-            ("sampling", lambda: torch.argmax(logits, dim=-1)),
+            ("sampling", lambda: torch.argmax(gathered, dim=-1)),
         ]
 
     def forward(self, point: AttentionPoint, strategy: str) -> Launch:

@@ -31,7 +31,7 @@ class Profile:
     gpu: str
     model: str
     shape: Mapping[str, int]
-    """The model's shape: `Model.shape`."""
+    """Of the model, or of the share of it that one GPU holds: `Model.shape`."""
     provenance: Mapping[str, object]
     """GPU, driver, versions, date, command and hash of the kernels' source."""
     ops: Mapping[str, Mapping[str, list[float]]]
@@ -103,7 +103,7 @@ def find_profile(gpu: str, model: Model, folder: Path | None = None) -> Profile:
     have = ", ".join(profile.model for profile in shipped) or "none"
     raise InputError(
         f"no shipped profile of {model.name} on {gpu} (shipped for {gpu}: {have}); measure one on "
-        f"that GPU with `podsim profile --gpu {gpu} --model {model.name} --out FOLDER` and give "
+        f"that GPU with `podsim profile --gpu {gpu} {model.command_options} --out FOLDER` and give "
         "it with --profile FOLDER"
     )
 
@@ -112,7 +112,8 @@ def _shipped_profiles(gpu: str) -> list[Profile]:
     folder = files("podsim.profiles").joinpath(gpu)
     if not folder.is_dir():
         return []
-    models = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda e: e.name)
+    models = [entry for entry in folder.iterdir() if entry.joinpath(PROFILE_FILE).is_file()]
+    models.sort(key=lambda entry: entry.name)
     return [read_profile(entry, f"profiles/{gpu}/{entry.name}") for entry in models]
 
 
@@ -153,11 +154,12 @@ def _check_device(profile: Profile) -> None:
 
 
 def _check_shape(profile: Profile, model: Model) -> None:
-    for name, value in model.shape.items():
-        if profile.shape.get(name) != value:
+    for name in dict.fromkeys((*model.shape, *profile.shape)):
+        measured, wanted = profile.shape.get(name), model.shape.get(name)
+        if measured != wanted:
             raise InputError(
-                f"{profile.source}: measured for {profile.model} ({name} "
-                f"{profile.shape.get(name)}), but {model.name} has {name} {value}"
+                f"{profile.source}: measured for {profile.model} ({name} {measured}), "
+                f"but {model.name} has {name} {wanted}"
             )
 
 

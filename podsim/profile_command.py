@@ -39,6 +39,15 @@ def profile_command(
         str,
         typer.Option(help="Model whose layers are timed: a name, or a Hugging Face config.json."),
     ] = "llama-3-8b",
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "--tp",
+            min=1,
+            help="GPUs that share the model: times the share of one, on one GPU.",
+        ),
+    ] = 1,
     gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
     out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Time one point in six.")] = False,
@@ -71,13 +80,14 @@ def profile_command(
     if refit is not None:
         _fitted(refit, calibration.refit(refit), as_json)
         return
-    shape, machine = model_named(model), gpu_named(gpu)
+    shape, machine = model_named(model).shard(tensor_parallel_size), gpu_named(gpu)
     plan = plan_profile(shape, machine, quick)
     if dry_run:
         _show_plan(plan, shape, machine, as_json)
         return
     folder = out or Path("profiles") / gpu / shape.name
-    command = f"podsim profile --model {model} --gpu {gpu}{' --quick' if quick else ''}"
+    share = f" --tp {tensor_parallel_size}" if tensor_parallel_size > 1 else ""
+    command = f"podsim profile --model {model}{share} --gpu {gpu}{' --quick' if quick else ''}"
     _fitted(folder, _measured_profile(shape, machine, plan, folder, command), as_json)
 
 

@@ -4,7 +4,7 @@
   const { charts } = JSON.parse(document.getElementById("data").textContent);
   const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
   const text = (value) => String(value).replace(/[&<>"]/g, (c) => escapes[c]);
-  const colour = (c) => (typeof c === "number" ? `var(--c${c % 8})` : `var(--${c})`);
+  const colour = (c) => (typeof c === "number" ? `var(--c${c % 9})` : `var(--${c})`);
   const number = (v) => {
     if (v === null || v === undefined) return "-";
     if (v !== 0 && Math.abs(v) < 0.01) return v.toExponential(1);

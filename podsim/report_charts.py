@@ -250,8 +250,9 @@ def _kernels(runs: Sequence[Run]) -> list[Chart]:
     rows = [label for _, label in sorted(tables, key=lambda key: key[0])]
     found = {label: column for (_, label), column in tables.items()}
     bars: list[Series] = []
-    for colour, kernel in enumerate(next(iter(found.values())).index):
-        values = [_rounded(float(found[row][kernel])) for row in rows]
+    kernels = dict.fromkeys(name for column in found.values() for name in column.index)
+    for colour, kernel in enumerate(kernels):
+        values = [_rounded(float(found[row].get(kernel, 0.0))) for row in rows]
         bars.append({"name": str(kernel), "colour": colour, "values": values})
     title = "Mean step, by kernel"
     chart = _chart("bars", "kernels", title, {"label": "ms a step"}, {"rows": rows}, bars)

@@ -14,6 +14,7 @@ from importlib.resources import files
 import pandas as pd
 
 from podsim.report_charts import Chart, Run, charts
+from podsim.result_row import num_gpus
 from podsim.step_costs import kind_table
 from podsim.terminal import (
     COMPARED,
@@ -131,7 +132,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "n
 
 def _facts(run: Run) -> str:
     summary, own = run.summary, own_part(run.summary)
-    per_gpu = _number(summary["total_token_throughput"]) / run.result.deployment.replicas
+    per_gpu = _number(summary["total_token_throughput"]) / num_gpus(run.result.deployment)
     facts = {
         "Completed": f"{summary['completed']:,}",
         "Refused": f"{summary['failed']:,}",

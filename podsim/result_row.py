@@ -26,7 +26,7 @@ ROW_COLUMNS = (
 
 def num_gpus(deployment: Deployment) -> int:
     """GPUs of all replicas."""
-    return deployment.replicas
+    return deployment.replicas * deployment.tensor_parallel_size
 
 
 def result_row(result: Result, slos: Sequence[Slo] = ()) -> dict[str, float]:

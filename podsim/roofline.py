@@ -67,7 +67,7 @@ def values_per_token(model: Model) -> dict[str, int]:
         "rope_and_cache": 2 * model.qkv_size,
         "silu_mul": 3 * model.intermediate_size,
         "embedding": model.hidden_size,  # what it reads may be one row again and again
-        "sampling": model.vocab_size,
+        "sampling": model.num_logits,
     }
 
 

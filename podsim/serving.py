@@ -163,7 +163,7 @@ class Server:
 
 
 def _require_servable(deployment: Deployment) -> None:
-    for name, value in (("replicas", 1), ("prefix_caching", False)):
+    for name, value in (("replicas", 1), ("prefix_caching", False), ("tensor_parallel_size", 1)):
         if getattr(deployment, name) != value:
             raise InputError(
                 f"the engine serves with {name} {value!r}, not {getattr(deployment, name)!r}"

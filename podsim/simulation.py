@@ -15,6 +15,7 @@ import simpy
 
 from podsim import metrics
 from podsim.cluster import Cluster, FollowUp, FollowUps
+from podsim.collectives import StepCollectives, find_collectives
 from podsim.config import Deployment, Workload
 from podsim.decode_group import DecodeGroup, ListedDecodes
 from podsim.errors import InputError
@@ -112,8 +113,8 @@ def simulate(
     if deployment.order == "priority" and trace.priority is None:
         raise InputError(f"{trace.name}: order 'priority' needs a column 'priority'")
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
-    latency_model = latency_model or latency_model_for(deployment, model)
     num_blocks = num_blocks_for(deployment, model, gpu)
+    latency_model = latency_model or latency_model_for(deployment, model)
     max_model_len = deployment.max_model_len or model.max_model_len
     if scheduler is None:
         scheduler = built_in_scheduler(deployment, max_model_len, latency_model, step_by_step)
@@ -223,23 +224,38 @@ def _prefix_cache(trace: Trace, deployment: Deployment) -> PrefixCache:
 
 
 def latency_model_for(deployment: Deployment, model: Model) -> ProfiledLatency:
-    """The measured costs of a deployment; InputError if its model and GPU have no profile."""
-    profile = find_profile(
-        deployment.gpu, model, Path(deployment.profile) if deployment.profile else None
-    )
+    """The measured costs of a deployment of a whole model, shared among its GPUs.
+
+    Raises InputError if its model cannot be shared so, or if the share has no profile on its GPU
+    or the GPUs no measured collectives.
+    """
+    share = model.shard(deployment.tensor_parallel_size)
+    profile = find_profile(deployment.gpu, share, _folder(deployment.profile))
     return ProfiledLatency(
         profile,
-        model,
+        share,
         deployment.attention,
         deployment.host_overhead,
+        collectives=_step_collectives(deployment, share),
         host_per_request=deployment.host_overhead_per_request,
         graph_padding=deployment.graph_padding,
     )
 
 
+def _step_collectives(deployment: Deployment, share: Model) -> StepCollectives | None:
+    num_gpus, folder = deployment.tensor_parallel_size, _folder(deployment.collectives)
+    if num_gpus == 1:
+        return None
+    return StepCollectives(find_collectives(deployment.gpu, num_gpus, folder), share)
+
+
+def _folder(name: str | None) -> Path | None:
+    return Path(name) if name else None
+
+
 def uncalibrated_notes(deployments: Iterable[Deployment]) -> list[str]:
     """What must be said of deployments on GPUs that nobody measured, once each."""
-    by_costs = {(d.gpu, d.model, d.profile): d for d in deployments}
+    by_costs = {(d.gpu, d.model, d.profile, d.tensor_parallel_size): d for d in deployments}
     notes = [
         uncalibrated_note(latency_model_for(d, model_named(d.model))) for d in by_costs.values()
     ]

@@ -28,6 +28,7 @@ KERNELS = {
     "lm_head": "LM head, sampling",
     "sampling": "LM head, sampling",
     "launch": "embedding, launch, host",
+    "collectives": "collectives",
 }
 """The operations of a step and the name each is shown under."""
 
@@ -108,6 +109,9 @@ def _without_attention(
     parts += [(name, kernels * seconds / total) for name, seconds in at_ends.items()]
     overhead = np.full(len(shapes), model.step_overhead)
     combined: dict[str, Floats] = {}
-    for name, seconds in [*parts, ("launch", overhead)]:
+    parts.append(("launch", overhead))
+    if model.collectives is not None:
+        parts.append(("collectives", np.array([row["collectives"] for row in sums])))
+    for name, seconds in parts:
         combined[name] = combined.get(name, np.zeros(len(shapes))) + seconds
     return list(combined.items())

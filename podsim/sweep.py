@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from podsim.collectives import COLLECTIVES_FILE
 from podsim.errors import InputError
 from podsim.profile import PROFILE_FILE
 from podsim.ray_workers import on_ray
@@ -117,10 +118,11 @@ def _identity(plan: SweepPlan) -> dict[str, object]:
 
 
 def _hashes(plan: SweepPlan) -> dict[str, str]:
-    """Of the traces and profiles that the options name; a folder's are not looked into."""
+    """Of the files that the options name; a folder of traces is not looked into."""
     named = {
         "trace": [Path(str(name)) for name in plan.values("trace")],
         "profile": [Path(str(name)) / PROFILE_FILE for name in plan.values("profile")],
+        "collectives": [Path(str(name)) / COLLECTIVES_FILE for name in plan.values("collectives")],
     }
     hashes = {}
     for path in (path for paths in named.values() for path in paths if path.is_file()):

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from podsim import metrics
+from podsim.collectives import Collectives
 from podsim.profile import Profile
 from podsim.simulation import Result
 
@@ -68,8 +69,10 @@ def describe(result: Result) -> str:
     deployment = result.deployment
     replicas = f"{deployment.replicas} x " if deployment.replicas > 1 else ""
     gpu = f"{deployment.gpu} (uncalibrated)" if result.uncalibrated else deployment.gpu
+    gpus = deployment.tensor_parallel_size
+    shared = f" (tensor parallel over {gpus})" if gpus > 1 else ""
     return (
-        f"{deployment.model} on {replicas}{gpu}, {deployment.attention} attention, "
+        f"{deployment.model} on {replicas}{gpu}{shared}, {deployment.attention} attention, "
         f"token budget {deployment.token_budget}; {result.trace.name}, {result.trace.qps:.2f} req/s"
     )
 
@@ -259,21 +262,26 @@ def format_difference(value: float, first: float) -> str:
 
 def error_table(profile: Profile) -> Table:
     """How far each kernel model of a profile is from points it was not fitted on."""
-    title = f"{profile.model} on {profile.gpu}: error on held-out points"
-    table = _table(title)
+    return _errors(f"{profile.model} on {profile.gpu}", profile.errors)
+
+
+def collectives_table(collectives: Collectives) -> Table:
+    """How far interpolated times of collectives are from messages that were held out."""
+    return _errors(f"collectives on {collectives.gpu}", collectives.errors)
+
+
+def _errors(of: str, errors: Mapping[str, Mapping[str, float]]) -> Table:
+    table = _table(f"{of}: error on held-out points")
     for name in ("kernel", "points", "median", "P90", "worst", "bias"):
         is_kernel = name == "kernel"
         table.add_column(name, justify="left" if is_kernel else "right", no_wrap=is_kernel)
-    table.add_column("worst batch")
-    for kernel, error in profile.errors.items():
+    has_worst = any("worst_batch" in error for error in errors.values())
+    if has_worst:
+        table.add_column("worst batch")
+    for kernel, error in errors.items():
         cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
-        table.add_row(
-            kernel,
-            f"{error['points']:.0f}",
-            *cells,
-            f"{error['bias']:+.1%}",
-            error["worst_batch"],
-        )
+        worst = [str(error["worst_batch"])] if has_worst else []
+        table.add_row(kernel, f"{error['points']:.0f}", *cells, f"{error['bias']:+.1%}", *worst)
     return table
 
 

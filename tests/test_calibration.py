@@ -32,7 +32,7 @@ from podsim.errors import InputError
 from podsim.hardware import gpu_named
 from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import LAYER_OPS, ProfiledLatency, op_seconds
-from podsim.model import model_named
+from podsim.model import Model, model_named
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
 from podsim.points import AttentionPoint, attention_points, step_points
 from podsim.profile import find_profile, kernels_hash, read_profile
@@ -48,7 +48,13 @@ chunks = st.lists(
 contexts = st.lists(st.integers(1, 16384), max_size=64)
 
 
-ALL_SHIPPED = sorted(path.name for path in SHIPPED.parent.iterdir())
+ALL_SHIPPED = sorted(path.parent.name for path in SHIPPED.parent.glob("*/profile.json"))
+
+
+def shape_of(name: str) -> Model:
+    """The model, or the share of one ("llama-3-70b-tp4"), that a shipped profile is of."""
+    whole, _, num_gpus = name.partition("-tp")
+    return model_named(whole).shard(int(num_gpus or 1))
 
 
 def rows(model: str = "llama-3-8b") -> pd.DataFrame:
@@ -79,7 +85,7 @@ def test_a_shipped_profile_is_the_fit_of_its_rows(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ALL_SHIPPED)
 def test_a_shipped_profile_is_of_its_model_and_of_the_shipped_kernels(name: str) -> None:
-    profile = find_profile("h200", model_named(name))
+    profile = find_profile("h200", shape_of(name))
     assert profile.model == name
     assert profile.provenance["kernels_sha256"] == kernels_hash()
     for fact in ("device_name", "driver", "torch", "triton", "cuda", "date", "command"):
@@ -88,10 +94,10 @@ def test_a_shipped_profile_is_of_its_model_and_of_the_shipped_kernels(name: str)
 
 @pytest.mark.parametrize("name", ALL_SHIPPED)
 def test_no_linear_layer_is_faster_than_the_hardware(name: str) -> None:
-    gpu, table, model = gpu_named("h200"), rows(name), model_named(name)
+    gpu, table, model = gpu_named("h200"), rows(name), shape_of(name)
     outputs = {
         "qkv": (model.qkv_size, model.hidden_size),
-        "output": (model.hidden_size, model.hidden_size),
+        "output": (model.hidden_size, model.num_q_heads * model.head_dim),
         "gate_up": (2 * model.intermediate_size, model.hidden_size),
         "down": (model.hidden_size, model.intermediate_size),
         "lm_head": (model.vocab_size, model.hidden_size),
@@ -107,7 +113,7 @@ def test_no_linear_layer_is_faster_than_the_hardware(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL_SHIPPED)
 def test_no_attention_is_faster_than_the_hardware(name: str) -> None:
-    gpu, table, model = gpu_named("h200"), rows(name), model_named(name)
+    gpu, table, model = gpu_named("h200"), rows(name), shape_of(name)
     timed = table[table["op"] == "attention"]
     for prefills, decodes, seconds in zip(
         timed["prefills"], timed["decodes"], timed["seconds"], strict=True
