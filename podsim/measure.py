@@ -44,7 +44,7 @@ HOST_SECONDS_PER_LAUNCH = 20e-6
 """At most, to queue a graph and an event."""
 REST = 1.0
 """Seconds without work before sustained work, so that the clock is at its highest."""
-SUSTAINED_MARGIN = 0.1
+SUSTAINED_SECONDS = SUSTAINED_ENDS[-1] + 0.1
 MOST_QUEUED = 4
 LEAST_LEAD = 2e-3
 """Seconds that the host gets ahead of a card that keeps up with it."""
@@ -194,7 +194,7 @@ class SustainedSequence:
         marks = [torch.cuda.Event(enable_timing=True)]
         marks[0].record()
         started = time.perf_counter()
-        while time.perf_counter() - started < SUSTAINED_ENDS[-1] + SUSTAINED_MARGIN:
+        while time.perf_counter() - started < SUSTAINED_SECONDS:
             self._step.graph.replay()
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()

@@ -92,6 +92,10 @@ class Job:
             return tuple(Key(self.kind, w, self.split, self.num_tokens, *texts) for w in windows)
         return tuple(Key(op, self.strategy, self.split, self.num_tokens, *texts) for op in ops)
 
+    def label(self, key: Key) -> str:
+        """What tells its rows apart."""
+        return key.strategy if self.kind == "sustained" else key.op
+
 
 class Turn(NamedTuple):
     """A job in the order of a plan."""

@@ -40,8 +40,7 @@ class Round:
     """Some repetitions of a sequence."""
 
     seconds: Mapping[str, Sequence[float]]
-    """Of each operation of the sequence, by `Key.op`: of each repetition. Of sustained work: of each
-    window, by `Key.strategy`, of each step that ended in it."""
+    """Of each row of the job, by `Job.label`: of each repetition."""
     sm_clock: float | None
     """Mean over the repetitions, in Hz; None if the device does not tell."""
 
@@ -150,8 +149,7 @@ def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
     clocks = [r.sm_clock for r in rounds if r.sm_clock is not None]
     rows: list[Row] = []
     for key in job.keys:
-        name = key.strategy if job.kind == "sustained" else key.op
-        seconds = [s for r in rounds for s in r.seconds[name]]
+        seconds = [s for r in rounds for s in r.seconds[job.label(key)]]
         low, *_, high = quantiles(seconds, n=10)
         middle = min(seconds) if job.kind == "ceiling" else median(seconds)
         rows.append(
@@ -229,7 +227,7 @@ def _both_refused(rows: Sequence[Row]) -> list[Row]:
 
 
 TIMING = (
-    "inside its layer, after 40 ms of that layer's own work; sustained: whole steps one after another "
-    "from rest, the mean of a window; ceilings: the best of short bursts after a pause"
+    "inside its layer, after 40 ms of that layer's own work; sustained: whole steps one after "
+    "another from rest, the mean of a window; ceilings: the best of short bursts after a pause"
 )
 """What state of the card a profile's times are of."""

@@ -66,6 +66,9 @@ class FakeEvent:
         FakeEvent.now += 0.5
         self.at = FakeEvent.now
 
+    def synchronize(self) -> None:
+        pass
+
     def elapsed_time(self, other: FakeEvent) -> float:
         return other.at - self.at
 
@@ -119,6 +122,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(measure_ceilings, name, size)
     with OnCpu():
         monkeypatch.setattr(measure, "MAX_TOKENS", 4096)
+        monkeypatch.setattr(measure, "REST", 0.0)
+        monkeypatch.setattr(measure, "SUSTAINED_SECONDS", 0.001)
         monkeypatch.setattr(measure, "MOST_DECODES", 1)  # beyond which one prompt is timed
         yield measure.Bench(TINY)
 
@@ -131,6 +136,7 @@ JOBS = [
     Job("once", "grid", 5),
     *(Job("attention", "grid", MIXED.num_tokens, MIXED, name) for name in MIXED_STRATEGIES),
     *(Job("step", "grid", MIXED.num_tokens, MIXED, name) for name in ("pod",)),
+    Job("sustained", "sustained", MIXED.num_tokens, MIXED),
 ]
 
 
@@ -140,11 +146,31 @@ def test_every_kind_of_job_gives_a_time_for_each_of_its_rows(bench: Any) -> None
         sequence = bench.prepare(job)
         for first in (True, False):
             measured = sequence.round(first)
-            assert set(measured.seconds) == {key.op for key in job.keys}, job
-            assert all(len(times) >= 11 for times in measured.seconds.values())
+            assert set(measured.seconds) == {job.label(key) for key in job.keys}, job
+            enough = 2 if job.kind == "sustained" else 11
+            assert all(len(times) >= enough for times in measured.seconds.values())
         assert (sequence.work is None) == (job.kind != "ceiling")
-        if job.kind != "ceiling":
+        if job.kind not in ("ceiling", "sustained"):
             assert measured.sm_clock == 1.7e9
+
+
+def test_a_window_has_the_mean_of_the_steps_that_end_in_it() -> None:
+    from podsim.measure import windows
+
+    # Steps of 20 ms, from 0.05 s on of 30 ms; one of a second stands for the last windows.
+    ends = [0.0, 0.02, 0.04, 0.06, 0.09, 0.12, 1.12]
+    means = {name: seconds[0] for name, seconds in windows(ends).items()}
+    assert means == pytest.approx(
+        {
+            "0.05 s": 0.02,
+            "0.1 s": 0.025,
+            "0.2 s": 0.03,
+            "0.4 s": 1.0,
+            "0.8 s": 1.0,
+            "1.6 s": 1.0,
+            "2.4 s": 1.0,
+        }
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its fakes are for machines without a GPU")

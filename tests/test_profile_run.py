@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from podsim.errors import InputError
 from podsim.hardware import gpu_named
 from podsim.latency import LAYER_OPS
 from podsim.model import model_named
+from podsim.points import sustained_points
 from podsim.profile import find_profile
 from podsim.profile_checks import check_profile
 from podsim.profile_journal import JOURNAL_FILE
@@ -55,6 +57,9 @@ def true_seconds(job: Job, key: Key) -> float:
         return 4e-6 + 1.3 * REAL.least_seconds(op_work(MODEL, GPU, key.op, job.num_tokens))
     assert job.point is not None
     chunks, contexts = job.point.prefills, job.point.decode_contexts
+    if job.kind == "sustained":
+        slower = 1 + 0.1 * (1 - math.exp(-float(key.strategy.removesuffix(" s")) / 0.3))
+        return 1.5 * slower * step_seconds(MODEL, GPU, REAL, chunks, contexts, LAYER_OPS)
     if job.kind == "step":
         return 1.5 * step_seconds(MODEL, GPU, REAL, chunks, contexts, LAYER_OPS)
     return 4e-6 + 1.3 * REAL.least_seconds(attention_work(MODEL, GPU, chunks, contexts))
@@ -96,7 +101,7 @@ class FakeSequence:
         for key in self.job.keys:
             middle = true_seconds(self.job, key) * self.factor
             noise = [crc32(f"{key} {self.rounds} {i}".encode()) / 2**32 - 0.5 for i in range(11)]
-            seconds[key.op] = [middle * (1 + self.scatter * part) for part in noise]
+            seconds[self.job.label(key)] = [middle * (1 + self.scatter * part) for part in noise]
         return Round(seconds, 1.755e9)
 
 
@@ -135,6 +140,9 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     plan = plan_profile(MODEL, GPU)
     num = len(CEILINGS)
     assert [turn.job.strategy for turn in plan.turns[:num]] == list(CEILINGS)
+    while plan.turns[num].job.kind == "sustained":
+        num += 1
+    assert num == len(CEILINGS) + len(sustained_points())
     first, second = (
         [turn.job for turn in plan.turns[num:] if turn.number == number] for number in (0, 1)
     )
