@@ -34,6 +34,8 @@ from podsim.profile_run import Round
 
 REPEATS = 11
 """Of a round."""
+STEP_REPEATS = 5
+"""Of a round of whole steps, which take longer and vary less."""
 WARM_UP = 0.04
 """Seconds that a sequence runs before it is timed: the power limit acts within a few 10 ms."""
 WARM_UP_AGAIN = 0.01
@@ -131,17 +133,18 @@ class GraphSequence:
 
     work: float | None = None
 
-    def __init__(self, ops: Sequence[Timed], clock: SmClock) -> None:
+    def __init__(self, ops: Sequence[Timed], clock: SmClock, repeats: int = REPEATS) -> None:
         self._ops = ops
         self._clock = clock
+        self._repeats = repeats
 
     def round(self, first: bool) -> Round:
-        """Warm up, then time REPEATS repetitions of every operation whose name is not empty."""
+        """Warm up, then time the repetitions of every operation whose name is not empty."""
         self._clock.clear()
         self._warm_up(WARM_UP if first else WARM_UP_AGAIN)
         self._clock.start()
         marks = []
-        for _ in range(REPEATS):
+        for _ in range(self._repeats):
             row = [torch.cuda.Event(enable_timing=True)]
             row[0].record()
             for op in self._ops:
@@ -170,8 +173,8 @@ class GraphSequence:
         for _ in range(math.ceil(seconds / once)):
             self._replay()
         host_seconds = HOST_SECONDS_PER_LAUNCH * len(self._ops)
-        if once < 2 * host_seconds + LEAST_LEAD / REPEATS:  # the card keeps up with the host
-            lead = max(REPEATS * host_seconds, LEAST_LEAD)
+        if once < 2 * host_seconds + LEAST_LEAD / self._repeats:  # the card keeps up with the host
+            lead = max(self._repeats * host_seconds, LEAST_LEAD)
             torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
 
     def _replay(self) -> None:
@@ -373,7 +376,8 @@ class Bench:
         if job.kind == "sustained":
             assert job.point is not None
             return SustainedSequence(Timed("step", self._layer.forward(job.point, "serial")))
-        return GraphSequence(self._ops(job), self._clock)
+        repeats = STEP_REPEATS if job.kind == "step" else REPEATS
+        return GraphSequence(self._ops(job), self._clock, repeats)
 
     def _ops(self, job: Job) -> list[Timed]:
         layer, point = self._layer, job.point
