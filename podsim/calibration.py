@@ -14,7 +14,7 @@ from podsim import fit_plots
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
-from podsim.fitting import Timings, fit_attention
+from podsim.fitting import Timings, fit_attention, fit_heating
 from podsim.hardware import Gpu
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency
@@ -92,11 +92,13 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
                 for name, overlap in attention.overlaps.items()
             },
         },
-        sustained={"slowdown": 0.0, "steps": 0},
+        sustained={"slowdown": 0.0, "steps": 0, "heating": 0.0, "heat_seconds": 1.0},
         errors={},
         hull=_hull(grid),
     )
-    profile = replace(profile, sustained=_sustained(profile, model, grid))
+    profile = replace(profile, sustained={**profile.sustained, **_sustained(profile, model, grid)})
+    heating = _heating(profile, model, rows[rows["op"] == "sustained"])
+    profile = replace(profile, sustained={**profile.sustained, **heating})
     return profile.with_errors(held_out_errors(predictions(profile, model, rows)))
 
 
@@ -118,7 +120,7 @@ def _measured(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     """
     rows = read_measurements(folder / MEASUREMENTS_FILE)
     launch = _launch_costs(rows)
-    launches = np.where(rows["op"] == "step", 0.0, launch["graph"])
+    launches = np.where(rows["op"].isin(["step", "sustained"]), 0.0, launch["graph"])
     return rows.assign(seconds=rows["time_us"] * 1e-6 - launches), launch
 
 
@@ -193,6 +195,25 @@ def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, 
     load, excess = np.array(loads), np.array(excesses)
     slowdown = max(0.0, float(load @ excess / (load @ load))) if loads else 0.0
     return {"slowdown": slowdown, "steps": len(loads)}
+
+
+def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:
+    """How much matrix work slows the steps after it down, and for how long: see `latency.Heat`.
+
+    Without steps that were timed one after another from rest there is none.
+    """
+    if rows.empty:
+        return {}
+    latency = ProfiledLatency(profile, model, "serial")
+    loads, seconds = [], []
+    for _, windows in rows.groupby(["prefills", "decodes"], sort=False):
+        shape = shapes_of(windows.head(1))[0]
+        parts = latency.breakdown(shape)
+        loads.append(latency.load(shape.num_tokens, parts.attention + parts.layers))
+        seconds.append(windows["seconds"].to_numpy() - parts.once)
+    ends = [float(text.removesuffix(" s")) for text in windows["strategy"]]
+    heating, heat_seconds = fit_heating(np.array(ends), np.array(loads), np.array(seconds))
+    return {"heating": heating, "heat_seconds": heat_seconds}
 
 
 def _timings(rows: pd.DataFrame) -> Timings:

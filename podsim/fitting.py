@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import least_squares, nnls
 
 from podsim.attention_features import (
     FEATURES,
@@ -167,3 +167,25 @@ def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None
         weights = 1 / np.maximum(errors, ERROR_OF_A_TIMING)
         weights /= weights.mean()
     return np.asarray(solution / scale)
+
+
+def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> tuple[float, float]:
+    """What the heat adds to a step's seconds, and its time constant: least squares of logarithms.
+
+    `seconds` [batches, windows] are mean steps of rows of equal steps from rest, in windows that
+    end at `ends` [windows] seconds; `loads` [batches] are the batches' loads. At the time t the
+    heat of such a row is load (1 - exp(-t / heat_seconds)), and its steps take 1 + heating * load *
+    heat times what they take at rest.
+    """
+    starts = np.concatenate([[0.0], ends[:-1]])
+
+    def slower(heating: float, tau: float) -> Floats:
+        reached = 1 - tau * (np.exp(-starts / tau) - np.exp(-ends / tau)) / (ends - starts)
+        return np.asarray(1 + heating * np.outer(loads**2, reached))
+
+    def residuals(parameters: Floats) -> Floats:
+        at_rest = np.log(seconds / slower(*parameters))
+        return np.ravel(at_rest - at_rest.mean(axis=1, keepdims=True))
+
+    found = least_squares(residuals, [0.2, 0.1], bounds=([0.0, 0.005], [2.0, 5.0]))
+    return float(found.x[0]), float(found.x[1])

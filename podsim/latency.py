@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -61,6 +62,44 @@ class RunsOfDecodes(Protocol):
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`."""
+
+
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A latency model whose steps take longer after matrix work, which lowers the clock."""
+
+    heat_seconds: float
+    """The time constant of the heat."""
+
+    def step_time_at(self, shape: BatchShape, heat: float) -> tuple[float, float]:
+        """Seconds of a step with prefill at a heat, and the load that it adds to the heat."""
+
+
+class Heat:
+    """How one replica's card feels the matrix work behind it, and how long its steps take then.
+
+    The heat is the mean of the steps' loads (the share of their time that is matrix products) with
+    weights that fall exponentially into the past. Steps of decodes alone wait for the memory: they
+    neither add to it nor feel it. A model that does not warm up has its own step times.
+    """
+
+    def __init__(self, model: LatencyModel) -> None:
+        self._model = model
+        self._warming = model if isinstance(model, WarmsUp) else None
+        self._heat = 0.0
+        self._time = 0.0
+
+    def step_time(self, shape: BatchShape, start: float) -> float:
+        """Seconds of a step that begins at `start`, later than all before."""
+        model = self._warming
+        if model is None or not shape.prefills:
+            return self._model.step_time(shape)
+        heat = self._heat * math.exp((self._time - start) / model.heat_seconds)
+        seconds, load = model.step_time_at(shape, heat)
+        left = math.exp(-seconds / model.heat_seconds)
+        self._heat = heat * left + load * (1.0 - left)
+        self._time = start + seconds
+        return seconds
 
 
 def decode_steps(shape: BatchShape, num_steps: int) -> Iterator[BatchShape]:
@@ -155,6 +194,8 @@ class ProfiledLatency:
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
+        self._heating: float = profile.sustained["heating"]
+        self.heat_seconds: float = profile.sustained["heat_seconds"]
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"]
         )
@@ -164,12 +205,26 @@ class ProfiledLatency:
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
+        """In a long row of such steps; `step_time_at` after others."""
+        return self._count(shape, sum(self._parts(shape)) * self.scale)
+
+    def step_time_at(self, shape: BatchShape, heat: float) -> tuple[float, float]:
+        """See `WarmsUp`. What is measured is a long row of steps, whose heat is their own load."""
         attention, layers, once, collectives = self._parts(shape)
-        seconds = (attention + layers + once + collectives) * self.scale
+        load = self.load(shape.num_tokens, attention + layers)
+        of_row = 1.0 + self._heating * load * load
+        kernels = (attention + layers) * ((1.0 + self._heating * load * heat) / of_row)
+        return self._count(shape, (kernels + once + collectives) * self.scale), load
+
+    def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds
         if not self.is_inside(shape):
             self.seconds_outside += seconds
         return seconds
+
+    def load(self, num_tokens: int, seconds: float) -> float:
+        """The share of the layers' seconds that is matrix products."""
+        return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         num_tokens = shape.num_tokens

@@ -16,7 +16,7 @@ from podsim.batch import Batch, BatchShape
 from podsim.clock import At
 from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
-from podsim.latency import LatencyModel, decode_run_times
+from podsim.latency import Heat, LatencyModel, decode_run_times
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
 
@@ -48,6 +48,7 @@ class Replica:
         self._run_limit = min(FIRST_RUN, longest_run)
         self.gaps = TokenGaps(log)
         self.on_finish: Callable[[Request], None] = lambda request: None
+        self._heat = Heat(latency_model)
         self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
         self._work_arrived = env.event()
@@ -145,7 +146,7 @@ class Replica:
             if num_steps > 1:
                 num_steps = self._steps_with_blocks(num_steps)
         if num_steps == 1:
-            return [self.latency_model.step_time(shape)]
+            return [self._heat.step_time(shape, self._now)]
         return self._decode_run_times(shape, num_steps)
 
     def _steps_with_blocks(self, num_steps: int) -> int:

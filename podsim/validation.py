@@ -26,7 +26,7 @@ from podsim.engine import Recording
 from podsim.errors import InputError
 from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
-from podsim.latency import LatencyModel
+from podsim.latency import Heat, LatencyModel
 from podsim.points import AttentionPoint
 from podsim.simulation import Result, simulate, simulate_with_error_bars
 from podsim.workload import Trace
@@ -293,5 +293,9 @@ def compare(
         result = simulate_with_error_bars(trace, deployment)
     else:
         result = simulate(trace, deployment)
-    predicted = [result.latency_model.step_time(shape) for shape in recorded.shapes]
+    heat = Heat(result.latency_model)
+    starts = recorded.steps["start"].tolist()
+    predicted = [
+        heat.step_time(shape, start) for shape, start in zip(recorded.shapes, starts, strict=True)
+    ]
     return Comparison(recorded, result, np.array(predicted))

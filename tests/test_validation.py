@@ -17,7 +17,7 @@ from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine
 from podsim.errors import InputError
 from podsim.kv_cache import PagedKVCache
-from podsim.latency import LatencyModel
+from podsim.latency import Heat, LatencyModel
 from podsim.model import model_named
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
@@ -48,7 +48,7 @@ class SlowedForward:
     """Steps take `slowdown` times what the latency model says; the clock is by hand."""
 
     def __init__(self, latency: LatencyModel, slowdown: float) -> None:
-        self.latency, self.slowdown = latency, slowdown
+        self.heat, self.slowdown = Heat(latency), slowdown
         self.gpu_seconds = 0.0
         self.time = 0.0
 
@@ -59,7 +59,7 @@ class SlowedForward:
         self.time = time
 
     def run(self, inputs):
-        self.gpu_seconds = self.latency.step_time(inputs.shape) * self.slowdown
+        self.gpu_seconds = self.heat.step_time(inputs.shape, self.time) * self.slowdown
         self.time += self.gpu_seconds
         return np.zeros(len(inputs.sample_rows), np.int64)
 
