@@ -85,6 +85,9 @@ class Deployment:
     host_overhead_per_request: float = _option(
         0.0, "The part of the host's work that grows with the requests of a step, in seconds each."
     )
+    host_overhead_with_prefill: float = _option(
+        0.0, "Further seconds of host work in a step that has prefill."
+    )
     graph_padding: bool = _option(
         False, "Pad the tokens of each step to the next size of CUDA graph, as engines do."
     )
@@ -105,7 +108,8 @@ class Deployment:
             _check(value is None or value >= 1, name, value, "at least 1")
         utilization = self.gpu_memory_utilization
         _check(0 < utilization <= 1, "gpu_memory_utilization", utilization, "over 0, at most 1")
-        for name in ("host_overhead", "host_overhead_per_request"):
+        for name in ("", "_per_request", "_with_prefill"):
+            name = f"host_overhead{name}"
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _check(self.router_seed >= 0, "router_seed", self.router_seed, "at least 0")
         target = self.tbt_target

@@ -163,9 +163,10 @@ class ProfiledLatency:
     """The sum over a step's operations of their measured, interpolated or fitted times.
 
     It also counts how much of the time it predicted lies outside the measured range. A step waits
-    for `host_overhead` and `host_per_request` of each of its requests, in seconds; with
-    `graph_padding` it computes as many tokens as the next CUDA graph has; `scale` multiplies it. Of
-    a share of a model, without `collectives`, it is the time of one GPU's kernels alone.
+    for `host_overhead`, `host_per_request` of each of its requests and, if it has prefill,
+    `host_with_prefill`, in seconds; with `graph_padding` it computes as many tokens as the next
+    CUDA graph has; `scale` multiplies it. Of a share of a model, without `collectives`, it is the
+    time of one GPU's kernels alone.
     """
 
     def __init__(
@@ -178,12 +179,14 @@ class ProfiledLatency:
         collectives: StepCollectives | None = None,
         *,
         host_per_request: float = 0.0,
+        host_with_prefill: float = 0.0,
         graph_padding: bool = False,
     ) -> None:
         self.profile = profile
         self.collectives = collectives
         self.strategy = strategy
         self.host_per_request = host_per_request
+        self.host_with_prefill = host_with_prefill
         self.scale = scale
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
@@ -237,7 +240,8 @@ class ProfiledLatency:
             layers * slower,
             self._token_time.at(num_tokens)
             + self._sampled_time.at(shape.num_sampled)
-            + self._host_time(shape.num_decodes + len(shape.prefills)),
+            + self._host_time(shape.num_decodes + len(shape.prefills))
+            + (self.host_with_prefill if shape.prefills else 0.0),
             self._collective_time(num_tokens, shape.num_sampled),
         )
 

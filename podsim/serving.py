@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
 
+from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine, Recording, WallClock
@@ -28,6 +29,8 @@ from podsim.workload import Trace
 
 HOST_STEPS = 48
 """Decode steps of each batch size by which the host's time is measured."""
+PREFILL_REQUESTS, PREFILL_OUTPUTS = 24, 8
+"""Requests, each with a prompt of a whole budget, and their outputs: for steps with prefill."""
 KV_STEP = 64
 """KV slots hold a multiple of so many tokens."""
 
@@ -37,19 +40,27 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of a step in which the GPU waits for the host: fixed, and for each request."""
+    """Seconds of a step in which the GPU waits for the host."""
 
     fixed: float
     per_request: float
+    with_prefill: float
+    """What comes on top in a step that has prefill."""
     rows: Sequence[tuple[int, float]]
-    """What it was fitted to: requests of a step, seconds."""
+    """What it was fitted to: requests of a step of decodes, and seconds,"""
+    prefill_rows: Sequence[tuple[int, float]]
+    """and the same of steps with prefill."""
 
     @classmethod
-    def fit(cls, rows: Sequence[tuple[int, float]]) -> HostTime:
-        """A line through the measured points, neither part below 0."""
+    def fit(
+        cls, rows: Sequence[tuple[int, float]], prefill_rows: Sequence[tuple[int, float]]
+    ) -> HostTime:
+        """A line through the steps of decodes, and the median of what the others are above it."""
         requests, seconds = np.array(rows, dtype=np.float64).T
         slope = max(float(np.polyfit(requests, seconds, 1)[0]), 0.0)
-        return cls(max(float(np.median(seconds - slope * requests)), 0.0), slope, rows)
+        fixed = max(float(np.median(seconds - slope * requests)), 0.0)
+        above = [seconds - fixed - slope * requests for requests, seconds in prefill_rows]
+        return cls(fixed, slope, max(statistics.median(above), 0.0), rows, prefill_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,23 +154,31 @@ class Server:
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
         rows = []
         for done, size in enumerate([most, *sizes]):
-            on_progress("measuring host time", done, len(sizes) + 1)
-            engine = self._engine(lambda shape: 0.0, seed=1)
-            recording = engine.serve(Request(i, 0.0, prompt, HOST_STEPS) for i in range(size))
+            on_progress("measuring host time", done, len(sizes) + 2)
             waits = [
-                duration - gpu
-                for shape, duration, gpu in zip(
-                    recording.shapes,
-                    recording.log.steps["duration"],
-                    recording.gpu_seconds,
-                    strict=True,
-                )
+                seconds
+                for shape, seconds in self._waits([(prompt, HOST_STEPS)] * size)
                 if shape.num_decodes == size and not shape.prefills
             ]
             if done:  # the first batch only warms up
                 rows.append((size, statistics.median(waits)))
-        on_progress("measuring host time", len(sizes) + 1, len(sizes) + 1)
-        return HostTime.fit(rows)
+        on_progress("measuring host time", len(sizes) + 1, len(sizes) + 2)
+        prompt = max(1, min(self.deployment.token_budget, self.llama.max_len - PREFILL_OUTPUTS))
+        prefill_rows = [
+            (shape.num_decodes + len(shape.prefills), seconds)
+            for shape, seconds in self._waits([(prompt, PREFILL_OUTPUTS)] * PREFILL_REQUESTS)
+            if shape.prefills
+        ]
+        on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
+        return HostTime.fit(rows, prefill_rows)
+
+    def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[tuple[BatchShape, float]]:
+        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds."""
+        engine = self._engine(lambda shape: 0.0, seed=1)
+        recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
+        durations, gpu_seconds = recording.log.steps["duration"], recording.gpu_seconds
+        for shape, seconds, gpu in zip(recording.shapes, durations, gpu_seconds, strict=True):
+            yield shape, seconds - gpu
 
 
 def _require_servable(deployment: Deployment) -> None:

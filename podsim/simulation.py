@@ -238,6 +238,7 @@ def latency_model_for(deployment: Deployment, model: Model) -> ProfiledLatency:
         deployment.host_overhead,
         collectives=_step_collectives(deployment, share),
         host_per_request=deployment.host_overhead_per_request,
+        host_with_prefill=deployment.host_overhead_with_prefill,
         graph_padding=deployment.graph_padding,
     )
 

@@ -105,8 +105,8 @@ def description(comparison: Comparison) -> dict[str, object]:
 def _record(given: dict[str, object]) -> Recorded:
     workload = config.options_from(Workload, given)
     deployment = config.options_from(Deployment, given)
-    for name in ("host_overhead", "host_overhead_per_request", "graph_padding"):
-        if name in given:
+    for name in given:
+        if name.startswith("host_overhead") or name == "graph_padding":
             raise InputError(f"{name} is the engine's own here: it is measured")
     latency_model = latency_model_for(deployment, model_named(deployment.model))
     trace = workload_trace(workload)
@@ -202,6 +202,7 @@ def _lines(comparison: Comparison) -> list[str]:
         f"Engine       {engine['device_name']}, driver {engine['driver']}, torch "
         f"{engine['torch']}, triton {engine['triton']}, {engine['date']}",
         f"Host time    {host['fixed'] * 1e6:.0f} us a step and "
-        f"{host['per_request'] * 1e6:.2f} us a request",
+        f"{host['per_request'] * 1e6:.2f} us a request, "
+        f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
         *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
     ]

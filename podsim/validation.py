@@ -82,6 +82,7 @@ class Recorded:
             graph_padding=True,
             host_overhead=host["fixed"],
             host_overhead_per_request=host["per_request"],
+            host_overhead_with_prefill=host["with_prefill"],
             num_blocks=engine["num_blocks"],
         )
         steps = metrics.step_table(recording.log)

@@ -39,7 +39,7 @@ ENGINE = {
     "torch": "2",
     "triton": "3",
     "date": "2026-11-21",
-    "host_time": {"fixed": 2e-4, "per_request": 1e-6, "rows": [[1, 2e-4]]},
+    "host_time": {"fixed": 2e-4, "per_request": 1e-6, "with_prefill": 3e-4},
     "num_blocks": 5000,
 }
 
