@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,10 @@ from podsim.batch import BatchShape
 from podsim.cli import app
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
+from podsim.fitting import fit_heating
 from podsim.hardware import gpu_named
 from podsim.held_out import has_several_chunks, is_heavy_tailed
-from podsim.latency import LAYER_OPS, ProfiledLatency, op_seconds
+from podsim.latency import LAYER_OPS, ConstantLatency, Heat, ProfiledLatency, op_seconds
 from podsim.model import Model, model_named
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
 from podsim.points import AttentionPoint, attention_points, step_points
@@ -254,7 +256,8 @@ def test_what_lies_outside_the_measured_range_is_counted() -> None:
 
 
 def test_layer_times_follow_the_table() -> None:
-    latency = ProfiledLatency(PROFILE, LLAMA, "serial")
+    at_rest = replace(PROFILE, sustained={**PROFILE.sustained, "slowdown": 0.0})
+    latency = ProfiledLatency(at_rest, LLAMA, "serial")
     expected = sum(
         count * float(op_seconds(PROFILE.ops[op], 512)) for op, count in LAYER_OPS.items()
     )
@@ -275,7 +278,7 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     table = table[~(steps & (table["split"] == "grid"))]
     table.to_csv(tmp_path / "measurements.csv", index=False)
     without = calibration.refit(tmp_path)
-    assert without.sustained == {"slowdown": 0.0, "steps": 0}
+    assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
     # Every other batch to fit on, each taking what its parts take and 20 % of its load more.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
@@ -370,3 +373,50 @@ def test_held_out_errors_are_recorded_for_every_kernel() -> None:
         assert error["points"] >= 10
         assert 0 <= error["median"] <= error["p90"] <= error["worst"]
         assert np.isfinite(error["bias"])
+
+
+def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
+    latency = ProfiledLatency(PROFILE, LLAMA, "serial")
+    heating, tau = PROFILE.sustained["heating"], PROFILE.sustained["heat_seconds"]
+    prompt = BatchShape.of([(512, 512)])
+    parts = latency.breakdown(prompt)
+    layers = parts.attention + parts.layers
+    load = latency.load(512, layers)
+    assert 0.5 < load < 1.0
+
+    def at(heat: float) -> float:
+        slower = (1 + heating * load * heat) / (1 + heating * load * load)
+        return layers * slower + parts.once
+
+    heat, time, level = Heat(latency), 0.0, 0.0
+    for _ in range(200):
+        seconds = heat.step_time(prompt, time)
+        assert seconds == pytest.approx(at(level))
+        level += (load - level) * (1 - math.exp(-seconds / tau))
+        time += seconds
+    assert seconds == pytest.approx(latency.step_time(prompt), rel=1e-6)  # a long row
+    assert seconds > 1.1 * at(0.0)
+    decode = BatchShape.of([], [100])
+    assert heat.step_time(decode, time) == latency.step_time(decode)  # waits for the memory
+    assert heat.step_time(prompt, time + tau) == pytest.approx(at(level * math.exp(-1)))
+    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0))
+
+
+def test_a_model_without_heat_keeps_its_times() -> None:
+    heat = Heat(ConstantLatency(0.5))
+    assert [heat.step_time(BatchShape.of([(9, 9)]), t) for t in (0.0, 0.5, 9.0)] == [0.5] * 3
+
+
+def test_heating_is_found_from_rows_of_steps() -> None:
+    ends, tau, heating = np.array([0.05, 0.1, 0.2, 0.4, 0.8]), 0.12, 0.3
+    loads, at_rest = np.array([0.2, 0.5, 0.8]), np.array([0.01, 0.02, 0.05])
+    starts = np.concatenate([[0.0], ends[:-1]])
+    means = np.empty((3, 5))
+    for i, load in enumerate(loads):
+        for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            moments = np.linspace(start, end, 20_001)
+            heat = load * (1 - np.exp(-moments / tau))
+            means[i, j] = at_rest[i] * np.trapezoid(1 + heating * load * heat, moments)
+            means[i, j] /= end - start
+    found = fit_heating(ends, loads, means)
+    assert found == pytest.approx((heating, tau), rel=1e-3)

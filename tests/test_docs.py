@@ -66,6 +66,7 @@ def test_what_a_page_shows_runs(
 ) -> None:
     work = tmp_path / "work"
     work.mkdir()
+    (work / "validation").symlink_to(ROOT / "validation")
     monkeypatch.chdir(work)
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
