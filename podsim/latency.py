@@ -191,8 +191,10 @@ class ProfiledLatency:
         self.num_layers = model.num_layers
         self.step_overhead = profile.launch["graph"] + host_overhead
         self.attention: Attention = AttentionModel.of(model, profile.attention)
+        matrix_ratio = 1.0
         if profile.scaling is not None:
             self.attention = ScaledAttention(self.attention, profile.scaling)
+            matrix_ratio = profile.scaling.flops_ratio
         self._layer_time = _Table(profile, LAYER_OPS, graph_padding)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
@@ -200,7 +202,7 @@ class ProfiledLatency:
         self._heating: float = profile.sustained["heating"]
         self.heat_seconds: float = profile.sustained["heat_seconds"]
         self._matrix_seconds_per_token: float = (
-            model.num_layers * profile.attention["geometry"]["linear_token_seconds"]
+            model.num_layers * profile.attention["geometry"]["linear_token_seconds"] * matrix_ratio
         )
         self._padded = graph_size if graph_padding else int
         self._hull = _common_hull(Hull(**profile.hull), collectives)

@@ -133,15 +133,7 @@ def _nearest_profile(gpu: str, model: Model) -> Profile | None:
 
 def _scaled(profile: Profile, gpu: Gpu, model: Model) -> Profile:
     scaling = Scaling(profile.source, GPUS[profile.gpu], gpu, model)
-    geometry = dict(profile.attention["geometry"])
-    geometry["linear_token_seconds"] *= scaling.measured.peak_flops / gpu.peak_flops
-    return replace(
-        profile,
-        gpu=gpu.name,
-        ops=scaling.ops(profile.ops),
-        attention={**profile.attention, "geometry": geometry},
-        scaling=scaling,
-    )
+    return replace(profile, gpu=gpu.name, ops=scaling.ops(profile.ops), scaling=scaling)
 
 
 def _check_device(profile: Profile) -> None:

@@ -30,7 +30,7 @@ point takes drifts with what ran before it."""
 MAX_SAMPLED = 512
 LAUNCH_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Empty kernels in a graph: what a launch and what an event costs."""
-QUICK_SHARE = 6
+QUICK_SHARE = 10
 """--quick measures one point in so many."""
 
 POD_50_50 = "pod_50_50"
@@ -151,7 +151,7 @@ class Plan:
 def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     """The ceilings, then every point in each pass, in an order that mixes small and large.
 
-    With `quick`, one point in six of each kind.
+    With `quick`, one point in ten of each kind.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)

@@ -51,6 +51,11 @@ class Scaling:
         return SAME_CHIP if same else OTHER_CHIP
 
     @property
+    def flops_ratio(self) -> float:
+        """Of the time of what waits for the tensor cores."""
+        return self.measured.peak_flops / self.wanted.peak_flops
+
+    @property
     def note(self) -> str:
         """What must be said of every result."""
         return (

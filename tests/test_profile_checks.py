@@ -139,7 +139,7 @@ def test_the_ceilings_alone_catch_nearly_every_row_ten_times_too_fast(sound: Pat
     columns = ("time_us", "time_p10_us", "time_p90_us")
     fast = [{**row, **{c: float(row[c]) / 10 for c in columns}} for row in timed]
     assert not any(fault_of(row, MODEL, GPU, ceilings) for row in timed)
-    assert sum(bool(fault_of(row, MODEL, GPU, ceilings)) for row in fast) > 0.95 * len(fast)
+    assert sum(bool(fault_of(row, MODEL, GPU, ceilings)) for row in fast) > 0.9 * len(fast)
 
 
 def test_attention_ten_times_too_fast_is_refused(sound: Path) -> None:
@@ -193,7 +193,7 @@ def test_other_kernels_are_refused(sound: Path) -> None:
 
 def test_a_profile_that_is_not_the_fit_of_its_rows_is_refused(sound: Path) -> None:
     def edit(content: dict[str, object]) -> None:
-        content["attention"]["coefficients"]["pod"][0] *= 1.01  # type: ignore[index]
+        content["attention"]["coefficients"]["pod"][1] *= 1.01  # type: ignore[index]
 
     change(sound, edit)
     assert faults(sound) == [

@@ -152,11 +152,11 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     assert plan.sha256() == plan_profile(MODEL, GPU).sha256() != PLAN.sha256()
 
 
-def test_quick_is_a_sixth_of_each_kind_and_can_be_fitted() -> None:
+def test_quick_is_a_tenth_of_each_kind_and_can_be_fitted() -> None:
     few, all_ = PLAN.counts(), plan_profile(MODEL, GPU).counts()
     for kind in ("linear", "once", "attention", "step"):
         share = few[kind]["points"] / all_[kind]["points"]
-        assert 1 / 6 <= share < 1 / 4, kind
+        assert 1 / 12 <= share < 1 / 5, kind
     tokens = {turn.job.num_tokens for turn in PLAN.turns if turn.job.kind == "linear"}
     assert {1, 8, 8192} <= tokens
 
@@ -341,7 +341,7 @@ def test_a_dry_run_counts_the_points_and_says_how_long(tmp_path: Path) -> None:
     assert {k: v["points"] for k, v in plan["kinds"].items()} == {
         k: v["points"] for k, v in counts.items()
     }
-    assert 60 < plan["seconds"] < 600
+    assert 60 < plan["seconds"] < 660
     quick = json.loads(podsim("--dry-run", "--quick", "--json").stdout)
     assert quick["seconds"] < 120
     assert "Times from" in podsim("--dry-run").stdout
