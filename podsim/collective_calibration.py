@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from podsim.collectives import (
     ALL_GATHER,
@@ -26,6 +25,7 @@ from podsim.collectives import (
 )
 from podsim.errors import InputError
 from podsim.hardware import Gpu
+from podsim.held_out import error_summary
 from podsim.model import BYTES_PER_VALUE
 
 MEASUREMENTS_FILE = "measurements.csv"
@@ -209,19 +209,4 @@ def _fit_one(
     times = MessageTimes(list(grid), list(grid.values()))
     predicted = np.array([times.at(size) for size in held_out])
     table: dict[str, list[float]] = {"bytes": [*grid], "seconds": [*grid.values()]}
-    return table, _error(predicted, np.array(list(held_out.values())))
-
-
-def _error(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, float]:
-    """The same numbers as a profile records of its kernels."""
-    relative = predicted / measured - 1
-    size = np.abs(relative)
-    return {
-        "points": len(relative),
-        "median": round(float(np.median(size)), 4),
-        "p90": round(float(np.percentile(size, 90)), 4),
-        "worst": round(float(size.max()), 4),
-        "bias": round(float(relative.mean()), 4),
-        "signed_p10": round(float(np.percentile(relative, 10)), 4),
-        "signed_p90": round(float(np.percentile(relative, 90)), 4),
-    }
+    return table, error_summary(predicted / np.array(list(held_out.values())) - 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from podsim.attention_features import FEATURES
 from podsim.attention_model import AttentionModel
@@ -148,6 +148,12 @@ def held_out_errors(table: pd.DataFrame) -> dict[str, dict[str, object]]:
 
 def _error(rows: pd.DataFrame) -> dict[str, object]:
     relative = (rows["predicted"] / rows["measured"] - 1).to_numpy()
+    worst = str(rows["batch"].iloc[int(np.abs(relative).argmax())])
+    return {**error_summary(relative), "worst_batch": worst}
+
+
+def error_summary(relative: NDArray[np.float64]) -> dict[str, float]:
+    """What a profile says of relative errors: of their size, and with their sign."""
     size = np.abs(relative)
     return {
         "points": len(relative),
@@ -157,5 +163,4 @@ def _error(rows: pd.DataFrame) -> dict[str, object]:
         "bias": round(float(relative.mean()), 4),
         "signed_p10": round(float(np.percentile(relative, 10)), 4),
         "signed_p90": round(float(np.percentile(relative, 90)), 4),
-        "worst_batch": str(rows["batch"].iloc[int(size.argmax())]),
     }
