@@ -10,7 +10,6 @@ k_cache, v_cache  [num_slots, max_len, num_kv_heads, head_dim]: one slot a reque
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
@@ -19,6 +18,7 @@ from .decode import decode_attention
 from .plan import Decode, Plan, PrefillChunk
 from .pod import pod_attention
 from .prefill import prefill_attention
+from .streams import concurrently
 from .unified import unified_attention
 
 
@@ -29,47 +29,28 @@ def attention(
     v_cache: torch.Tensor,
     out: torch.Tensor,
     plan: Plan,
-    policy: str = "proportional",
 ) -> None:
     """Write the attention of the plan's batch to out; the plan's config must suit the strategy."""
+    if plan.config.kernels == "hopper":
+        from . import hopper  # Gluon neither imports with TRITON_INTERPRET=1 nor before Triton 3.6
+
+        hopper.attention(strategy, q, k_cache, v_cache, out, plan)
+        return
     if strategy == "serial":
         prefill_attention(q, k_cache, v_cache, out, plan)
         decode_attention(q, k_cache, v_cache, out, plan)
     elif strategy == "streams":
-        _streams_attention(q, k_cache, v_cache, out, plan)
+        concurrently(
+            q.device,
+            lambda: prefill_attention(q, k_cache, v_cache, out, plan),
+            lambda: decode_attention(q, k_cache, v_cache, out, plan),
+        )
     elif strategy == "unified":
         unified_attention(q, k_cache, v_cache, out, plan)
     elif strategy == "pod":
-        pod_attention(q, k_cache, v_cache, out, plan, policy)
+        pod_attention(q, k_cache, v_cache, out, plan)
     else:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
-
-
-def _streams_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    out: torch.Tensor,
-    plan: Plan,
-) -> None:
-    """Fork from the current stream and join it again, which a CUDA graph can capture."""
-    if q.device.type != "cuda":  # interpreted: there are no streams, the order is the only one
-        prefill_attention(q, k_cache, v_cache, out, plan)
-        decode_attention(q, k_cache, v_cache, out, plan)
-        return
-    current = torch.cuda.current_stream(q.device)
-    side = next(stream for stream in _side_streams(q.device) if stream != current)
-    side.wait_stream(current)
-    prefill_attention(q, k_cache, v_cache, out, plan)
-    with torch.cuda.stream(side):
-        decode_attention(q, k_cache, v_cache, out, plan)
-    current.wait_stream(side)
-
-
-@cache
-def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Return two streams: torch hands out 32 in turn, and one may be the current one."""
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def attention_reference(
@@ -78,6 +59,7 @@ def attention_reference(
     v_cache: torch.Tensor,
     chunks: Sequence[PrefillChunk],
     decodes: Sequence[Decode],
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention of a batch in float64, request by request."""
     out = torch.empty_like(q, dtype=torch.float64)
@@ -87,10 +69,11 @@ def attention_reference(
     for request in (*chunks, *decodes):
         num_tokens = request.num_tokens if isinstance(request, PrefillChunk) else 1
         queries = q[start : start + num_tokens].double()  # [tokens, q heads, head_dim]
-        keys = k_cache[
-            request.slot, : request.context_len
-        ].double()  # [context, kv heads, head_dim]
-        values = v_cache[request.slot, : request.context_len].double()
+        pages = request.slot if block_table is None else block_table[request.slot].long()
+        keys, values = (  # [context, kv heads, head_dim]
+            cache[pages].flatten(0, -3)[: request.context_len].double()
+            for cache in (k_cache, v_cache)
+        )
         keys = keys.repeat_interleave(group, dim=1)  # [context, q heads, head_dim]
         values = values.repeat_interleave(group, dim=1)
         scores = torch.einsum("thd,chd->htc", queries, keys) / head_dim**0.5

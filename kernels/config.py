@@ -1,15 +1,32 @@
-"""Tile sizes and launch parameters of the attention kernels, as one deterministic function.
+"""Tile sizes and launch parameters of the attention kernels, as deterministic functions.
 
-No autotuner: the same model always gets the same kernels, so that a timing can be repeated. The
-numbers start from what was fastest on an H200 with 128-wide heads; 64-wide heads get blocks of the
-same bytes. tests/test_kernels_compile.py checks that no kernel spills registers.
+No autotuner: the same batch always gets the same kernels, so that a timing can be repeated. The
+numbers of the portable Triton kernels start from what was fastest on an H200 with 128-wide heads;
+those of the Hopper kernels come from `podsim kernels tune` (results/kernels/). 64-wide heads get
+blocks of the same bytes. tests/test_kernels_compile.py checks that no kernel spills registers.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 STRATEGIES = ("serial", "streams", "unified", "pod")
 
+KERNELS = ("triton", "hopper")
+"""Portable kernels, and kernels for Hopper's wgmma and TMA (Gluon)."""
+
+POLICIES = ("proportional", "50:50", "adaptive")
+"""How POD shares the SMs: see pod.py for the portable kernels, sm_shares for Hopper's."""
+
 MIN_DOT_ROWS = 16  # the fewest rows of a tensor-core product in Triton
+
+SATURATING_SHARE = 0.42
+"""Share of the SMs whose loads saturate an H200's memory (56 of 132; design of the streams)."""
+PREFILL_PER_DECODE = 138.0
+"""Operations of prefill in the time in which decode reads a byte: an H200's 600 TFLOP/s and 4.35
+TB/s in these kernels."""
+DECODE_HEAVY = 0.6
+"""Balance below which POD gives decode the larger blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +44,8 @@ class TileConfig:
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n"):
             size = getattr(self, name)
-            if size < MIN_DOT_ROWS or size & (size - 1):
-                raise ValueError(f"{name} must be a power of two, 16 or more, got {size}")
+            if size < 8 or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two, 8 or more, got {size}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +59,40 @@ class AttentionConfig:
     """Aim of the KV splits: two waves of the three decode CTAs that fit on an SM."""
     min_split_len: int = 256
     """Keys below which a split costs more in its combine than it gains in parallelism."""
+    kernels: str = "triton"
+    """One of KERNELS."""
+    policy: str = "proportional"
+    """One of POLICIES, for POD."""
+    prefill_registers: int = 0
+    decode_registers: int = 0
+    """Registers of a thread of each operation in POD on Hopper."""
+    query_buffers: int = 1
+    """Tiles of queries that a Hopper prefill keeps in shared memory."""
+
+    def __post_init__(self) -> None:
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels must be one of {KERNELS}, got {self.kernels!r}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {POLICIES}, got {self.policy!r}")
 
 
 def config_for(
-    strategy: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int
+    strategy: str,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kernels: str = "triton",
+    decode_heavy: bool = False,
 ) -> AttentionConfig:
-    """Return the configuration of a strategy for a model's heads."""
+    """Return the configuration of a strategy for a model's heads.
+
+    Hopper's POD has tiles for batches that are decode-heavy and for the others: see is_decode_heavy.
+    """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    if kernels == "hopper":
+        return _hopper_config(strategy, num_q_heads // num_kv_heads, head_dim, decode_heavy)
     block_n = 8192 // head_dim  # 16 KiB of K, and of V, in each pipeline stage
     large_tile = TileConfig(block_m=128, block_n=block_n, num_warps=8, num_stages=3)
     if strategy == "unified":
@@ -61,6 +104,71 @@ def config_for(
         small_tile = TileConfig(block_m=64, block_n=block_n, num_warps=4, num_stages=3)
         return AttentionConfig(prefill=small_tile, decode=decode_tile)
     return AttentionConfig(prefill=large_tile, decode=decode_tile)
+
+
+def _hopper_config(strategy: str, group: int, head_dim: int, decode_heavy: bool) -> AttentionConfig:
+    """Rings fill the shared memory that an SM has; one CTA runs on each."""
+    wide = 128 // head_dim  # blocks of 64-wide heads have half the bytes
+    heads = max(8, 1 << (group - 1).bit_length())  # the narrow side of wgmma
+    prefill = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=4 * wide)
+    decode = TileConfig(block_m=heads, block_n=64, num_warps=4, num_stages=6 * wide)
+    config = AttentionConfig(prefill, decode, kernels="hopper", query_buffers=2)
+    if strategy == "unified":
+        return replace(config, decode=None)
+    if strategy != "pod":
+        return config
+    if decode_heavy:
+        prefill = replace(prefill, block_n=64, num_stages=5 * wide)
+        decode = replace(decode, block_n=128, num_stages=3 * wide)
+    else:
+        prefill = replace(prefill, num_stages=3 * wide)
+        decode = replace(decode, num_stages=5 * wide)
+    few = heads <= 8 and not decode_heavy  # accumulators of decode
+    return replace(
+        config,
+        prefill=prefill,
+        decode=decode,
+        policy="adaptive",
+        query_buffers=1,
+        prefill_registers=208 if few else 200,
+        decode_registers=72 if few else 88,
+    )
+
+
+def balance(chunks: Sequence[tuple[int, int]], contexts: Sequence[int], group: int) -> float:
+    """Time of prefill alone over the time of decode alone, estimated; inf without decodes.
+
+    `chunks` are (num_tokens, context_len), `group` the query heads of a KV head. A chunk of n
+    tokens does 4 head_dim operations for each of its query heads and pairs of a token and a key
+    that it sees; a decode reads 4 head_dim bytes (K and V, 16 bits) for each KV head and key.
+    """
+    pairs = sum(n * context - n * (n - 1) / 2 for n, context in chunks)
+    keys = sum(contexts)
+    return group * pairs / (PREFILL_PER_DECODE * keys) if keys else math.inf
+
+
+def is_decode_heavy(chunks: Sequence[tuple[int, int]], contexts: Sequence[int], group: int) -> bool:
+    """Whether config_for should be asked for the tiles of a decode-heavy batch."""
+    return balance(chunks, contexts, group) < DECODE_HEAVY
+
+
+def sm_shares(config: AttentionConfig, ratio: float, num_sms: int) -> tuple[int, int]:
+    """SMs that take prefill and decode where Hopper's kernels run beside each other; 0: all.
+
+    `ratio` is the batch's balance. Proportional, which two streams need, leaves prefill as many SMs
+    as let both end together, when decode does not gain from more than SATURATING_SHARE of them.
+    50:50 has both on every SM to the end. Adaptive is what was fastest when tuned: that too.
+    """
+    if config.policy == "proportional":
+        return _prefill_sms(ratio, num_sms), 0
+    return 0, 0
+
+
+def _prefill_sms(ratio: float, num_sms: int) -> int:
+    if math.isinf(ratio):
+        return num_sms
+    share = ratio / (ratio + SATURATING_SHARE)
+    return min(max(round(num_sms * share), num_sms // 8), num_sms - num_sms // 8)
 
 
 def _decode_rows(group: int) -> int:

@@ -32,27 +32,27 @@ def decode_item(
     out,
     partial_out,
     partial_lse,
-    requests,
     splits,
-    slot_stride,
+    block_table,
+    slot_rows,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Compute one work item, 0 <= item < num_splits * KV_HEADS."""
     # The KV heads of a split are neighbours: the keys of one token lie side by side in the cache.
     kv_head = item % KV_HEADS
-    split = splits + item // KV_HEADS * 4
-    request = requests + tl.load(split) * 4
-    low = tl.load(split + 1)
-    high = tl.load(split + 2)
-    partial = tl.load(split + 3)
-    query_start = tl.load(request)
-    context_len = tl.load(request + 2)
-    slot = tl.load(request + 3)
+    split = splits + item // KV_HEADS * 8
+    query_start = tl.load(split)
+    context_len = tl.load(split + 1)
+    slot = tl.load(split + 2)
+    low = tl.load(split + 3)
+    high = tl.load(split + 4)
+    partial = tl.load(split + 5)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
@@ -61,18 +61,21 @@ def decode_item(
     offsets = offsets[:, None] + dims[None, :]
     q_tile = tl.load(q + offsets, mask=valid[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
 
-    base = slot.to(tl.int64) * slot_stride + kv_head * HEAD_DIM
+    slot_start = slot * (slot_rows // PAGE if PAGE else slot_rows)
     acc, m, total = attention_tile(
         q_tile,
         tl.zeros([BLOCK_M], tl.int32) + context_len - 1,
         context_len - 1,
-        k_cache + base,
-        v_cache + base,
+        k_cache + kv_head * HEAD_DIM,
+        v_cache + kv_head * HEAD_DIM,
+        slot_start,
+        block_table,
         low,
         high,
         scale,
         KV_HEADS * HEAD_DIM,
         BLOCK_N,
+        PAGE,
     )
     result = acc / total[:, None]
     if partial < 0:
@@ -93,15 +96,16 @@ def _decode_kernel(
     partial_out,
     partial_lse,
     counts,
-    requests,
     splits,
-    slot_stride,
+    block_table,
+    slot_rows,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     item = tl.program_id(0)
     if item < tl.load(counts + 1) * KV_HEADS:
@@ -113,15 +117,16 @@ def _decode_kernel(
             out,
             partial_out,
             partial_lse,
-            requests,
             splits,
-            slot_stride,
+            block_table,
+            slot_rows,
             scale,
             KV_HEADS,
             GROUP,
             HEAD_DIM,
             BLOCK_M,
             BLOCK_N,
+            PAGE,
         )
 
 
@@ -131,17 +136,16 @@ def _combine_kernel(
     partial_lse,
     out,
     counts,
-    requests,
     combines,
     Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Join the partials of one request and query head."""
-    combine = combines + tl.program_id(0) // Q_HEADS * 3
+    combine = combines + tl.program_id(0) // Q_HEADS * 4
     head = tl.program_id(0) % Q_HEADS
     if tl.program_id(0) < tl.load(counts + 2) * Q_HEADS:
-        query_start = tl.load(requests + tl.load(combine) * 4)
+        query_start = tl.load(combine)
         first_partial = tl.load(combine + 1)
         num_partials = tl.load(combine + 2)
         parts = tl.arange(0, BLOCK)
@@ -187,15 +191,16 @@ def decode_attention(
         plan.partial_out,
         plan.partial_lse,
         plan.counts,
-        plan.requests,
         plan.splits,
-        k_cache.stride(0),
+        plan.block_table,
+        plan.max_len,
         softmax_scale(plan.head_dim),
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.num_q_heads // plan.num_kv_heads,
         HEAD_DIM=plan.head_dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        PAGE=plan.page_size,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -211,7 +216,6 @@ def combine_splits(out: torch.Tensor, plan: Plan) -> None:
         plan.partial_lse,
         out,
         plan.counts,
-        plan.requests,
         plan.combines,
         Q_HEADS=plan.num_q_heads,
         HEAD_DIM=plan.head_dim,

@@ -1,17 +1,18 @@
 """The work of one batch as lists in device memory.
 
 A batch is a sequence of prefill chunks and a sequence of decodes. The tokens of the chunks come
-first in q and out, in order, then one token a decode; requests are numbered in the same order.
+first in q and out, in order, then one token a decode; query_start is a request's first token.
 With G query heads to a KV head, the queries of a request that share a KV head are packed into
 num_tokens * G rows: row r is token r // G, head r % G of the group. Work is listed once and holds
-for each KV head:
+for each KV head (entries are padded with zeros):
 
-    requests  [R, 4]  query_start, num_tokens, context_len, slot
-    tiles     [T, 2]  request, row tile: block_m packed rows of a chunk, the longest first
-    splits    [S, 4]  request, first key, end of keys, partial (-1: the only split, which writes
-                      its result), the longest first
-    combines  [C, 3]  request, first partial, number of partials: the decodes with several splits
-    counts    [4]     T, S, C, 0
+    tiles     [T, 8]  query_start, num_tokens, context_len, slot, row tile: block_m packed rows of
+                      a chunk, the longest first
+    splits    [S, 8]  query_start, context_len, slot, first key, end of keys, partial (-1: the
+                      only split, which writes its result), the longest first
+    combines  [C, 4]  query_start, first partial, number of partials: the decodes with several
+                      splits
+    counts    [8]     T, S, C, CTAs that take prefill and decode in POD on Hopper (0: all), 0, 0, 0
 
 The kernels read everything that depends on the batch from these lists, the counts included, and
 CTAs past a count leave: a captured launch of a large enough grid stays valid when the lists are
@@ -28,7 +29,9 @@ import numpy as np
 import torch
 
 from .checks import require_heads, require_runnable, require_tensor
-from .config import AttentionConfig
+from .config import AttentionConfig, balance, sm_shares
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 NUM_COUNTERS = 260  # POD tickets: 256 SMs, prefill, decode, done, unused; see pod.py
 
@@ -54,19 +57,21 @@ class Decode:
 class WorkLists:
     """The lists of the module docstring on the host, int32."""
 
-    requests: np.ndarray
     tiles: np.ndarray
     splits: np.ndarray
     combines: np.ndarray
+    num_tokens: int
+    sm_shares: tuple[int, int]
 
     @property
     def counts(self) -> np.ndarray:
-        return np.array([len(self.tiles), len(self.splits), len(self.combines), 0], np.int32)
+        sizes = [len(self.tiles), len(self.splits), len(self.combines)]
+        return np.array([*sizes, *self.sm_shares, 0, 0, 0], np.int32)
 
     @property
     def sections(self) -> tuple[np.ndarray, ...]:
         """In their order in device memory."""
-        return self.counts, self.requests, self.tiles, self.splits, self.combines
+        return self.counts, self.tiles, self.splits, self.combines
 
     @property
     def num_partials(self) -> int:
@@ -78,43 +83,53 @@ def work_lists(
     decodes: Sequence[Decode],
     *,
     group: int,
+    pack: int,
     num_kv_heads: int,
     num_sms: int,
     config: AttentionConfig,
 ) -> WorkLists:
-    """Cut a batch into work items."""
+    """Cut a batch into work items; `pack` query heads of the `group` share a row tile."""
     num_tokens = np.array([chunk.num_tokens for chunk in chunks] + [1] * len(decodes), np.int64)
     context = np.array([request.context_len for request in (*chunks, *decodes)], np.int64)
     slot = np.array([request.slot for request in (*chunks, *decodes)], np.int64)
-    query_start = np.cumsum(num_tokens) - num_tokens
-    requests = np.stack([query_start, num_tokens, context, slot], axis=1)
+    requests = np.stack([np.cumsum(num_tokens) - num_tokens, num_tokens, context, slot], axis=1)
 
-    num_tiled = len(chunks) if config.decode else len(context)
-    tiles = _row_tiles(num_tokens[:num_tiled], context[:num_tiled], group, config.prefill.block_m)
-    splits, combines = _kv_splits(context, num_tiled, num_kv_heads, num_sms, config)
-    return WorkLists(*(part.astype(np.int32) for part in (requests, tiles, splits, combines)))
+    tiled, split = np.split(requests, [len(chunks) if config.decode else len(requests)])
+    splits, combines = _kv_splits(split, num_kv_heads, num_sms, config)
+    tiles = _row_tiles(tiled, pack, config.prefill.block_m)
+    ratio = balance(
+        [(chunk.num_tokens, chunk.context_len) for chunk in chunks],
+        [decode.context_len for decode in decodes],
+        group,
+    )
+    return WorkLists(
+        *map(_padded, (tiles, splits, combines)),
+        num_tokens=int(num_tokens.sum()),
+        sm_shares=sm_shares(config, ratio, num_sms),
+    )
 
 
-def _row_tiles(num_tokens: np.ndarray, context: np.ndarray, group: int, block_m: int) -> np.ndarray:
+def _row_tiles(requests: np.ndarray, pack: int, block_m: int) -> np.ndarray:
     """Return (request, row tile) of all packed rows; the tiles with the most keys come first."""
-    num_rows = num_tokens * group
+    num_rows = requests[:, 1] * pack
     request, tile = _enumerate_parts(-(-num_rows // block_m))
     last_row = np.minimum((tile + 1) * block_m, num_rows[request]) - 1
-    num_keys = context[request] - num_tokens[request] + last_row // group + 1
-    return np.stack([request, tile], axis=1)[np.argsort(-num_keys, kind="stable")]
+    num_keys = (requests[:, 2] - requests[:, 1])[request] + last_row // pack + 1
+    tiles = np.column_stack([requests[request], tile])
+    return tiles[np.argsort(-num_keys, kind="stable")]
 
 
 def _kv_splits(
-    context: np.ndarray, first: int, num_kv_heads: int, num_sms: int, config: AttentionConfig
+    requests: np.ndarray, num_kv_heads: int, num_sms: int, config: AttentionConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the splits and the combines of the requests from `first` on.
+    """Return the splits and the combines of decodes.
 
     One length of split is chosen for the batch: the longest that still makes decode_items_per_sm
     items for each SM, but at least min_split_len. Each request is then cut evenly, at whole blocks.
     """
-    if config.decode is None or first == len(context):
-        return np.empty((0, 4), np.int64), np.empty((0, 3), np.int64)
-    context = context[first:]
+    if config.decode is None or not len(requests):
+        return np.empty((0, 6), np.int64), np.empty((0, 3), np.int64)
+    query_start, context, slot = requests[:, 0], requests[:, 2], requests[:, 3]
     block_n = config.decode.block_n
     filling = -(-context.sum() * num_kv_heads // (num_sms * config.decode_items_per_sm))
     longest = _round_up(max(filling, config.min_split_len), block_n)
@@ -127,12 +142,18 @@ def _kv_splits(
     num_partials = np.where(num_splits > 1, num_splits, 0)
     first_partial = np.cumsum(num_partials) - num_partials
     partial = np.where(num_partials[decode] > 0, first_partial[decode] + split, -1)
-    splits = np.stack([decode + first, low, high, partial], axis=1)
-    splits = splits[np.argsort(low - high, kind="stable")]
+    splits = [query_start[decode], context[decode], slot[decode], low, high, partial]
+    longest_first = np.argsort(low - high, kind="stable")
 
-    (split_decodes,) = np.nonzero(num_partials)
-    combines = [split_decodes + first, first_partial[split_decodes], num_partials[split_decodes]]
-    return splits, np.stack(combines, axis=1)
+    (cut,) = np.nonzero(num_partials)
+    combines = [query_start[cut], first_partial[cut], num_partials[cut]]
+    return np.column_stack(splits)[longest_first], np.column_stack(combines)
+
+
+def _padded(entries: np.ndarray) -> np.ndarray:
+    """Entries of 4 or 8 int32: a kernel reads one with a single load."""
+    width = 4 if entries.shape[1] <= 4 else 8
+    return np.pad(entries, ((0, 0), (0, width - entries.shape[1]))).astype(np.int32)
 
 
 def _enumerate_parts(num_parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,8 +174,8 @@ class Plan:
     each.
     """
 
+    block_table: torch.Tensor
     counts: torch.Tensor
-    requests: torch.Tensor
     tiles: torch.Tensor
     splits: torch.Tensor
     combines: torch.Tensor
@@ -176,7 +197,11 @@ class Plan:
         max_len: int,
         num_sms: int,
         config: AttentionConfig,
+        page_size: int = 0,
+        block_table: torch.Tensor | None = None,
     ) -> None:
+        """Contiguous KV, or pages of page_size keys that block_table [num_slots, max_len //
+        page_size] int32 names for each slot in the order of its keys."""
         require_heads(num_q_heads, num_kv_heads, head_dim)
         if num_sms < 1:
             raise ValueError(f"num_sms must be at least 1, got {num_sms}")
@@ -188,6 +213,9 @@ class Plan:
         self.num_sms = num_sms
         self.config = config
         self.num_tokens = 0
+        self.page_size = page_size
+        if page_size:
+            self.block_table = _require_block_table(block_table, page_size, num_slots, max_len)
         if config.decode and config.decode.block_m < self.group:
             raise ValueError(
                 f"the decode tile has {config.decode.block_m} rows for {self.group} heads"
@@ -199,8 +227,13 @@ class Plan:
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def pack(self) -> int:
+        """Query heads whose rows share a tile: all of the group, or as many as divide a tile."""
+        return self.group & -self.group if self.config.kernels == "hopper" else self.group
+
+    @property
     def num_prefill_items(self) -> int:
-        return self.num_tiles * self.num_kv_heads
+        return self.num_tiles * (self.num_q_heads // self.pack)
 
     @property
     def num_decode_items(self) -> int:
@@ -213,6 +246,7 @@ class Plan:
             chunks,
             decodes,
             group=self.group,
+            pack=self.pack,
             num_kv_heads=self.num_kv_heads,
             num_sms=self.num_sms,
             config=self.config,
@@ -223,7 +257,10 @@ class Plan:
     ) -> None:
         """Refuse tensors that are not those the plan was made for."""
         queries = (self.num_tokens, self.num_q_heads, self.head_dim)
-        cache = (self.num_slots, self.max_len, self.num_kv_heads, self.head_dim)
+        heads = (self.num_kv_heads, self.head_dim)
+        cache = (self.num_slots, self.max_len, *heads)
+        if self.page_size:
+            cache = (len(k_cache), self.page_size, *heads)
         require_tensor("q", q, queries)
         require_tensor("k_cache", k_cache, cache, like=q)
         require_tensor("v_cache", v_cache, cache, like=q)
@@ -261,7 +298,9 @@ class AttentionPlan(Plan):
         host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         _write_sections(host.numpy(), sections, sizes)
         lists = host.to(device, non_blocking=True).split(sizes)
-        self.counts, self.requests, self.tiles, self.splits, self.combines = lists
+        if not self.page_size:
+            self.block_table = lists[0]  # not read
+        self.counts, self.tiles, self.splits, self.combines = lists
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
         self.partial_out, self.partial_lse = _workspaces(self, self.work.num_partials, device)
 
@@ -270,7 +309,6 @@ class AttentionPlan(Plan):
 class Room:
     """The longest lists that a batch can have."""
 
-    requests: int
     tiles: int
     splits: int
     combines: int
@@ -283,11 +321,10 @@ class Room:
         the SMs, each decode may have a shorter one.
         """
         tiled = max_chunks if plan.config.decode else max_chunks + max_decodes
-        full_tiles = -(-num_tokens * plan.group // plan.config.prefill.block_m)
+        full_tiles = -(-num_tokens * plan.pack // plan.config.prefill.block_m)
         num_split = max_decodes if plan.config.decode else 0
         filling = plan.num_sms * plan.config.decode_items_per_sm // plan.num_kv_heads
         return cls(
-            requests=max_chunks + max_decodes,
             tiles=full_tiles + tiled if tiled else 0,
             splits=filling + num_split if num_split else 0,
             combines=num_split,
@@ -298,8 +335,8 @@ class Room:
 
     @property
     def section_sizes(self) -> list[int]:
-        """Of counts, requests, tiles, splits and combines, in int32."""
-        entries = (4, 4 * self.requests, 2 * self.tiles, 4 * self.splits, 3 * self.combines)
+        """Of counts, tiles, splits and combines, in int32."""
+        entries = (8, 8 * self.tiles, 8 * self.splits, 4 * self.combines)
         return [_section_size(size) for size in entries]
 
     @property
@@ -337,7 +374,9 @@ class CapturedPlan(Plan):
         self.num_combines = self.own.combines
         self.room = room
         parts = lists.split(room.section_sizes)
-        self.counts, self.requests, self.tiles, self.splits, self.combines = parts
+        if not self.page_size:
+            self.block_table = parts[0]  # not read
+        self.counts, self.tiles, self.splits, self.combines = parts
 
     def use(
         self, counters: torch.Tensor, partial_out: torch.Tensor, partial_lse: torch.Tensor
@@ -356,19 +395,18 @@ class CapturedPlan(Plan):
     ) -> None:
         """Put a batch's lists into host memory, laid out as `lists`; refuse one that is too big."""
         work = self.cut(chunks, decodes)
-        num_tokens = int(work.requests[:, 1].sum())
         own = Room(*map(len, work.sections[1:]))
-        if num_tokens > self.num_tokens or own.union(self.own) != self.own:
+        if work.num_tokens > self.num_tokens or own.union(self.own) != self.own:
             raise ValueError(
-                f"{num_tokens} tokens with {own} exceed the plan's {self.num_tokens} "
+                f"{work.num_tokens} tokens with {own} exceed the plan's {self.num_tokens} "
                 f"with {self.own}"
             )
         _write_sections(host, work.sections, self.room.section_sizes)
 
 
 def _section_size(num_ints: int) -> int:
-    """Lists start at multiples of 16 bytes: Triton compiles a kernel anew for each alignment."""
-    return max(4, int(_round_up(num_ints, 4)))
+    """Whole entries, at least one, of 32 bytes: Triton compiles a kernel anew for each alignment."""
+    return max(8, int(_round_up(num_ints, 8)))
 
 
 def _write_sections(host: np.ndarray, sections: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
@@ -384,6 +422,22 @@ def _workspaces(
     shape = (max(1, num_partials), plan.num_q_heads, plan.head_dim)
     partial_out = torch.empty(shape, dtype=torch.float32, device=device)
     return partial_out, torch.empty(shape[:2], dtype=torch.float32, device=device)
+
+
+def _require_block_table(
+    block_table: torch.Tensor | None, page_size: int, num_slots: int, max_len: int
+) -> torch.Tensor:
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size}")
+    if max_len % page_size:
+        raise ValueError(f"max_len must be a multiple of page_size {page_size}, got {max_len}")
+    shape = (num_slots, max_len // page_size)
+    if block_table is None or tuple(block_table.shape) != shape:
+        got = None if block_table is None else tuple(block_table.shape)
+        raise ValueError(f"block_table must have shape {shape}, got {got}")
+    if block_table.dtype != torch.int32 or not block_table.is_contiguous():
+        raise ValueError(f"block_table must be contiguous int32, got {block_table.dtype}")
+    return block_table
 
 
 def _require_batch(

@@ -28,8 +28,6 @@ from .plan import Plan
 from .prefill import prefill_item
 from .tile import softmax_scale
 
-POLICIES = ("proportional", "50:50")
-
 PREFILL = tl.constexpr(0)
 DECODE = tl.constexpr(1)
 NOTHING = tl.constexpr(2)
@@ -104,11 +102,11 @@ def _pod_kernel(
     partial_out,
     partial_lse,
     counts,
-    requests,
     tiles,
     splits,
     counters,
-    slot_stride,
+    block_table,
+    slot_rows,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -117,6 +115,7 @@ def _pod_kernel(
     PREFILL_BLOCK_N: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
     DECODE_BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     PROPORTIONAL: tl.constexpr,
     NUM_SMS: tl.constexpr,
 ):
@@ -135,15 +134,16 @@ def _pod_kernel(
                 k_cache,
                 v_cache,
                 out,
-                requests,
                 tiles,
-                slot_stride,
+                block_table,
+                slot_rows,
                 scale,
                 KV_HEADS,
                 GROUP,
                 HEAD_DIM,
                 PREFILL_BLOCK_M,
                 PREFILL_BLOCK_N,
+                PAGE,
             )
         elif op == DECODE:
             decode_item(
@@ -154,15 +154,16 @@ def _pod_kernel(
                 out,
                 partial_out,
                 partial_lse,
-                requests,
                 splits,
-                slot_stride,
+                block_table,
+                slot_rows,
                 scale,
                 KV_HEADS,
                 GROUP,
                 HEAD_DIM,
                 DECODE_BLOCK_M,
                 DECODE_BLOCK_N,
+                PAGE,
             )
 
 
@@ -172,11 +173,10 @@ def pod_attention(
     v_cache: torch.Tensor,
     out: torch.Tensor,
     plan: Plan,
-    policy: str = "proportional",
 ) -> None:
     """Write the attention of all of the plan's tokens to out."""
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    if plan.config.policy not in ("proportional", "50:50"):
+        raise ValueError(f"this POD has no policy {plan.config.policy!r}: see POLICIES")
     prefill, decode = plan.config.prefill, plan.config.decode
     if decode is None:
         raise ValueError("the plan lists decodes as chunks: make it with config_for('pod', ...)")
@@ -191,11 +191,11 @@ def pod_attention(
         plan.partial_out,
         plan.partial_lse,
         plan.counts,
-        plan.requests,
         plan.tiles,
         plan.splits,
         plan.counters,
-        k_cache.stride(0),
+        plan.block_table,
+        plan.max_len,
         softmax_scale(plan.head_dim),
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.num_q_heads // plan.num_kv_heads,
@@ -204,7 +204,8 @@ def pod_attention(
         PREFILL_BLOCK_N=prefill.block_n,
         DECODE_BLOCK_M=decode.block_m,
         DECODE_BLOCK_N=decode.block_n,
-        PROPORTIONAL=policy == "proportional",
+        PAGE=plan.page_size,
+        PROPORTIONAL=plan.config.policy == "proportional",
         NUM_SMS=plan.num_sms,
         num_warps=prefill.num_warps,
         num_stages=prefill.num_stages,

@@ -23,26 +23,26 @@ def prefill_item(
     k_cache,
     v_cache,
     out,
-    requests,
     tiles,
-    slot_stride,
+    block_table,
+    slot_rows,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Compute one work item, 0 <= item < num_tiles * KV_HEADS."""
     # All tiles of one KV head are neighbours: they read the same keys while these are in the L2.
     kv_head = item // num_tiles
-    tile = tiles + item % num_tiles * 2
-    request = requests + tl.load(tile) * 4
-    first_row = tl.load(tile + 1) * BLOCK_M
-    query_start = tl.load(request)
-    num_tokens = tl.load(request + 1)
-    context_len = tl.load(request + 2)
-    slot = tl.load(request + 3)
+    tile = tiles + item % num_tiles * 8
+    query_start = tl.load(tile)
+    num_tokens = tl.load(tile + 1)
+    context_len = tl.load(tile + 2)
+    slot = tl.load(tile + 3)
+    first_row = tl.load(tile + 4) * BLOCK_M
 
     num_rows = num_tokens * GROUP
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -53,18 +53,21 @@ def prefill_item(
 
     chunk_start = context_len - num_tokens
     last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-    base = slot.to(tl.int64) * slot_stride + kv_head * HEAD_DIM
+    slot_start = slot * (slot_rows // PAGE if PAGE else slot_rows)
     acc, _, total = attention_tile(
         q_tile,
         chunk_start + rows // GROUP,
         chunk_start + first_row // GROUP,
-        k_cache + base,
-        v_cache + base,
+        k_cache + kv_head * HEAD_DIM,
+        v_cache + kv_head * HEAD_DIM,
+        slot_start,
+        block_table,
         tl.zeros([], tl.int32),
         chunk_start + last_row // GROUP + 1,
         scale,
         KV_HEADS * HEAD_DIM,
         BLOCK_N,
+        PAGE,
     )
     tl.store(out + offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid)
 
@@ -76,15 +79,16 @@ def _prefill_kernel(
     v_cache,
     out,
     counts,
-    requests,
     tiles,
-    slot_stride,
+    block_table,
+    slot_rows,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     item = tl.program_id(0)
     num_tiles = tl.load(counts)
@@ -96,15 +100,16 @@ def _prefill_kernel(
             k_cache,
             v_cache,
             out,
-            requests,
             tiles,
-            slot_stride,
+            block_table,
+            slot_rows,
             scale,
             KV_HEADS,
             GROUP,
             HEAD_DIM,
             BLOCK_M,
             BLOCK_N,
+            PAGE,
         )
 
 
@@ -139,15 +144,16 @@ def launch_tiles(
         v_cache,
         out,
         plan.counts,
-        plan.requests,
         plan.tiles,
-        k_cache.stride(0),
+        plan.block_table,
+        plan.max_len,
         softmax_scale(plan.head_dim),
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.num_q_heads // plan.num_kv_heads,
         HEAD_DIM=plan.head_dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        PAGE=plan.page_size,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

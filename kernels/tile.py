@@ -33,13 +33,16 @@ def attention_tile(
     q,  # [BLOCK_M, HEAD_DIM]
     positions,  # [BLOCK_M], the last key that each row sees
     first_position,  # the smallest of positions
-    k,  # the keys of the request and KV head: key j at k + j * KV_STRIDE
+    k,  # of the KV head: row r of the cache at k + r * KV_STRIDE
     v,
+    slot_start,  # contiguous: the row of key 0; paged: where the slot's row of the block table is
+    block_table,
     low,
     high,
     scale,
     KV_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Return acc [BLOCK_M, HEAD_DIM], m and total [BLOCK_M]; every row must see the key `low`."""
     acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
@@ -50,12 +53,14 @@ def attention_tile(
     middle = low + num_seen // BLOCK_N * BLOCK_N
     for start in range(low, middle, BLOCK_N):
         acc, m, total = _attend_block(
-            acc, m, total, q, positions, k, v, start, high, scale, KV_STRIDE, BLOCK_N, False
-        )
+            acc, m, total, q, positions, k, v, slot_start, block_table, start, high, scale,
+            KV_STRIDE, BLOCK_N, PAGE, False,
+        )  # fmt: skip
     for start in range(middle, high, BLOCK_N):
         acc, m, total = _attend_block(
-            acc, m, total, q, positions, k, v, start, high, scale, KV_STRIDE, BLOCK_N, True
-        )
+            acc, m, total, q, positions, k, v, slot_start, block_table, start, high, scale,
+            KV_STRIDE, BLOCK_N, PAGE, True,
+        )  # fmt: skip
     return acc, m, total
 
 
@@ -68,20 +73,31 @@ def _attend_block(
     positions,
     k,
     v,
+    slot_start,
+    block_table,
     start,
     high,
     scale,
     KV_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add the keys [start, start + BLOCK_N) to the running softmax."""
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, q.shape[1])
-    # The 64-bit part of the address is one number; the offsets within a block fit 32 bits.
-    offsets = keys[:, None] * KV_STRIDE + dims[None, :]
-    k_at = k + tl.cast(start, tl.int64) * KV_STRIDE + offsets
-    v_at = v + tl.cast(start, tl.int64) * KV_STRIDE + offsets
+    if PAGE:
+        at = tl.minimum(start + keys, high - 1)
+        page = tl.load(block_table + slot_start + at // PAGE)
+        offsets = (page.to(tl.int64) * PAGE + at % PAGE)[:, None] * KV_STRIDE + dims[None, :]
+    else:
+        # The 64-bit part of the address is one number; the offsets within a block fit 32 bits.
+        first = (slot_start + start).to(tl.int64) * KV_STRIDE
+        k += first
+        v += first
+        offsets = keys[:, None] * KV_STRIDE + dims[None, :]
+    k_at = k + offsets
+    v_at = v + offsets
     if MASKED:
         # Zeros past the end, not what lies there: 0 * NaN would reach the result through V.
         inside = (start + keys < high)[:, None]

@@ -20,13 +20,14 @@ from podsim.kernels.plan import (  # noqa: E402
     PrefillChunk,
     Room,
 )
-from podsim.kernels.pod import POLICIES, pod_attention, take_ticket  # noqa: E402
+from podsim.kernels.pod import pod_attention, take_ticket  # noqa: E402
 from podsim.kernels.prefill import prefill_attention  # noqa: E402
 from podsim.kernels.unified import unified_attention  # noqa: E402
 
 # The interpreter of Triton before 3.9 converts arrays in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
+POLICIES = ("proportional", "50:50")
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of a whole request
 NUM_SLOTS, MAX_LEN = 6, 304
 NUM_SMS = 4
@@ -91,10 +92,10 @@ def assert_close(out, expected, batch, tolerance):
         assert (got - want).norm() / want.norm() < tolerance, request
 
 
-def check(strategy, batch, device, dtype=torch.bfloat16, policy="proportional", **shape):
+def check(strategy, batch, device, dtype=torch.bfloat16, **shape):
     plan = plan_for(strategy, batch, device, **shape)
     q, k_cache, v_cache, out = tensors_for(plan, batch, dtype, device)
-    attention(strategy, q, k_cache, v_cache, out, plan, policy)
+    attention(strategy, q, k_cache, v_cache, out, plan)
     expected = attention_reference(q, k_cache, v_cache, *batch)
     assert_close(out, expected, batch, TOLERANCE[dtype])
 
@@ -142,12 +143,12 @@ def test_each_side_writes_only_its_rows(launcher, written, device):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_pod_launches_again_from_clean_counters(policy, device):
-    plan = plan_for("pod", MIXED, device)
+    plan = plan_for("pod", MIXED, device, policy=policy)
     q, k_cache, v_cache, first = tensors_for(plan, MIXED, torch.bfloat16, device)
     second = first.clone()
-    pod_attention(q, k_cache, v_cache, first, plan, policy)
+    pod_attention(q, k_cache, v_cache, first, plan)
     assert plan.counters.tolist() == [0] * NUM_COUNTERS
-    pod_attention(q, k_cache, v_cache, second, plan, policy)
+    pod_attention(q, k_cache, v_cache, second, plan)
     assert plan.counters.tolist() == [0] * NUM_COUNTERS
     assert torch.equal(first, second)
 
@@ -207,7 +208,7 @@ def captured_plan(strategy, device, *, heads=(8, 2), head_dim=64):
     config = config_for(strategy, num_q_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim)
     sizes["config"] = replace(config, min_split_len=64)
     room = Room.of(Plan(**sizes), *CAPTURED.values())
-    room = room.union(Room(8, 40, 40, 8))  # others on the same lists may need more
+    room = room.union(Room(40, 40, 8))  # others on the same lists may need more
     host = torch.zeros(room.num_ints, dtype=torch.int32)
     plan = CapturedPlan(torch.zeros_like(host, device=device), room, **CAPTURED, **sizes)
     plan.use(*plan.workspaces())
@@ -253,7 +254,7 @@ def test_a_captured_plan_refuses_what_its_grid_cannot_hold(device):
     with pytest.raises(ValueError, match=r"the lists are .*, the plan needs"):
         CapturedPlan(
             plan.counts,
-            Room(1, 1, 1, 1),
+            Room(1, 1, 1),
             **CAPTURED,
             **{
                 name: getattr(plan, name)
@@ -290,7 +291,9 @@ def test_refuses_names_and_plans_of_others(device):
     with pytest.raises(ValueError, match=r"strategy must be one of .*'hfuse'"):
         attention("hfuse", *tensors, split)
     with pytest.raises(ValueError, match=r"policy must be one of .*'random'"):
-        pod_attention(*tensors, split, "random")
+        replace(split.config, policy="random")
+    with pytest.raises(ValueError, match=r"this POD has no policy 'adaptive'"):
+        pod_attention(*tensors, plan_for("pod", MIXED, device, policy="adaptive"))
     with pytest.raises(ValueError, match=r"needs one num_warps"):
         pod_attention(*tensors, split)
     with pytest.raises(ValueError, match=r"lists decodes as splits"):

@@ -1,0 +1,231 @@
+"""Prefill on Hopper (Gluon): one loader warp and two warpgroups, persistent on every SM.
+
+A work item is 128 packed rows of a chunk: 128 / PACK tokens of PACK query heads that share a KV
+head, PACK the largest power of two in the group. Each warpgroup has 64 of the rows. The blocks of
+keys run from the last, the masked ones, to the first; Q K^T of a block overlaps P V of the block
+before it (FlashAttention-3, arXiv 2407.08608, section 3.2).
+
+Keys and values that follow a context in its last block are read and masked: the cache must hold
+finite numbers everywhere, as one allocated with zeros does.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_api import tma_load
+from .hopper_pages import load_block
+from .hopper_rings import NUM_FIELDS, PREFILL, reset_when_last, take_ticket, tile_order
+
+ROWS = gl.constexpr(64)
+"""Rows of a warpgroup, of which a tile has two."""
+
+MASKED = gl.constexpr(-(2.0**100))
+"""A power of two: its product with the scale is exact, so that a row whose keys are all masked in
+a block gets the weights 2**0, which the next block's top shrinks to nothing."""
+
+
+@gluon.jit
+def load_prefill(
+    q,  # descriptors: [num_tokens, num_q_heads, head_dim], blocks of ROWS rows
+    k,  # [all rows of the cache, num_kv_heads * head_dim]
+    v,
+    q_tiles,  # [2 * Q_BUFFERS, ROWS / PACK, PACK, HEAD_DIM] in shared memory
+    q_full,
+    q_empty,
+    ring,
+    mailbox,
+    counts,
+    tiles,
+    counters,
+    block_table,
+    slot_rows,
+    num_items,
+    Q_BUFFERS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    PAGE: gl.constexpr,
+):
+    """Take work items until none is left, tell the consumers, and load what they need."""
+    TOKENS: gl.constexpr = 2 * ROWS // PACK
+    PACKS: gl.constexpr = GROUP // PACK
+    per_head = gl.maximum(gl.load(counts) * PACKS, 1)
+    loaded = 0
+    sent = 0
+    ticket = num_items
+    if num_items > 0:
+        ticket = take_ticket(counters, PREFILL)
+    # The next item's entry is on its way while the current item's keys are loaded.
+    query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, ticket, per_head, PACKS)
+    while ticket < num_items:
+        # All tiles of one KV head are neighbours: they read the same keys while these are in the L2.
+        kv_head = ticket // per_head
+        head = kv_head * GROUP + ticket % per_head % PACKS * PACK
+        column = kv_head * HEAD_DIM
+        this_slot = slot
+        end = context_len
+        first_token = row_tile * TOKENS
+        query_row = query_start + first_token
+        position = context_len - num_tokens + first_token
+        num_blocks = gl.cdiv(gl.minimum(position + TOKENS, context_len), BLOCK_N)
+        mailbox.send(sent, query_row, head, num_tokens - first_token, position, num_blocks)
+        block, full = ring.claim(loaded)
+        mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
+        load_block(
+            k, v, True, this_slot, (num_blocks - 1) * BLOCK_N, end, column, full, block,
+            block_table, slot_rows, BLOCK_N, PAGE,
+        )  # fmt: skip
+
+        buffer = sent % Q_BUFFERS
+        mbarrier.wait(q_empty.index(buffer), ((sent // Q_BUFFERS) & 1) ^ 1)
+        q_ready = q_full.index(buffer)
+        mbarrier.expect(q_ready, 2 * ROWS * HEAD_DIM * 2)
+        tma_load(q, [query_row, head, 0], q_ready, q_tiles.index(2 * buffer))
+        tma_load(q, [query_row + ROWS // PACK, head, 0], q_ready, q_tiles.index(2 * buffer + 1))
+        sent += 1
+        ticket = take_ticket(counters, PREFILL)
+        query_start, num_tokens, context_len, slot, row_tile = _entry(
+            tiles, ticket, per_head, PACKS
+        )
+        for i in range(1, 2 * num_blocks):
+            block, full = ring.claim(loaded + i)
+            mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
+            is_key, order = tile_order(i, num_blocks)
+            load_block(
+                k, v, is_key, this_slot, (num_blocks - 1 - order) * BLOCK_N, end, column, full,
+                block, block_table, slot_rows, BLOCK_N, PAGE,
+            )  # fmt: skip
+        loaded += 2 * num_blocks
+    mailbox.send(sent, 0, 0, 0, 0, 0)
+    reset_when_last(counters, PREFILL)
+
+
+@gluon.jit
+def _entry(tiles, ticket, per_head, PACKS: gl.constexpr):
+    """Return the tile's query_start, num_tokens, context_len, slot and row tile."""
+    tile = tiles + ticket % per_head // PACKS * NUM_FIELDS
+    return gl.load(tile), gl.load(tile + 1), gl.load(tile + 2), gl.load(tile + 3), gl.load(tile + 4)
+
+
+@gluon.jit
+def compute_prefill(
+    WARPGROUP: gl.constexpr,
+    out,
+    q_tiles,
+    q_full,
+    q_empty,
+    ring,
+    mailbox,
+    scale,
+    Q_BUFFERS: gl.constexpr,
+    Q_HEADS: gl.constexpr,
+    PACK: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Compute this warpgroup's rows of every work item that the loader sends."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])  # noqa: E741
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    dtype: gl.constexpr = ring.tiles.dtype
+    WG_TOKENS: gl.constexpr = ROWS // PACK
+    tokens = gl.arange(0, ROWS, gl.SliceLayout(1, S)) // PACK + WARPGROUP * WG_TOKENS
+    keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
+    read = 0
+    received = 0
+    query_row, head, num_tokens, position, num_blocks = mailbox.receive(received)
+    while num_blocks > 0:
+        buffer = received % Q_BUFFERS
+        mbarrier.wait(q_full.index(buffer), (received // Q_BUFFERS) & 1)
+        q = q_tiles.index(2 * buffer + WARPGROUP).reshape([ROWS, HEAD_DIM])
+        received += 1
+        positions = position + tokens
+
+        zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+        scores = warpgroup_mma(
+            q, ring.read(read).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        ring.release(read)
+        last_keys = (num_blocks - 1) * BLOCK_N + keys
+        scores = gl.where(positions[:, None] >= last_keys[None, :], scores, MASKED)
+        top = gl.max(scores, 1) * scale
+        weights = gl.exp2(scores * scale - top[:, None])
+        total = gl.sum(weights, 1)
+        p = gl.convert_layout(weights.to(dtype), P)
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O)
+
+        # Blocks whose every key the first row sees need no mask: nearly all of a long context.
+        num_seen = (position + WARPGROUP * WG_TOKENS + 1) // BLOCK_N
+        num_masked = gl.minimum(gl.maximum(num_blocks - num_seen, 1), num_blocks)
+        for j in range(1, num_masked):
+            p, acc, top, total = _attend_block(
+                q, ring, read + 2 * j - 1, p, acc, top, total, positions,
+                (num_blocks - 1 - j) * BLOCK_N + keys, scale, S, O, P, BLOCK_N, True,
+            )  # fmt: skip
+        for j in range(num_masked, num_blocks):
+            p, acc, top, total = _attend_block(
+                q, ring, read + 2 * j - 1, p, acc, top, total, positions,
+                keys, scale, S, O, P, BLOCK_N, False,
+            )  # fmt: skip
+        mbarrier.arrive(q_empty.index(buffer), count=1)
+        read += 2 * num_blocks
+        acc = warpgroup_mma(p, ring.read(read - 1), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        ring.release(read - 1)
+
+        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None]
+        rows = gl.arange(0, ROWS, gl.SliceLayout(1, O))
+        dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O))
+        token = WARPGROUP * WG_TOKENS + rows // PACK
+        to = (query_row + token).to(gl.int64) * Q_HEADS + head + rows % PACK
+        gl.store(
+            out + to[:, None] * HEAD_DIM + dims[None, :],
+            acc.to(dtype),
+            mask=(token < num_tokens)[:, None],
+        )
+        query_row, head, num_tokens, position, num_blocks = mailbox.receive(received)
+
+
+@gluon.jit
+def _attend_block(
+    q,
+    ring,
+    count,  # of the tiles before these keys
+    p,  # [ROWS, BLOCK_N] the weights of the block before
+    acc,
+    top,
+    total,
+    positions,
+    keys,
+    scale,
+    S: gl.constexpr,
+    O: gl.constexpr,  # noqa: E741
+    P: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    DIAGONAL: gl.constexpr,
+):
+    """Score a block of keys while the values of the block before are added to acc."""
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+    block = ring.read(count)
+    scores = warpgroup_mma(q, block.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, ring.read(count + 1), acc, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    ring.release(count)
+    if DIAGONAL:
+        scores = gl.where(positions[:, None] >= keys[None, :], scores, MASKED)
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - new_top[:, None])
+    shrink = gl.exp2(top - new_top)
+    total = total * shrink + gl.sum(weights, 1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    ring.release(count + 1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    p = gl.convert_layout(weights.to(p.dtype), P)
+    return p, acc, new_top, total
