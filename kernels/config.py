@@ -25,7 +25,7 @@ SATURATING_SHARE = 0.42
 PREFILL_PER_DECODE = 138.0
 """Operations of prefill in the time in which decode reads a byte: an H200's 600 TFLOP/s and 4.35
 TB/s in these kernels."""
-DECODE_HEAVY = 0.6
+DECODE_HEAVY = 0.7
 """Balance below which POD gives decode the larger blocks."""
 
 
@@ -63,9 +63,9 @@ class AttentionConfig:
     """One of KERNELS."""
     policy: str = "proportional"
     """One of POLICIES, for POD."""
-    prefill_registers: int = 0
-    decode_registers: int = 0
-    """Registers of a thread of each operation in POD on Hopper."""
+    registers: tuple[int, int, int] = (0, 0, 0)
+    """Of a thread of prefill, decode and a loader in POD on Hopper: twice the first and the others
+    make 512, the share of four warpgroups in an SM's 65536."""
     query_buffers: int = 1
     """Tiles of queries that a Hopper prefill keeps in shared memory."""
 
@@ -117,21 +117,25 @@ def _hopper_config(strategy: str, group: int, head_dim: int, decode_heavy: bool)
         return replace(config, decode=None)
     if strategy != "pod":
         return config
-    if decode_heavy:
+    if decode_heavy or heads > 8:
         prefill = replace(prefill, block_n=64, num_stages=5 * wide)
-        decode = replace(decode, block_n=128, num_stages=3 * wide)
     else:
         prefill = replace(prefill, num_stages=3 * wide)
+    if decode_heavy and heads <= 16:
+        decode = replace(decode, block_n=128, num_stages=3 * wide)
+        registers = (200, 80, 32) if heads == 8 else (184, 112, 32)
+    elif heads == 8:
         decode = replace(decode, num_stages=5 * wide)
-    few = heads <= 8 and not decode_heavy  # accumulators of decode
+        registers = (208, 64, 32)
+    else:
+        registers = (176, 128, 32)
     return replace(
         config,
         prefill=prefill,
         decode=decode,
         policy="adaptive",
         query_buffers=1,
-        prefill_registers=208 if few else 200,
-        decode_registers=72 if few else 88,
+        registers=registers,
     )
 
 
@@ -148,8 +152,11 @@ def balance(chunks: Sequence[tuple[int, int]], contexts: Sequence[int], group: i
 
 
 def is_decode_heavy(chunks: Sequence[tuple[int, int]], contexts: Sequence[int], group: int) -> bool:
-    """Whether config_for should be asked for the tiles of a decode-heavy batch."""
-    return balance(chunks, contexts, group) < DECODE_HEAVY
+    """Whether config_for should be asked for the tiles of a decode-heavy batch.
+
+    Without groups, where prefill reads as many keys as decode, prefill needs the larger blocks.
+    """
+    return group > 1 and balance(chunks, contexts, group) < DECODE_HEAVY
 
 
 def sm_shares(config: AttentionConfig, ratio: float, num_sms: int) -> tuple[int, int]:

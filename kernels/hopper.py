@@ -146,8 +146,9 @@ def pod_attention(
         PREFILL_STAGES=prefill.num_stages,
         DECODE_BLOCK_N=decode.block_n,
         DECODE_STAGES=decode.num_stages,
-        PREFILL_REGISTERS=plan.config.prefill_registers,
-        DECODE_REGISTERS=plan.config.decode_registers,
+        PREFILL_REGISTERS=plan.config.registers[0],
+        DECODE_REGISTERS=plan.config.registers[1],
+        LOADER_REGISTERS=plan.config.registers[2],
         num_warps=4,
     )
     combine_splits(out, plan)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_api import tma_load, warps_barrier
 from .hopper_pages import load_block
-from .hopper_rings import DECODE, NUM_FIELDS, reset_when_last, take_ticket, tile_order
+from .hopper_rings import DECODE, NUM_FIELDS, first_ticket, next_ticket, reset_when_last, tile_order
 
 
 @gluon.jit
@@ -32,11 +32,12 @@ def load_decode(
     q_empty,
     ring,
     mailbox,
+    counts,
     splits,
     counters,
     block_table,
     slot_rows,
-    num_items,
+    num_ctas,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEADS: gl.constexpr,
@@ -45,11 +46,10 @@ def load_decode(
     PAGE: gl.constexpr,
 ):
     """Take work items until none is left, tell the consumer, and load what it needs."""
+    num_items = gl.load(counts + 1) * KV_HEADS
     loaded = 0
     sent = 0
-    ticket = num_items
-    if num_items > 0:
-        ticket = take_ticket(counters, DECODE)
+    ticket, num_ctas = first_ticket(num_ctas, num_items)
     # The next item's entry is on its way while the current item's keys are loaded.
     query_row, context_len, slot, low, high, partial = _entry(splits, ticket, num_items, KV_HEADS)
     while ticket < num_items:
@@ -65,7 +65,7 @@ def load_decode(
         mbarrier.expect(q_full.index(0), HEADS * HEAD_DIM * 2)
         tma_load(q, [head, 0], q_full.index(0), q_tile)
         sent += 1
-        ticket = take_ticket(counters, DECODE)
+        ticket = next_ticket(counters, DECODE, num_ctas)
         query_row, context_len, slot, low, high, partial = _entry(
             splits, ticket, num_items, KV_HEADS
         )

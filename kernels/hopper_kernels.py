@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .gluon_api import warps_barrier
 from .hopper_decode import compute_decode, load_decode
 from .hopper_prefill import ROWS, compute_prefill, load_prefill
-from .hopper_rings import make_mailbox, make_ring, takes_part
+from .hopper_rings import make_mailbox, make_ring
 
 
 @gluon.jit
@@ -49,9 +49,7 @@ def prefill_kernel(
     q_empty = _barriers(Q_BUFFERS, 2)
     fence_async_shared()
     warps_barrier()
-    num_items = gl.load(counts) * (KV_HEADS * (GROUP // PACK))
-    if SHARED:
-        num_items = gl.where(takes_part(gl.load(counts + 3)), num_items, 0)
+    num_ctas = gl.load(counts + 3) if SHARED else 0
     Q_HEADS: gl.constexpr = KV_HEADS * GROUP
     gl.warp_specialize(
         [
@@ -60,8 +58,8 @@ def prefill_kernel(
             (compute_prefill, (1, out, q_tiles, q_full, q_empty, ring, mailbox, scale,
                                Q_BUFFERS, Q_HEADS, PACK, HEAD_DIM, BLOCK_N)),
             (load_prefill, (q, k, v, q_tiles, q_full, q_empty, ring, mailbox, counts, tiles,
-                            counters, block_table, slot_rows, num_items, Q_BUFFERS, GROUP, PACK,
-                            HEAD_DIM, BLOCK_N, PAGE)),
+                            counters, block_table, slot_rows, num_ctas, Q_BUFFERS, KV_HEADS, GROUP,
+                            PACK, HEAD_DIM, BLOCK_N, PAGE)),
         ],
         [4, 1],
         [240, 24],
@@ -85,14 +83,13 @@ def decode_kernel(
     q_empty = _barriers(1, 1)
     fence_async_shared()
     warps_barrier()
-    num_items = gl.load(counts + 1) * KV_HEADS
     gl.warp_specialize(
         [
             (compute_decode, (out, partial_out, partial_lse, q_tile, q_full, q_empty, p_tile, ring,
                               mailbox, scale, KV_HEADS, GROUP, HEADS, HEAD_DIM, BLOCK_N)),
-            (load_decode, (q, k, v, q_tile, q_full, q_empty, ring, mailbox, splits, counters,
-                              block_table, slot_rows, num_items, KV_HEADS,
-                              GROUP, HEADS, HEAD_DIM, BLOCK_N, PAGE)),
+            (load_decode, (q, k, v, q_tile, q_full, q_empty, ring, mailbox, counts, splits,
+                           counters, block_table, slot_rows, 0, KV_HEADS, GROUP, HEADS, HEAD_DIM,
+                           BLOCK_N, PAGE)),
         ],
         [1],
         [24],
@@ -107,6 +104,7 @@ def pod_kernel(
     HEAD_DIM: gl.constexpr, PREFILL_BLOCK_N: gl.constexpr, PREFILL_STAGES: gl.constexpr,
     DECODE_BLOCK_N: gl.constexpr, DECODE_STAGES: gl.constexpr, PAGE: gl.constexpr,
     PREFILL_REGISTERS: gl.constexpr, DECODE_REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All tiles and all splits of the plan; a CTA for each SM.
 
@@ -129,10 +127,8 @@ def pod_kernel(
     qd_empty = _barriers(1, 1)
     fence_async_shared()
     warps_barrier()
-    num_prefill = gl.load(counts) * (KV_HEADS * (GROUP // PACK))
-    num_decode = gl.load(counts + 1) * KV_HEADS
-    num_prefill = gl.where(takes_part(gl.load(counts + 3)), num_prefill, 0)
-    num_decode = gl.where(takes_part(gl.load(counts + 4)), num_decode, 0)
+    prefill_ctas = gl.load(counts + 3)
+    decode_ctas = gl.load(counts + 4)
     Q_HEADS: gl.constexpr = KV_HEADS * GROUP
     gl.warp_specialize(
         [
@@ -144,12 +140,12 @@ def pod_kernel(
                               decode_ring, decode_mail, scale, KV_HEADS, GROUP, HEADS, HEAD_DIM,
                               DECODE_BLOCK_N)),
             (load_prefill, (qp, kp, vp, qp_tiles, qp_full, qp_empty, prefill_ring, prefill_mail,
-                               counts, tiles, counters, block_table, slot_rows, num_prefill,
-                            1, GROUP, PACK, HEAD_DIM, PREFILL_BLOCK_N, PAGE)),
+                            counts, tiles, counters, block_table, slot_rows, prefill_ctas, 1,
+                            KV_HEADS, GROUP, PACK, HEAD_DIM, PREFILL_BLOCK_N, PAGE)),
             (load_decode, (qd, kd, vd, qd_tile, qd_full, qd_empty, decode_ring, decode_mail,
-                              splits, counters, block_table, slot_rows, num_decode,
-                              KV_HEADS, GROUP, HEADS, HEAD_DIM, DECODE_BLOCK_N, PAGE)),
+                           counts, splits, counters, block_table, slot_rows, decode_ctas, KV_HEADS,
+                           GROUP, HEADS, HEAD_DIM, DECODE_BLOCK_N, PAGE)),
         ],
         [4, 4, 1, 1],
-        [PREFILL_REGISTERS, DECODE_REGISTERS, 24, 24],
+        [PREFILL_REGISTERS, DECODE_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip

@@ -19,7 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_api import tma_load
 from .hopper_pages import load_block
-from .hopper_rings import NUM_FIELDS, PREFILL, reset_when_last, take_ticket, tile_order
+from .hopper_rings import (
+    NUM_FIELDS,
+    PREFILL,
+    first_ticket,
+    next_ticket,
+    reset_when_last,
+    tile_order,
+)
 
 ROWS = gl.constexpr(64)
 """Rows of a warpgroup, of which a tile has two."""
@@ -44,8 +51,9 @@ def load_prefill(
     counters,
     block_table,
     slot_rows,
-    num_items,
+    num_ctas,
     Q_BUFFERS: gl.constexpr,
+    KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -54,27 +62,24 @@ def load_prefill(
 ):
     """Take work items until none is left, tell the consumers, and load what they need."""
     TOKENS: gl.constexpr = 2 * ROWS // PACK
-    PACKS: gl.constexpr = GROUP // PACK
-    per_head = gl.maximum(gl.load(counts) * PACKS, 1)
+    num_tiles = gl.maximum(gl.load(counts), 1)
+    num_items = gl.load(counts) * (KV_HEADS * (GROUP // PACK))
     loaded = 0
     sent = 0
-    ticket = num_items
-    if num_items > 0:
-        ticket = take_ticket(counters, PREFILL)
+    ticket, num_ctas = first_ticket(num_ctas, num_items)
     # The next item's entry is on its way while the current item's keys are loaded.
-    query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, ticket, per_head, PACKS)
+    kv_head, head, tile = _item(ticket, num_tiles, KV_HEADS, GROUP, PACK)
+    query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, tile)
     while ticket < num_items:
-        # All tiles of one KV head are neighbours: they read the same keys while these are in the L2.
-        kv_head = ticket // per_head
-        head = kv_head * GROUP + ticket % per_head % PACKS * PACK
         column = kv_head * HEAD_DIM
+        this_head = head
         this_slot = slot
         end = context_len
         first_token = row_tile * TOKENS
         query_row = query_start + first_token
         position = context_len - num_tokens + first_token
         num_blocks = gl.cdiv(gl.minimum(position + TOKENS, context_len), BLOCK_N)
-        mailbox.send(sent, query_row, head, num_tokens - first_token, position, num_blocks)
+        mailbox.send(sent, query_row, this_head, num_tokens - first_token, position, num_blocks)
         block, full = ring.claim(loaded)
         mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
         load_block(
@@ -86,13 +91,14 @@ def load_prefill(
         mbarrier.wait(q_empty.index(buffer), ((sent // Q_BUFFERS) & 1) ^ 1)
         q_ready = q_full.index(buffer)
         mbarrier.expect(q_ready, 2 * ROWS * HEAD_DIM * 2)
-        tma_load(q, [query_row, head, 0], q_ready, q_tiles.index(2 * buffer))
-        tma_load(q, [query_row + ROWS // PACK, head, 0], q_ready, q_tiles.index(2 * buffer + 1))
-        sent += 1
-        ticket = take_ticket(counters, PREFILL)
-        query_start, num_tokens, context_len, slot, row_tile = _entry(
-            tiles, ticket, per_head, PACKS
+        tma_load(q, [query_row, this_head, 0], q_ready, q_tiles.index(2 * buffer))
+        tma_load(
+            q, [query_row + ROWS // PACK, this_head, 0], q_ready, q_tiles.index(2 * buffer + 1)
         )
+        sent += 1
+        ticket = next_ticket(counters, PREFILL, num_ctas)
+        kv_head, head, tile = _item(ticket, num_tiles, KV_HEADS, GROUP, PACK)
+        query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, tile)
         for i in range(1, 2 * num_blocks):
             block, full = ring.claim(loaded + i)
             mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
@@ -107,10 +113,34 @@ def load_prefill(
 
 
 @gluon.jit
-def _entry(tiles, ticket, per_head, PACKS: gl.constexpr):
+def _item(ticket, num_tiles, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr):
+    """Return the KV head, the first query head and the tile of a ticket.
+
+    KV heads follow one another in sets, as few heads as occupy the grid: their keys are read by
+    many CTAs while they are in the L2. Within a set the longest tiles come first.
+    """
+    PACKS: gl.constexpr = GROUP // PACK
+    in_set = gl.minimum(gl.maximum(gl.num_programs(0) // (num_tiles * PACKS), 1), KV_HEADS)
+    first_head = ticket // (in_set * num_tiles * PACKS) * in_set
+    rest = ticket - first_head * num_tiles * PACKS
+    in_set = gl.maximum(gl.minimum(in_set, KV_HEADS - first_head), 1)
+    tile = rest // (in_set * PACKS) % num_tiles  # whatever a ticket past the items says
+    rest = rest % (in_set * PACKS)
+    kv_head = first_head + rest // PACKS
+    return kv_head, kv_head * GROUP + rest % PACKS * PACK, tile
+
+
+@gluon.jit
+def _entry(tiles, tile):
     """Return the tile's query_start, num_tokens, context_len, slot and row tile."""
-    tile = tiles + ticket % per_head // PACKS * NUM_FIELDS
-    return gl.load(tile), gl.load(tile + 1), gl.load(tile + 2), gl.load(tile + 3), gl.load(tile + 4)
+    entry = tiles + tile * NUM_FIELDS
+    return (
+        gl.load(entry),
+        gl.load(entry + 1),
+        gl.load(entry + 2),
+        gl.load(entry + 3),
+        gl.load(entry + 4),
+    )
 
 
 @gluon.jit

@@ -133,14 +133,21 @@ def make_mailbox(CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def takes_part(num_ctas):
-    """Whether this CTA is one of num_ctas that are spread evenly over the grid; 0 means all."""
-    return (num_ctas == 0) | ((gl.program_id(0) * num_ctas) % gl.num_programs(0) < num_ctas)
+def first_ticket(num_ctas, num_items):
+    """Return the ticket this CTA begins with, and how many CTAs take tickets.
+
+    `num_ctas` of the grid take part, spread evenly over it; 0 means all. The others get a ticket
+    past the items. The first tickets need no counter, whose answer would take a while.
+    """
+    grid = gl.num_programs(0)
+    num_ctas = gl.where(num_ctas == 0, grid, gl.minimum(num_ctas, grid))
+    share = gl.program_id(0) * num_ctas
+    return gl.where(share % grid < num_ctas, share // grid, num_items), num_ctas
 
 
 @gluon.jit
-def take_ticket(counters, OPERATION: gl.constexpr):
-    return gl.atomic_add(counters + TICKETS + OPERATION, 1, sem="relaxed")
+def next_ticket(counters, OPERATION: gl.constexpr, num_ctas):
+    return gl.atomic_add(counters + TICKETS + OPERATION, 1, sem="relaxed") + num_ctas
 
 
 @gluon.jit

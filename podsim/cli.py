@@ -23,6 +23,7 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
+from podsim.kernels_command import kernels_app
 from podsim.profile_command import profile_command, profile_export_command
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
@@ -39,6 +40,7 @@ app = typer.Typer(
     help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
 )
 app.add_typer(trace_app, name="trace")
+app.add_typer(kernels_app, name="kernels")
 app.command("capacity")(capacity_command)
 app.command("sweep")(sweep_command)
 app.command("validate")(validate_command)

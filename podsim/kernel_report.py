@@ -1,0 +1,126 @@
+"""What `podsim kernels bench` says: one line a workload, a summary, a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from podsim.kernel_workloads import KernelWorkload
+
+STRATEGIES = ("serial", "streams", "unified", "pod")
+
+
+def medians(rows: pd.DataFrame, mode: str = "burst") -> pd.DataFrame:
+    """Median seconds of each kernel, one row a workload in the order they were timed."""
+    some = rows[rows["mode"] == mode]
+    table = some.pivot_table("seconds", "workload", "kernel", aggfunc="median", sort=False)
+    return table[[name for name in some["kernel"].unique() if name in table]]
+
+
+def results(rows: pd.DataFrame, workloads: Sequence[KernelWorkload]) -> pd.DataFrame:
+    """Of each workload: seconds, rates of both sides, gains of POD; see docs/pod.md."""
+    table = medians(rows)
+    by_name = {workload.name: workload for workload in workloads}
+    found = pd.DataFrame(index=table.index)
+    found["group"] = [by_name[name].batch.split for name in table.index]
+    found["prefill TFLOP/s"] = [by_name[n].flops for n in table.index] / table["prefill"] / 1e12
+    found["decode TB/s"] = [by_name[n].kv_bytes for n in table.index] / table["decode"] / 1e12
+    for name in table:
+        found[f"{name} s"] = table[name]
+    found["oracle s"] = table[["prefill", "decode"]].max(axis=1)
+    found["pod gain"] = table["serial"] / table["pod"]
+    found["streams gain"] = table["serial"] / table["streams"]
+    found["unified gain"] = table["serial"] / table["unified"]
+    sustained = rows[rows["mode"] == "sustained"]
+    if len(sustained):
+        alone = medians(rows, "sustained")
+        joules = sustained.pivot_table("joules", "workload", "kernel", aggfunc="median", sort=False)
+        found["sustained gain"] = alone["serial"] / alone["pod"]
+        found["energy of pod"] = joules["pod"] / joules["serial"]
+    if "fi serial" in table:
+        found["prefill / fi"] = table["fi prefill"] / table["prefill"]
+        found["decode / fi"] = table["fi decode"] / table["decode"]
+        found["gain over fi serial"] = table["fi serial"] / table["pod"]
+        found["gain over fi pod"] = (
+            table[[n for n in ("fi pod", "fi batch pod") if n in table]].min(axis=1) / table["pod"]
+        )
+    return found
+
+
+def paging_overhead(rows: pd.DataFrame) -> pd.DataFrame:
+    """Time from pages over time from contiguous keys: workload, kernel, page_size, overhead."""
+    table = medians(rows).melt(ignore_index=False, value_name="seconds").reset_index()
+    table[["kernel", "page_size"]] = table["kernel"].str.rsplit(" ", n=1, expand=True)
+    contiguous = table[table["page_size"] == "contiguous"].set_index(["workload", "kernel"])
+    paged = table[table["page_size"] != "contiguous"].astype({"page_size": int})
+    base = contiguous["seconds"].loc[list(zip(paged["workload"], paged["kernel"], strict=True))]
+    paged["overhead"] = paged["seconds"].to_numpy() / base.to_numpy() - 1
+    return paged[["workload", "kernel", "page_size", "overhead"]]
+
+
+RATIOS = (
+    *("pod gain", "streams gain", "unified gain", "sustained gain", "energy of pod"),
+    *("prefill / fi", "decode / fi", "gain over fi serial", "gain over fi pod"),
+)
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean, least and most of every ratio, by group of workloads and over all."""
+    columns = [name for name in RATIOS if name in found]
+    groups = [*found.groupby("group", sort=False), ("all", found)]
+    rows = [
+        {"group": group, "workloads": len(part), "ratio": name}
+        | {"mean": part[name].mean(), "least": part[name].min(), "most": part[name].max()}
+        for group, part in groups
+        for name in columns
+    ]
+    return pd.DataFrame(rows)
+
+
+def workloads_table(found: pd.DataFrame) -> Table:
+    columns = ["prefill TFLOP/s", "decode TB/s"]
+    columns += [name for name in RATIOS if name in found]
+    table = Table(title="Attention kernels, one workload a line")
+    table.add_column("workload")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for workload, row in found.iterrows():
+        digits = [".0f" if name == "prefill TFLOP/s" else ".2f" for name in columns]
+        cells = [f"{row[name]:{digit}}" for name, digit in zip(columns, digits, strict=True)]
+        table.add_row(str(workload), *cells)
+    return table
+
+
+def summary_table(found: pd.DataFrame) -> Table:
+    table = Table(title="Mean, least and most")
+    for name in ("group", "workloads", "ratio", "mean", "least", "most"):
+        table.add_column(name, justify="left" if name in ("group", "ratio") else "right")
+    for row in summary(found).itertuples():
+        numbers = (f"{value:.3f}" for value in (row.mean, row.least, row.most))
+        table.add_row(str(row.group), str(row.workloads), str(row.ratio), *numbers)
+    return table
+
+
+def write_figure(found: pd.DataFrame, path: Path) -> None:
+    """Times of the strategies over serial's, and the oracle max(prefill, decode), by workload."""
+    figure = Figure(figsize=(10, 0.32 * len(found) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    ordered = found.iloc[::-1]
+    marks = {"pod": ("o", "tab:red"), "streams": ("s", "tab:blue"), "unified": ("^", "tab:green")}
+    for name, (mark, colour) in marks.items():
+        axes.plot(ordered[f"{name} s"] / ordered["serial s"], ordered.index, mark, color=colour,
+                  label=name)  # fmt: skip
+    if "fi pod s" in found:
+        axes.plot(ordered["fi pod s"] / ordered["serial s"], ordered.index, "x", color="tab:gray",
+                  label="FlashInfer's POD")  # fmt: skip
+    oracle = ordered["oracle s"] / ordered["serial s"]
+    axes.plot(oracle, ordered.index, "|", color="black", markersize=12, label="max of both sides")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="time / serial time")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=8)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -1,0 +1,259 @@
+"""The commands `podsim kernels bench`, `check` and `tune`."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+from podsim import kernel_report, report
+from podsim.errors import InputError
+from podsim.kernel_workloads import (
+    KernelWorkload,
+    reference_workloads,
+    sweep_workloads,
+    uneven_workloads,
+)
+from podsim.profile import kernels_hash
+
+ROWS_FILE = "rows.csv"
+BENCH_SEED, TUNE_SEED = 7, 11
+"""Random workloads are tuned on and judged by different draws."""
+
+kernels_app = typer.Typer(
+    no_args_is_help=True, help="Time, check and tune the attention kernels on this machine's GPU."
+)
+console = Console()
+
+KernelsOption = Annotated[
+    str, typer.Option("--kernels", help="auto, hopper (compute capability 9.0) or triton.")
+]
+SecondsOption = Annotated[float, typer.Option(help="For how long.", min=1)]
+
+
+@kernels_app.command("bench")
+def bench_command(
+    out: Annotated[Path, typer.Option(help="Folder to leave the results in.")],
+    kernels: KernelsOption = "auto",
+    workloads: Annotated[
+        str, typer.Option(help="Comma list of reference, sweep and uneven.")
+    ] = "reference,sweep,uneven",
+    rounds: Annotated[int, typer.Option(help="Bursts of each kernel.", min=1)] = 5,
+    sustained: Annotated[
+        bool, typer.Option(help="Also serial and pod back to back, with their energy.")
+    ] = True,
+    flashinfer: Annotated[
+        bool | None,
+        typer.Option(help="Also FlashInfer's kernels. Default: where it is installed."),
+    ] = None,
+) -> None:
+    """Time serial, streams, unified and pod, and both sides alone, batch by batch.
+
+    The folder gets rows.csv (every burst, with the SM clock), results.csv and summary.csv (medians
+    and gains), launch_overhead.csv (time of the host), bench.png, and provenance.json. The rounds of the kernels of a workload are
+    interleaved in a rotated order.
+    """
+    measure = _measuring()
+    chosen = _chosen(workloads)
+    if flashinfer is None:
+        flashinfer = importlib.util.find_spec("flashinfer") is not None
+    names = ("serial", "pod") if sustained else ()
+    with report.result_folder(out, made_by=ROWS_FILE) as folder:
+        with _progress(chosen, "timing") as done:
+            rows = measure.bench(chosen, _kernels(kernels), rounds, names, flashinfer, done)
+        table = pd.DataFrame(rows)
+        table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
+        found = kernel_report.results(table, chosen)
+        found.to_csv(folder / "results.csv", float_format="%.5g")
+        kernel_report.summary(found).to_csv(
+            folder / "summary.csv", index=False, float_format="%.4f"
+        )
+        kernel_report.write_figure(found, folder / "bench.png")
+        overhead = pd.DataFrame(measure.launch_overhead(_kernels(kernels)))
+        overhead.to_csv(folder / "launch_overhead.csv", index=False, float_format="%.3g")
+        _write_provenance(folder, f"podsim kernels bench --workloads {workloads}")
+    console.print(kernel_report.workloads_table(found))
+    console.print(kernel_report.summary_table(found))
+
+
+@kernels_app.command("tune")
+def tune_command(
+    out: Annotated[Path, typer.Option(help="Folder to leave the rows in.")],
+    count: Annotated[int, typer.Option(help="Random workloads.", min=1)] = 24,
+    rounds: Annotated[int, typer.Option(help="Bursts of each variant.", min=1)] = 3,
+) -> None:
+    """Time the variants of Hopper's POD that podsim.kernels.config chooses from.
+
+    The folder gets rows.csv, gains.csv (gain of every variant over serial, by workload) and
+    provenance.json. The workloads are drawn apart from those of `podsim kernels bench`.
+    """
+    measure = _measuring()
+    _kernels("hopper")
+    chosen = [*sweep_workloads(count, TUNE_SEED), *uneven_workloads(count // 4, TUNE_SEED)]
+    with report.result_folder(out, made_by=ROWS_FILE) as folder:
+        with _progress(chosen, "tuning") as done:
+            rows = measure.tune(chosen, rounds, done)
+        table = pd.DataFrame(rows)
+        table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
+        times = kernel_report.medians(table)
+        gains = times.rdiv(times["serial"], axis=0)
+        gains.to_csv(folder / "gains.csv", float_format="%.4f")
+        _write_provenance(folder, f"podsim kernels tune --count {count}")
+    console.print(gains.mean().sort_values(ascending=False).to_string(float_format="%.3f"))
+
+
+@kernels_app.command("paging")
+def paging_command(
+    out: Annotated[Path, typer.Option(help="Folder to leave the rows in.")],
+    kernels: KernelsOption = "auto",
+    rounds: Annotated[int, typer.Option(help="Bursts of each kernel.", min=1)] = 5,
+) -> None:
+    """Time prefill, decode and pod from contiguous keys and from pages of 16 to 256 keys.
+
+    The folder gets rows.csv, overhead.csv (time from pages over contiguous, by workload) and
+    provenance.json. The pages of a request lie in a random order.
+    """
+    measure = _measuring()
+    chosen = reference_workloads()[:4]
+    with report.result_folder(out, made_by=ROWS_FILE) as folder:
+        with _progress(chosen, "timing") as done:
+            rows = measure.paging(chosen, _kernels(kernels), rounds, done)
+        table = pd.DataFrame(rows)
+        table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
+        found = kernel_report.paging_overhead(table)
+        found.to_csv(folder / "overhead.csv", index=False, float_format="%.4f")
+        _write_provenance(folder, "podsim kernels paging")
+    mean = found.groupby(["kernel", "page_size"])["overhead"].agg(["mean", "max"])
+    console.print(mean.to_string(float_format="%.3f"))
+
+
+@kernels_app.command("check")
+def check_command(
+    seconds: SecondsOption = 60.0,
+    kernels: KernelsOption = "auto",
+    batches: Annotated[int, typer.Option(help="Random batches of each kernel in turn.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the batches.")] = 0,
+) -> None:
+    """Compare every kernel with float64 on random batches, one kernel after another.
+
+    Lengths from one key to 131072, up to 4 chunks and 512 decodes, contiguous and paged caches with
+    shuffled pages, and large numbers where no result may look. Exits with 1 if anything is wrong.
+    """
+    _measuring()
+    checks = importlib.import_module("podsim.check_kernels")
+    counts = {"batches": 0, "wrong": 0}
+    seen = set()
+
+    def on_batch(case: Any, wrong: list[str]) -> None:
+        counts["batches"] += 1
+        seen.add(case)
+        if wrong:
+            counts["wrong"] += 1
+            console.print(f"{case}: {'; '.join(wrong[:3])}")
+
+    checks.check(_kernels(kernels), seconds, batches, seed, on_batch)
+    console.print(
+        f"{counts['batches']} random batches of {len(seen)} kernels: {counts['wrong']} wrong"
+    )
+    if counts["wrong"]:
+        raise typer.Exit(1)
+
+
+def _measuring() -> ModuleType:
+    try:
+        import torch
+
+        from podsim import measure_kernels
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"podsim kernels needs {error.name}: pip install 'podsim[gpu]' on the machine with "
+            "the GPU"
+        ) from None
+    if not torch.cuda.is_available():
+        raise InputError("no CUDA GPU on this machine: run `podsim kernels` where it is")
+    return measure_kernels
+
+
+def _kernels(asked: str) -> str:
+    import torch
+
+    from podsim.kernels.config import KERNELS
+
+    if asked == "auto":
+        return "hopper" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+    if asked not in KERNELS:
+        raise InputError(f"--kernels is '{asked}', expected auto or one of {', '.join(KERNELS)}")
+    if asked == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        raise InputError(
+            f"the Hopper kernels need compute capability 9.0, {torch.cuda.get_device_name()} has "
+            f"{torch.cuda.get_device_capability()}"
+        )
+    return asked
+
+
+def _chosen(text: str) -> list[KernelWorkload]:
+    kinds = {
+        "reference": reference_workloads,
+        "sweep": lambda: sweep_workloads(24, BENCH_SEED),
+        "uneven": lambda: uneven_workloads(12, BENCH_SEED),
+    }
+    names = text.split(",")
+    for name in names:
+        if name not in kinds:
+            raise InputError(f"--workloads has '{name}', expected some of {', '.join(kinds)}")
+    return [workload for name in names for workload in kinds[name]()]
+
+
+@contextmanager
+def _progress(workloads: list[KernelWorkload], verb: str) -> Iterator[Callable[[], None]]:
+    """A bar; what is yielded is to be called when a workload is done."""
+    columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{verb} {len(workloads)} workloads", total=len(workloads))
+        yield lambda: progress.advance(task)
+
+
+def _write_provenance(folder: Path, command: str) -> None:
+    import torch
+    import triton
+
+    query = "driver_version,power.limit"
+    output = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    driver, power_limit = (part.strip() for part in output.split(","))
+    found = {
+        "device_name": torch.cuda.get_device_name(),
+        "driver": driver,
+        "power_limit": power_limit,
+        "cuda": torch.version.cuda,
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "flashinfer": _version("flashinfer-python"),
+        "kernels_sha256": kernels_hash(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command,
+    }
+    (folder / "provenance.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
