@@ -56,7 +56,8 @@ class AttentionConfig:
     decode: TileConfig | None
     """None: a decode runs as a chunk of one token with the prefill tile (unified)."""
     decode_items_per_sm: int = 6
-    """Aim of the KV splits: two waves of the three decode CTAs that fit on an SM."""
+    """Aim of the KV splits: two waves of the three decode CTAs that fit on an SM, or on Hopper,
+    where half of the SMs saturate the memory, so few that most batches need no combine."""
     min_split_len: int = 256
     """Keys below which a split costs more in its combine than it gains in parallelism."""
     kernels: str = "triton"
@@ -87,7 +88,7 @@ def config_for(
 ) -> AttentionConfig:
     """Return the configuration of a strategy for a model's heads.
 
-    Hopper's POD has tiles for batches that are decode-heavy and for the others: see is_decode_heavy.
+    Hopper's POD has tiles of its own for batches that are decode-heavy: see is_decode_heavy.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
@@ -112,7 +113,9 @@ def _hopper_config(strategy: str, group: int, head_dim: int, decode_heavy: bool)
     heads = max(8, 1 << (group - 1).bit_length())  # the narrow side of wgmma
     prefill = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=4 * wide)
     decode = TileConfig(block_m=heads, block_n=64, num_warps=4, num_stages=6 * wide)
-    config = AttentionConfig(prefill, decode, kernels="hopper", query_buffers=2)
+    config = AttentionConfig(
+        prefill, decode, decode_items_per_sm=3, kernels="hopper", query_buffers=2
+    )
     if strategy == "unified":
         return replace(config, decode=None)
     if strategy != "pod":

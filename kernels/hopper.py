@@ -124,6 +124,10 @@ def pod_attention(
     plan.require_tensors(q, k_cache, v_cache, out)
     prefill, decode = plan.config.prefill, plan.config.decode
     assert decode is not None
+    prefill_registers, decode_registers, loader_registers = plan.config.registers
+    if 0 < plan.page_size < 64:  # the loaders hold the rows of several pages
+        prefill_registers -= 8
+        loader_registers += 16
     pod_kernel[(plan.num_sms,)](
         _prefill_queries(q, plan),
         *_caches(k_cache, v_cache, plan, prefill.block_n),
@@ -146,9 +150,9 @@ def pod_attention(
         PREFILL_STAGES=prefill.num_stages,
         DECODE_BLOCK_N=decode.block_n,
         DECODE_STAGES=decode.num_stages,
-        PREFILL_REGISTERS=plan.config.registers[0],
-        DECODE_REGISTERS=plan.config.registers[1],
-        LOADER_REGISTERS=plan.config.registers[2],
+        PREFILL_REGISTERS=prefill_registers,
+        DECODE_REGISTERS=decode_registers,
+        LOADER_REGISTERS=loader_registers,
         num_warps=4,
     )
     combine_splits(out, plan)

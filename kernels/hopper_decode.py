@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_api import tma_load, warps_barrier
-from .hopper_pages import load_block
+from .hopper_pages import block_rows, load_block
 from .hopper_rings import DECODE, NUM_FIELDS, first_ticket, next_ticket, reset_when_last, tile_order
 
 
@@ -70,13 +70,13 @@ def load_decode(
             splits, ticket, num_items, KV_HEADS
         )
         for i in range(2 * num_blocks):
+            is_key, order = tile_order(i, num_blocks)
+            rows = block_rows(
+                block_table, this_slot, slot_rows, first_key + order * BLOCK_N, end, BLOCK_N, PAGE
+            )
             block, full = ring.claim(loaded)
             mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
-            is_key, order = tile_order(i, num_blocks)
-            load_block(
-                k, v, is_key, this_slot, first_key + order * BLOCK_N, end, kv_head * HEAD_DIM,
-                full, block, block_table, slot_rows, BLOCK_N, PAGE,
-            )  # fmt: skip
+            load_block(k, v, is_key, rows, kv_head * HEAD_DIM, full, block)
             loaded += 1
     mailbox.send(sent, 0, 0, 0, 0, 0)
     reset_when_last(counters, DECODE)

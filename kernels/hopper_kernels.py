@@ -62,7 +62,7 @@ def prefill_kernel(
                             PACK, HEAD_DIM, BLOCK_N, PAGE)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def decode_kernel(
                            BLOCK_N, PAGE)),
         ],
         [1],
-        [24],
+        [56],
     )  # fmt: skip
 
 

@@ -12,34 +12,42 @@ from .gluon_api import tma_load
 
 
 @gluon.jit
-def load_block(
-    k,
-    v,
-    is_key,
+def block_rows(
+    block_table,
     slot,
+    slot_rows,
     first_key,  # a multiple of BLOCK_N
     end,  # of the keys that may be read
-    column,
-    full,
-    block,
-    block_table,
-    slot_rows,
     BLOCK_N: gl.constexpr,
     PAGE: gl.constexpr,
 ):
-    """Load BLOCK_N keys, or their values, into shared memory."""
+    """Return the rows of the cache at which each part of a block of keys begins.
+
+    To be called before the wait for a free slot: the answer of the block table takes a while.
+    """
     if PAGE == 0:
-        row = slot * slot_rows + first_key
-        tma_load(k, [row, column], full, block, pred=is_key)
-        tma_load(v, [row, column], full, block, pred=is_key == 0)
+        rows = (slot * slot_rows + first_key,)
     else:
         PART: gl.constexpr = min(PAGE, BLOCK_N)
         pages = block_table + slot * (slot_rows // PAGE)
         last_page = (end - 1) // PAGE
+        rows = ()
         for i in gl.static_range(BLOCK_N // PART):
             # What follows the end in the last block is masked: any page of the request will do.
             page = gl.load(pages + gl.minimum((first_key + i * PART) // PAGE, last_page))
-            row = page * PAGE + (first_key + i * PART) % PAGE
+            rows = rows + (page * PAGE + (first_key + i * PART) % PAGE,)  # noqa: RUF005
+    return rows
+
+
+@gluon.jit
+def load_block(k, v, is_key, rows, column, full, block):
+    """Load a block of keys, or of values, into shared memory."""
+    if len(rows) == 1:
+        tma_load(k, [rows[0], column], full, block, pred=is_key)
+        tma_load(v, [rows[0], column], full, block, pred=is_key == 0)
+    else:
+        PART: gl.constexpr = k.block_shape[0]
+        for i in gl.static_range(len(rows)):
             part = block.slice(i * PART, PART)
-            tma_load(k, [row, column], full, part, pred=is_key)
-            tma_load(v, [row, column], full, part, pred=is_key == 0)
+            tma_load(k, [rows[i], column], full, part, pred=is_key)
+            tma_load(v, [rows[i], column], full, part, pred=is_key == 0)

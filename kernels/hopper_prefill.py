@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_api import tma_load
-from .hopper_pages import load_block
+from .hopper_pages import block_rows, load_block
 from .hopper_rings import (
     NUM_FIELDS,
     PREFILL,
@@ -68,7 +68,7 @@ def load_prefill(
     sent = 0
     ticket, num_ctas = first_ticket(num_ctas, num_items)
     # The next item's entry is on its way while the current item's keys are loaded.
-    kv_head, head, tile = _item(ticket, num_tiles, KV_HEADS, GROUP, PACK)
+    kv_head, head, tile = _item(ticket, num_tiles, GROUP, PACK)
     query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, tile)
     while ticket < num_items:
         column = kv_head * HEAD_DIM
@@ -80,12 +80,12 @@ def load_prefill(
         position = context_len - num_tokens + first_token
         num_blocks = gl.cdiv(gl.minimum(position + TOKENS, context_len), BLOCK_N)
         mailbox.send(sent, query_row, this_head, num_tokens - first_token, position, num_blocks)
+        rows = block_rows(
+            block_table, this_slot, slot_rows, (num_blocks - 1) * BLOCK_N, end, BLOCK_N, PAGE
+        )
         block, full = ring.claim(loaded)
         mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
-        load_block(
-            k, v, True, this_slot, (num_blocks - 1) * BLOCK_N, end, column, full, block,
-            block_table, slot_rows, BLOCK_N, PAGE,
-        )  # fmt: skip
+        load_block(k, v, True, rows, column, full, block)
 
         buffer = sent % Q_BUFFERS
         mbarrier.wait(q_empty.index(buffer), ((sent // Q_BUFFERS) & 1) ^ 1)
@@ -97,37 +97,31 @@ def load_prefill(
         )
         sent += 1
         ticket = next_ticket(counters, PREFILL, num_ctas)
-        kv_head, head, tile = _item(ticket, num_tiles, KV_HEADS, GROUP, PACK)
+        kv_head, head, tile = _item(ticket, num_tiles, GROUP, PACK)
         query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, tile)
         for i in range(1, 2 * num_blocks):
+            is_key, order = tile_order(i, num_blocks)
+            first_key = (num_blocks - 1 - order) * BLOCK_N
+            rows = block_rows(block_table, this_slot, slot_rows, first_key, end, BLOCK_N, PAGE)
             block, full = ring.claim(loaded + i)
             mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
-            is_key, order = tile_order(i, num_blocks)
-            load_block(
-                k, v, is_key, this_slot, (num_blocks - 1 - order) * BLOCK_N, end, column, full,
-                block, block_table, slot_rows, BLOCK_N, PAGE,
-            )  # fmt: skip
+            load_block(k, v, is_key, rows, column, full, block)
         loaded += 2 * num_blocks
     mailbox.send(sent, 0, 0, 0, 0, 0)
     reset_when_last(counters, PREFILL)
 
 
 @gluon.jit
-def _item(ticket, num_tiles, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr):
+def _item(ticket, num_tiles, GROUP: gl.constexpr, PACK: gl.constexpr):
     """Return the KV head, the first query head and the tile of a ticket.
 
-    KV heads follow one another in sets, as few heads as occupy the grid: their keys are read by
-    many CTAs while they are in the L2. Within a set the longest tiles come first.
+    All tiles of a KV head follow one another: neighbouring SMs then read the same keys at the same
+    time, which an SM pair fetches once and the L2 holds.
     """
     PACKS: gl.constexpr = GROUP // PACK
-    in_set = gl.minimum(gl.maximum(gl.num_programs(0) // (num_tiles * PACKS), 1), KV_HEADS)
-    first_head = ticket // (in_set * num_tiles * PACKS) * in_set
-    rest = ticket - first_head * num_tiles * PACKS
-    in_set = gl.maximum(gl.minimum(in_set, KV_HEADS - first_head), 1)
-    tile = rest // (in_set * PACKS) % num_tiles  # whatever a ticket past the items says
-    rest = rest % (in_set * PACKS)
-    kv_head = first_head + rest // PACKS
-    return kv_head, kv_head * GROUP + rest % PACKS * PACK, tile
+    kv_head = ticket // (num_tiles * PACKS)
+    rest = ticket % (num_tiles * PACKS)
+    return kv_head, kv_head * GROUP + rest % PACKS * PACK, rest // PACKS
 
 
 @gluon.jit

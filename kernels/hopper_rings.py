@@ -1,4 +1,4 @@
-"""How the warps of a CTA hand work to each other: a ring of tiles, a mailbox of work items, tickets.
+"""How the warps of a CTA hand work to each other: rings of tiles, mailboxes of work items, tickets.
 
 A loader warp fills tiles by TMA, warpgroups compute on them. Every consumer of a ring or a mailbox
 waits for every phase of every slot, and each slot has a barrier of its own for either direction,

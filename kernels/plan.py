@@ -405,7 +405,7 @@ class CapturedPlan(Plan):
 
 
 def _section_size(num_ints: int) -> int:
-    """Whole entries, at least one, of 32 bytes: Triton compiles a kernel anew for each alignment."""
+    """Whole entries of 32 bytes, at least one: Triton compiles anew for each alignment."""
     return max(8, int(_round_up(num_ints, 8)))
 
 

@@ -1,4 +1,4 @@
-"""Batches on which attention kernels are compared: of POD-Attention's evaluation, and random ones."""
+"""Batches to compare attention kernels on: of the evaluation of POD-Attention, and random ones."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def reference_workloads() -> list[KernelWorkload]:
 def sweep_workloads(count: int, seed: int) -> list[KernelWorkload]:
     """Random points of the sweep of POD-Attention, Fig. 11, for four kinds of heads.
 
-    The decode batch fills the KV memory of one H200 to the given share, at most 512 requests; points
+    The decode batch fills the KV memory of one H200 to that share, at most 512 requests; points
     where a side would be less than LEAST_SHARE of the serial time are drawn again.
     """
     rng = np.random.default_rng(seed)

@@ -62,8 +62,8 @@ def bench_command(
     """Time serial, streams, unified and pod, and both sides alone, batch by batch.
 
     The folder gets rows.csv (every burst, with the SM clock), results.csv and summary.csv (medians
-    and gains), launch_overhead.csv (time of the host), bench.png, and provenance.json. The rounds of the kernels of a workload are
-    interleaved in a rotated order.
+    and gains), launch_overhead.csv (time of the host), bench.png, and provenance.json. The kernels
+    of a workload take turns, in a random order that changes from round to round.
     """
     measure = _measuring()
     chosen = _chosen(workloads)

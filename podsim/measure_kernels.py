@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from podsim import flashinfer_kernels
@@ -120,7 +121,7 @@ class Problem:
         )
 
     def pod_variants(self) -> dict[str, Launch]:
-        """Hopper's POD with every tile, cap of prefill's SMs and length of splits to choose from."""
+        """Hopper's POD with every tile, cap of SMs and length of splits to choose from."""
         found = {}
         workload = self.workload
         for decode_heavy in (False, True):
@@ -158,14 +159,17 @@ class Contest:
         self._clock = SmClock(torch.cuda.get_device_properties(0).multi_processor_count)
 
     def rounds(self, count: int) -> Iterator[Row]:
-        """Bursts of each launch, in an order that is rotated from round to round."""
+        """Bursts of each launch, every round in another random order.
+
+        What ran before decides how fast the card's clock is, so no launch is to follow the same
+        one again and again.
+        """
         names = list(self._runs)
         for number in range(count):
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
-                seconds, hertz = self._burst(self._runs[name])
+            for i in np.random.default_rng(number).permutation(len(names)):
+                seconds, hertz = self._burst(self._runs[names[i]])
                 yield {
-                    "kernel": name,
+                    "kernel": names[i],
                     "mode": "burst",
                     "round": number,
                     "seconds": seconds,
