@@ -117,10 +117,9 @@ Tiles = tuple[tuple[int, int], ...]
 
 def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
     """What of the chunks' lengths the kernel's work depends on."""
-    return tuple(
-        (-(-num_tokens * geometry.group // geometry.block_m), -(-context // geometry.block_n))
-        for num_tokens, context in prefills
-    )
+    group, block_m, block_n = geometry.group, geometry.block_m, geometry.block_n
+    tiles = [(-(-num_tokens * group // block_m), -(-n // block_n)) for num_tokens, n in prefills]
+    return tuple(tiles)
 
 
 def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:

@@ -162,13 +162,18 @@ class AttentionModel:
             place(WAVES, waves),
         )
 
-    def decode_seconds(
+    def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float:
+        """Of a batch of decodes and nothing else, given by its contexts."""
+        work = (num_decodes, context_sum, context_max)
+        return decode_seconds(self.coefficients["decode"], *work, self.geometry)[0]
+
+    def decode_seconds_of_run(
         self,
         num_decodes: int,
         context_sums: NDArray[np.int64],
         context_maxima: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        """Of many batches of as many decodes and nothing else, each given by its contexts."""
+        """The same of many batches of as many decodes."""
         coefficients = self.coefficients["decode"]
         return decode_seconds_of_run(
             coefficients, num_decodes, context_sums, context_maxima, self.geometry

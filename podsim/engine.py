@@ -183,13 +183,15 @@ class Engine:
     def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
         self.recording.shapes.append(shape)
         self.recording.gpu_seconds.append(self.forward.gpu_seconds)
-        self.recording.log.record_step(
+        self.recording.log.record_steps(
+            start,
+            [end],
+            [len(self.scheduler.waiting)],
+            [self.kv_cache.num_used_blocks],
             (
-                *(0, start, end - start),
-                *(len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes),
-                *(shape.decode_context_sum, len(self.scheduler.waiting)),
-                *(len(self.scheduler.running), self.kv_cache.num_used_blocks),
-            )
+                *(0, len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes),
+                *(shape.decode_context_sum, len(self.scheduler.running)),
+            ),
         )
 
     def _book(self, batch: Batch, end: float) -> None:

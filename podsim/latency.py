@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -40,7 +41,7 @@ SAMPLED_OPS = ("lm_head", "sampling")
 
 T = TypeVar("T", float, NDArray[np.float64])
 
-WORTH_AN_ARRAY = 8
+WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
 
 
@@ -104,11 +105,14 @@ class Heat:
 
 def decode_steps(shape: BatchShape, num_steps: int) -> Iterator[BatchShape]:
     """The shapes of consecutive steps of decodes, the contexts one longer in each."""
+    return (_decode_step(shape, step) for step in range(num_steps))
+
+
+def _decode_step(shape: BatchShape, step: int) -> BatchShape:
     n = shape.num_decodes
-    for step in range(num_steps):
-        yield BatchShape.of_decodes(
-            n, shape.decode_context_sum + n * step, shape.decode_context_max + step
-        )
+    return BatchShape.of_decodes(
+        n, shape.decode_context_sum + n * step, shape.decode_context_max + step
+    )
 
 
 def decode_run_times(model: LatencyModel) -> RunTimes:
@@ -211,7 +215,8 @@ class ProfiledLatency:
 
     def step_time(self, shape: BatchShape) -> float:
         """In a long row of such steps; `step_time_at` after others."""
-        return self._count(shape, sum(self._parts(shape)) * self.scale)
+        attention, layers, once, collectives = self._parts(shape)
+        return self._count(shape, (attention + layers + once + collectives) * self.scale)
 
     def step_time_at(self, shape: BatchShape, heat: float) -> tuple[float, float]:
         """See `WarmsUp`. What is measured is a long row of steps, whose heat is their own load."""
@@ -234,21 +239,28 @@ class ProfiledLatency:
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         num_tokens = shape.num_tokens
         attention = self.num_layers * self.attention.seconds(self.strategy, shape)
-        layers = self.num_layers * self._layer_time.at(num_tokens)
-        share = self._matrix_seconds_per_token * num_tokens / (attention + layers)
-        slower = 1.0 + self._slowdown * (share * share)  # `matrix_load`, which costs a call
-        return (
-            attention * slower,
-            layers * slower,
-            self._token_time.at(num_tokens)
-            + self._sampled_time.at(shape.num_sampled)
-            + self._host_time(shape.num_decodes + len(shape.prefills))
-            + (self.host_with_prefill if shape.prefills else 0.0),
-            self._collective_time(num_tokens, shape.num_sampled),
+        layers, once, collectives = self._beside_attention(
+            num_tokens, shape.num_sampled, shape.num_decodes + len(shape.prefills)
         )
+        if shape.prefills:
+            once += self.host_with_prefill
+        slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
+        return attention * slower, layers * slower, once, collectives
 
-    def _host_time(self, num_requests: int) -> float:
-        return self.step_overhead + self.host_per_request * num_requests
+    def _beside_attention(
+        self, num_tokens: int, num_sampled: int, num_requests: int
+    ) -> tuple[float, float, float]:
+        """Seconds of the rest of the layers, of what a step runs once, and of collectives."""
+        host = self.step_overhead + self.host_per_request * num_requests
+        collectives = 0.0
+        if self.collectives is not None:
+            padded = self._padded(num_tokens), self._padded(num_sampled)
+            collectives = self.collectives.seconds(*padded)
+        return (
+            self.num_layers * self._layer_time.at(num_tokens),
+            self._token_time.at(num_tokens) + self._sampled_time.at(num_sampled) + host,
+            collectives,
+        )
 
     def matrix_load(self, num_tokens: int, seconds: T) -> T:
         """The square of the matrix products' share of the layers' seconds.
@@ -259,34 +271,35 @@ class ProfiledLatency:
         share = self._matrix_seconds_per_token * num_tokens / seconds
         return share * share
 
-    def _collective_time(self, num_tokens: int, num_sampled: int) -> float:
-        if self.collectives is None:
-            return 0.0
-        return self.collectives.seconds(self._padded(num_tokens), self._padded(num_sampled))
-
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
-        """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
+        """See `RunTimes`; the arithmetic of `step_time` in the same order."""
+        n, keys, longest = shape.num_decodes, shape.decode_context_sum, shape.decode_context_max
+        layers, once, collectives = self._beside_attention(n, n, n)
+
+        def seconds(attention: T) -> T:
+            attention = self.num_layers * attention
+            slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
+            return (attention * slower + layers * slower + once + collectives) * self.scale
+
+        times: list[float]
         if num_steps < WORTH_AN_ARRAY:
-            return [self.step_time(step) for step in decode_steps(shape, num_steps)]
-        n = shape.num_decodes
-        steps = np.arange(num_steps)
-        sums = shape.decode_context_sum + n * steps
-        longest = shape.decode_context_max + steps
-        attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
-        layers = self.num_layers * self._layer_time.at(n)
-        once = self._token_time.at(n) + self._sampled_time.at(n) + self._host_time(n)
-        slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
-        kernels = attention * slower + layers * slower + once
-        seconds = (kernels + self._collective_time(n, n)) * self.scale
-        self.seconds_predicted += float(seconds.sum())
-        last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
-        if not self.is_inside(last):
-            outside = sums > self._hull.decode_context_sum
-            outside |= longest > self._hull.context_len
-            outside |= n > self._hull.num_decodes
-            self.seconds_outside += float(seconds[outside].sum())
-        times: list[float] = seconds.tolist()
+            one = self.attention.decode_seconds
+            times = [seconds(one(n, keys + n * i, longest + i)) for i in range(num_steps)]
+        else:
+            steps = np.arange(num_steps)
+            many = self.attention.decode_seconds_of_run
+            times = seconds(many(n, keys + n * steps, longest + steps)).tolist()
+        self._count_run(shape, times)
         return times
+
+    def _count_run(self, shape: BatchShape, times: Sequence[float]) -> None:
+        self.seconds_predicted += sum(times)
+        if not self.is_inside(_decode_step(shape, len(times) - 1)):
+            steps = range(len(times))
+            inside = bisect_left(
+                steps, True, key=lambda step: not self.is_inside(_decode_step(shape, step))
+            )
+            self.seconds_outside += sum(times[inside:])
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
         """Where the seconds of a step go, before `scale`."""
@@ -316,13 +329,15 @@ class ProfiledLatency:
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
         hull = self._hull
+        prefills, num_prefill_tokens, num_decodes, context_sum, longest, num_sampled = shape
+        for _, context_len in prefills:
+            longest = max(longest, context_len)
         return (
-            shape.decode_context_sum <= hull.decode_context_sum
-            and shape.num_decodes <= hull.num_decodes
-            and shape.decode_context_max <= hull.context_len
-            and shape.num_sampled <= hull.num_sampled
-            and shape.num_tokens <= hull.num_tokens
-            and all(chunk.context_len <= hull.context_len for chunk in shape.prefills)
+            context_sum <= hull.decode_context_sum
+            and num_decodes <= hull.num_decodes
+            and longest <= hull.context_len
+            and num_sampled <= hull.num_sampled
+            and num_prefill_tokens + num_decodes <= hull.num_tokens
         )
 
     def notes(self) -> Sequence[str]:

@@ -55,7 +55,7 @@ class Replica:
         self._now = env.now
         """This replica's time: ahead of the clock while nothing else happens in between."""
         self._run: _Run | None = None
-        self._process = env.process(self._serve())
+        env.process(self._serve())
 
     @property
     def num_requests(self) -> int:
@@ -83,10 +83,16 @@ class Replica:
         if self._run is not None:
             self._run.arrivals.append(self.env.now)
             if len(self._run.ends) > 1 and not self._run.cut and self.scheduler.lets_in(request):
-                self._run.cut = True
-                self._process.interrupt()
+                self._cut(self._run)
         elif not self._work_arrived.triggered:
             self._work_arrived.succeed()
+
+    def _cut(self, run: _Run) -> None:
+        """End a run with the step that is under way."""
+        run.cut = True
+        del run.ends[bisect_left(run.ends, self.env.now) + 1 :]
+        sooner = At(self.env, run.ends[-1])
+        sooner.callbacks, run.over.callbacks = run.over.callbacks, []
 
     def _serve(self) -> Generator[simpy.Event, None, None]:
         while True:
@@ -95,7 +101,7 @@ class Replica:
                 self.log.record_preemption(request, self._now)
                 if was_decoding:
                     self.gaps.preempted(request)
-            if batch:
+            if batch.prefills or batch.num_decodes:
                 yield from self._take(batch)
                 continue
             if self.scheduler.waiting:
@@ -118,15 +124,10 @@ class Replica:
         run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
         if self.longest_run == 1 or self.env.peek() <= ends[-1]:
             self._run = run
-            try:
-                yield At(self.env, run.ends[-1])
-            except simpy.Interrupt:
-                under_way = bisect_left(run.ends, self.env.now)
-                del run.ends[under_way + 1 :]
-                if run.ends[-1] > self.env.now:
-                    yield At(self.env, run.ends[-1])
+            run.over = At(self.env, ends[-1])
+            yield run.over
             self._run = None
-        self._now = run.ends[-1]
+        self._now = ends[-1]
         self._adapt_run_limit(run)
         self._book(batch, shape, start, run)
 
@@ -177,29 +178,20 @@ class Replica:
             run.used.append(run.used[-1] + needed)
 
     def _record_steps(self, shape: BatchShape, start: float, run: _Run, num_running: int) -> None:
-        ends, used = run.ends, run.used
-        num_waiting = len(self.scheduler.waiting)
-        same = (len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes)
-        if len(ends) == 1:
-            self.log.record_step(
-                (
-                    *(self.index, start, ends[0] - start),
-                    *same,
-                    *(shape.decode_context_sum, num_waiting, num_running, used[0]),
-                )
-            )
-            return
-        starts = [start, *ends[:-1]]
-        waiting_at_start = num_waiting - len(run.arrivals)
-        n = len(ends)
+        num_steps, num_waiting = len(run.ends), len(self.scheduler.waiting)
+        waiting = [num_waiting] * num_steps
+        if num_steps > 1 and run.arrivals:
+            at_start = num_waiting - len(run.arrivals)
+            waiting = [at_start + bisect_right(run.arrivals, end) for end in run.ends]
         self.log.record_steps(
+            start,
+            run.ends,
+            waiting,
+            run.used,
             (
-                *([self.index] * n, starts, list(map(float.__sub__, ends, starts))),
-                *([value] * n for value in same),
-                [shape.decode_context_sum + shape.num_decodes * i for i in range(n)],
-                [waiting_at_start + bisect_right(run.arrivals, end) for end in ends],
-                *([num_running] * n, used),
-            )
+                *(self.index, len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes),
+                *(shape.decode_context_sum, num_running),
+            ),
         )
 
     def _record_tokens(self, batch: Batch, completed: Completed, ends: list[float]) -> None:
@@ -225,7 +217,10 @@ class Replica:
 class _Run:
     """Steps under way: when each ends, its used KV blocks, and what arrived meanwhile."""
 
-    __slots__ = ("arrivals", "cut", "ends", "num_decodes", "used")
+    __slots__ = ("arrivals", "cut", "ends", "num_decodes", "over", "used")
+
+    over: At
+    """Comes at the end of the last step, if the run is waited for."""
 
     def __init__(self, ends: list[float], num_decodes: int, used: int) -> None:
         self.ends = ends
