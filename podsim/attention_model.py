@@ -96,15 +96,17 @@ class AttentionModel:
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
-        if not shape.num_decodes:
-            side = self._prefill(shape)
-            load = sustained(shape.num_tokens, side.seconds, self.geometry)
-            return side.seconds + load * side.loaded_seconds
         if not shape.prefills:
             return self._decode(shape)[0]
-        if strategy == "unified":
+        if strategy == "unified" and shape.num_decodes:
             return dot(self.coefficients["unified"], self.unified_features(shape))
-        prefill, decode, items, _, side = self.sides(shape)
+        side = self._prefill(shape)
+        if not shape.num_decodes:
+            load = sustained(shape.num_prefill_tokens, side.seconds, self.geometry)
+            return side.seconds + load * side.loaded_seconds
+        decode, items = self._decode(shape)
+        load = sustained(shape.num_tokens, side.seconds + decode, self.geometry)
+        prefill = side.seconds + load * side.loaded_seconds
         both = prefill + decode
         paid = self.overlaps[strategy].at(prefill / both, side.busy_place, side.waves_place)
         launch, item, wave, pair = self.coefficients[strategy]

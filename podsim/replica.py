@@ -65,7 +65,8 @@ class Replica:
     def cached_tokens(self, request: Request) -> int:
         """Tokens of a prompt that the prefix cache holds at this moment."""
         if self._run is not None:
-            self._take_blocks(self._run, before=self.env.now)
+            steps_begun = bisect_left(self._run.ends, self.env.now) + 1
+            self._take_blocks(self._run, min(steps_begun, len(self._run.ends)))
         return self.kv_cache.cached_tokens(request)
 
     @property
@@ -102,7 +103,13 @@ class Replica:
                 if was_decoding:
                     self.gaps.preempted(request)
             if batch.prefills or batch.num_decodes:
-                yield from self._take(batch)
+                run, shape = self._begin(batch)
+                if self.longest_run == 1 or self.env.peek() <= run.ends[-1]:
+                    self._run = run
+                    run.over = At(self.env, run.ends[-1])
+                    yield run.over
+                    self._run = None
+                self._book(batch, shape, run)
                 continue
             if self.scheduler.waiting:
                 raise RuntimeError("the scheduler left its replica idle with requests waiting")
@@ -110,8 +117,8 @@ class Replica:
             yield self._work_arrived
             self._now = self.env.now
 
-    def _take(self, batch: Batch) -> Generator[simpy.Event, None, None]:
-        """Let the time of a batch, or of a run of batches like it, pass; then book it."""
+    def _begin(self, batch: Batch) -> tuple[_Run, BatchShape]:
+        """A batch, or a run of batches like it."""
         start = self._now
         for request, _ in batch.prefills:
             if request.scheduled_time < 0:
@@ -120,16 +127,9 @@ class Replica:
                 self.log.record_resumption(request, start)
         shape = batch.shape()
         times = self._step_times(batch, shape)
-        ends = list(accumulate(times, initial=start))[1:]
-        run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
-        if self.longest_run == 1 or self.env.peek() <= ends[-1]:
-            self._run = run
-            run.over = At(self.env, ends[-1])
-            yield run.over
-            self._run = None
-        self._now = ends[-1]
-        self._adapt_run_limit(run)
-        self._book(batch, shape, start, run)
+        ends = list(accumulate(times, initial=start))
+        del ends[0]
+        return _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks), shape
 
     def _adapt_run_limit(self, run: _Run) -> None:
         """Compute about as many steps at once as arrivals let happen."""
@@ -161,21 +161,23 @@ class Replica:
                 return step
         return num_steps
 
-    def _book(self, batch: Batch, shape: BatchShape, start: float, run: _Run) -> None:
+    def _book(self, batch: Batch, shape: BatchShape, run: _Run) -> None:
+        start, self._now = self._now, run.ends[-1]
+        self._adapt_run_limit(run)
         if len(run.ends) > 1:
-            self._take_blocks(run, before=run.ends[-1])
+            self._take_blocks(run, len(run.ends))
         num_running = len(self.scheduler.running)
         completed = self.scheduler.complete(batch, len(run.ends))
         self._record_steps(shape, start, run, num_running)
         self._record_tokens(batch, completed, run.ends)
 
-    def _take_blocks(self, run: _Run, before: float) -> None:
-        """The KV blocks of the run's steps that began before a time; its first step has its own."""
-        while len(run.used) < len(run.ends) and run.ends[len(run.used) - 1] < before:
-            needed = self.scheduler.decodes.blocks_needed(len(run.used))
-            taken = self.kv_cache.take(needed)
-            assert taken, "a run is no longer than the free blocks allow"
-            run.used.append(run.used[-1] + needed)
+    def _take_blocks(self, run: _Run, num_steps: int) -> None:
+        """The KV blocks of the run's first steps; the very first has its own."""
+        needed = self.scheduler.decodes.blocks_needed
+        used = list(accumulate(map(needed, range(len(run.used), num_steps)), initial=run.used[-1]))
+        taken = self.kv_cache.take(used[-1] - used[0])
+        assert taken, "a run is no longer than the free blocks allow"
+        run.used += used[1:]
 
     def _record_steps(self, shape: BatchShape, start: float, run: _Run, num_running: int) -> None:
         num_steps, num_waiting = len(run.ends), len(self.scheduler.waiting)

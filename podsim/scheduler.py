@@ -110,14 +110,15 @@ class _Scheduler(ABC):
 
     def _add_decodes(self, batch: Batch) -> None:
         """Every decode, with a block for each that needs one."""
-        if not self.kv_cache.take(self.decodes.blocks_needed()):
-            for request in self.decodes.needing_block():
+        decodes = self.decodes
+        if not self.kv_cache.take(decodes.blocks_needed()):
+            for request in decodes.needing_block():
                 while request in self.running and not self.kv_cache.take(1):
                     self._preempt(next(reversed(self.running)), batch)
-        if len(self.decodes):
-            batch.num_decodes = len(self.decodes)
-            batch.decode_context_sum = self.decodes.context_sum
-            batch.decode_context_max = self.decodes.context_max
+        batch.num_decodes = len(decodes)
+        if batch.num_decodes:
+            batch.decode_context_sum = decodes.context_sum
+            batch.decode_context_max = decodes.context_max
 
     def _preempt(self, request: Request, batch: Batch) -> None:
         del self.running[request]
