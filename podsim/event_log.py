@@ -77,8 +77,8 @@ class StepTotals:
         self.max_batch = max(self.max_batch, int(batch.max(initial=0)))
 
 
-RunColumns = tuple[int, int, int, int, int, int]
-"""What the steps of a run share: replica, num_prefills, num_prefill_tokens, num_decodes, the
+SameInRun = tuple[int, int, int, int, int, int]
+"""Of the steps of a run: replica, num_prefills, num_prefill_tokens, num_decodes, the
 decode_context_sum of the first, num_running."""
 
 
@@ -86,24 +86,24 @@ decode_context_sum of the first, num_running."""
 class RecentSteps:
     """Steps as they are recorded, run by run, before they are written out as columns."""
 
-    runs: array[float] = field(default_factory=lambda: array("d"))
-    """Of each run: its start, its number of steps and its RunColumns."""
+    starts: array[float] = field(default_factory=lambda: array("d"))
+    num_steps: array[int] = field(default_factory=lambda: array("q"))
+    same: array[int] = field(default_factory=lambda: array("q"))
+    """One value of each run, one of each, and a SameInRun of each."""
     ends: array[float] = field(default_factory=lambda: array("d"))
     num_waiting: array[int] = field(default_factory=lambda: array("i"))
     num_used_blocks: array[int] = field(default_factory=lambda: array("i"))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The columns of STEP_COLUMNS."""
-        runs = np.asarray(self.runs).reshape(-1, 8)
-        num_steps = runs[:, 1].astype(int)
+        num_steps = np.asarray(self.num_steps)
         first = np.cumsum(num_steps) - num_steps
-        of_run = np.repeat(np.arange(len(runs)), num_steps)
-        step = np.arange(len(of_run)) - first[of_run]
-        shared = runs[of_run, 2:].T
-        replica, num_prefills, num_prefill_tokens, num_decodes, context_sum, num_running = shared
+        step = np.arange(len(self.ends)) - np.repeat(first, num_steps)
+        same = np.repeat(np.asarray(self.same).reshape(-1, 6), num_steps, axis=0).T
+        replica, num_prefills, num_prefill_tokens, num_decodes, context_sum, num_running = same
         ends = np.asarray(self.ends)
         start = np.roll(ends, 1)
-        start[first] = runs[:, 0]
+        start[first] = self.starts
         return {
             "replica": replica,
             "start": start,
@@ -126,8 +126,6 @@ class EventLog:
     grows with requests and steps, not with tokens.
     """
 
-    requests: Columns = field(default_factory=lambda: _columns(REQUEST_COLUMNS))
-    """In order of leaving."""
     refused: dict[int, str] = field(default_factory=dict)
     """Why a request, by its id, was not served."""
     keep_steps: bool = True
@@ -139,6 +137,8 @@ class EventLog:
     preempted_id: array[int] = field(default_factory=lambda: array("q"))
     preempted_time: array[float] = field(default_factory=lambda: array("d"))
     resumed_time: array[float] = field(default_factory=lambda: array("d"))
+    _requests: array[float] = field(default_factory=lambda: array("d"))
+    """Row after row: every number of a request is exact in it."""
     _steps: Columns = field(default_factory=lambda: _columns(STEP_COLUMNS))
     _recent: RecentSteps = field(default_factory=lambda: RecentSteps())
     _totals: StepTotals = field(default_factory=lambda: StepTotals())
@@ -146,16 +146,24 @@ class EventLog:
 
     def record_request(self, request: Request, refused: str = "") -> None:
         """A request that leaves: finished, or refused for a reason."""
-        for column, value in zip(self.requests.values(), _request_row(request), strict=True):
-            column.append(value)
+        self._requests.extend(_request_row(request))
         if refused:
             self.refused[request.request_id] = refused
-        if self.when_full is not None and len(self.requests["request_id"]) >= CHUNK:
+        if self.when_full is not None and len(self._requests) >= CHUNK * len(REQUEST_COLUMNS):
             self.when_full()
+
+    @property
+    def requests(self) -> dict[str, NDArray[Any]]:
+        """The columns of REQUEST_COLUMNS, in order of leaving."""
+        rows = np.asarray(self._requests).reshape(-1, len(REQUEST_COLUMNS))
+        return {
+            name: column.astype(code)
+            for (name, code), column in zip(REQUEST_COLUMNS.items(), rows.T, strict=True)
+        }
 
     def drop_requests(self) -> None:
         """Forget the requests so far."""
-        self.requests = _columns(REQUEST_COLUMNS)
+        self._requests = array("d")
         self.refused = {}
 
     def record_steps(
@@ -164,11 +172,13 @@ class EventLog:
         ends: Sequence[float],
         num_waiting: Sequence[int],
         num_used_blocks: Sequence[int],
-        shared: RunColumns,
+        same: SameInRun,
     ) -> None:
-        """Consecutive steps of one batch: what they share, and what each has of its own."""
+        """Consecutive steps of a batch: what each has of its own, and what is the same in all."""
         recent = self._recent
-        recent.runs.extend((start, len(ends), *shared))
+        recent.starts.append(start)
+        recent.num_steps.append(len(ends))
+        recent.same.extend(same)
         recent.ends.extend(ends)
         recent.num_waiting.extend(num_waiting)
         recent.num_used_blocks.extend(num_used_blocks)

@@ -185,16 +185,9 @@ class Replica:
         if num_steps > 1 and run.arrivals:
             at_start = num_waiting - len(run.arrivals)
             waiting = [at_start + bisect_right(run.arrivals, end) for end in run.ends]
-        self.log.record_steps(
-            start,
-            run.ends,
-            waiting,
-            run.used,
-            (
-                *(self.index, len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes),
-                *(shape.decode_context_sum, num_running),
-            ),
-        )
+        prefills, num_prefill_tokens, num_decodes, context_sum, _, _ = shape
+        same = self.index, len(prefills), num_prefill_tokens, num_decodes, context_sum, num_running
+        self.log.record_steps(start, run.ends, waiting, run.used, same)
 
     def _record_tokens(self, batch: Batch, completed: Completed, ends: list[float]) -> None:
         end = ends[-1]

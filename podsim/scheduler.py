@@ -117,8 +117,7 @@ class _Scheduler(ABC):
                     self._preempt(next(reversed(self.running)), batch)
         batch.num_decodes = len(decodes)
         if batch.num_decodes:
-            batch.decode_context_sum = decodes.context_sum
-            batch.decode_context_max = decodes.context_max
+            batch.decode_context_sum, batch.decode_context_max = decodes.contexts()
 
     def _preempt(self, request: Request, batch: Batch) -> None:
         del self.running[request]
@@ -163,17 +162,16 @@ class _Scheduler(ABC):
     # ---- booking
 
     def complete(self, batch: Batch, num_steps: int) -> Completed:
-        done = Completed()
-        if batch.num_decodes:
-            done.finished_decodes = self.decodes.advance(num_steps)
-            for request in done.finished_decodes:
-                self._leave(request, self.kv_cache.blocks_for(request.num_computed_tokens))
+        finished = self.decodes.advance(num_steps) if batch.num_decodes else []
+        for request in finished:
+            self._leave(request, self.kv_cache.blocks_for(request.num_computed_tokens))
+        emitted = []
         for request, num_tokens in batch.prefills:
             request.num_computed_tokens += num_tokens
             if request.num_uncomputed_tokens == 0:
                 self._emit(request)
-                done.emitted.append(request)
-        return done
+                emitted.append(request)
+        return Completed(finished, emitted)
 
     def _emit(self, request: Request) -> None:
         """The first token after a computed prompt."""
