@@ -166,8 +166,8 @@ class AttentionModel:
 
     def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float:
         """Of a batch of decodes and nothing else, given by its contexts."""
-        work = (num_decodes, context_sum, context_max)
-        return decode_seconds(self.coefficients["decode"], *work, self.geometry)[0]
+        coefficients = self.coefficients["decode"]
+        return decode_seconds(coefficients, num_decodes, context_sum, context_max, self.geometry)[0]
 
     def decode_seconds_of_run(
         self,

@@ -24,8 +24,8 @@ class Decodes(Protocol):
     def requests(self) -> list[Request]:
         """The members, their counters brought up to date, in order of admission."""
 
-    def contexts(self) -> tuple[int, int]:
-        """Sum of the contexts of the next step, and the longest of them; 0 if there is none."""
+    def contexts(self) -> tuple[int, int, int]:
+        """Of the next step: how many, their sum, and the longest; 0 if there is none."""
 
     def add(self, request: Request) -> None:
         """Join, with all known tokens but the last one computed."""
@@ -80,12 +80,11 @@ class DecodeGroup:
             self._update(request)
         return members
 
-    def contexts(self) -> tuple[int, int]:
-        longest, next_step = self._by_length, self._num_steps + 1
+    def contexts(self) -> tuple[int, int, int]:
+        n, longest, next_step = len(self._offset), self._by_length, self._num_steps + 1
         while longest and self._is_stale(longest[0]):
             heapq.heappop(longest)
-        context_sum = self._offset_sum + len(self._offset) * next_step
-        return context_sum, next_step - longest[0][0] if longest else 0
+        return n, self._offset_sum + n * next_step, next_step - longest[0][0] if longest else 0
 
     def add(self, request: Request) -> None:
         offset = request.num_computed_tokens - self._num_steps
@@ -153,9 +152,9 @@ class ListedDecodes:
     def requests(self) -> list[Request]:
         return sorted(self._members, key=_admission)
 
-    def contexts(self) -> tuple[int, int]:
+    def contexts(self) -> tuple[int, int, int]:
         contexts = [request.num_computed_tokens + 1 for request in self._members]
-        return sum(contexts), max(contexts, default=0)
+        return len(contexts), sum(contexts), max(contexts, default=0)
 
     def add(self, request: Request) -> None:
         self._members.append(request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -105,14 +104,11 @@ class Heat:
 
 def decode_steps(shape: BatchShape, num_steps: int) -> Iterator[BatchShape]:
     """The shapes of consecutive steps of decodes, the contexts one longer in each."""
-    return (_decode_step(shape, step) for step in range(num_steps))
-
-
-def _decode_step(shape: BatchShape, step: int) -> BatchShape:
     n = shape.num_decodes
-    return BatchShape.of_decodes(
-        n, shape.decode_context_sum + n * step, shape.decode_context_max + step
-    )
+    for step in range(num_steps):
+        yield BatchShape.of_decodes(
+            n, shape.decode_context_sum + n * step, shape.decode_context_max + step
+        )
 
 
 def decode_run_times(model: LatencyModel) -> RunTimes:
@@ -237,12 +233,13 @@ class ProfiledLatency:
         return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
-        num_tokens = shape.num_tokens
+        prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
+        num_tokens = num_prefill_tokens + num_decodes
         attention = self.num_layers * self.attention.seconds(self.strategy, shape)
         layers, once, collectives = self._beside_attention(
-            num_tokens, shape.num_sampled, shape.num_decodes + len(shape.prefills)
+            num_tokens, num_sampled, num_decodes + len(prefills)
         )
-        if shape.prefills:
+        if prefills:
             once += self.host_with_prefill
         slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
         return attention * slower, layers * slower, once, collectives
@@ -273,13 +270,16 @@ class ProfiledLatency:
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; the arithmetic of `step_time` in the same order."""
-        n, keys, longest = shape.num_decodes, shape.decode_context_sum, shape.decode_context_max
+        _, _, n, keys, longest, _ = shape
         layers, once, collectives = self._beside_attention(n, n, n)
+        num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
+        matrix_seconds = self._matrix_seconds_per_token * n
 
         def seconds(attention: T) -> T:
-            attention = self.num_layers * attention
-            slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
-            return (attention * slower + layers * slower + once + collectives) * self.scale
+            attention = num_layers * attention
+            share = matrix_seconds / (attention + layers)
+            slower = 1.0 + slowdown * (share * share)
+            return (attention * slower + layers * slower + once + collectives) * scale
 
         times: list[float]
         if num_steps < WORTH_AN_ARRAY:
@@ -289,17 +289,19 @@ class ProfiledLatency:
             steps = np.arange(num_steps)
             many = self.attention.decode_seconds_of_run
             times = seconds(many(n, keys + n * steps, longest + steps)).tolist()
-        self._count_run(shape, times)
+        self.seconds_predicted += sum(times)
+        num_inside = self._num_steps_inside(shape)
+        if num_steps > num_inside:
+            self.seconds_outside += sum(times[num_inside:])
         return times
 
-    def _count_run(self, shape: BatchShape, times: Sequence[float]) -> None:
-        self.seconds_predicted += sum(times)
-        if not self.is_inside(_decode_step(shape, len(times) - 1)):
-            steps = range(len(times))
-            inside = bisect_left(
-                steps, True, key=lambda step: not self.is_inside(_decode_step(shape, step))
-            )
-            self.seconds_outside += sum(times[inside:])
+    def _num_steps_inside(self, shape: BatchShape) -> int:
+        """Of a run of decodes, however long, that begins with this shape."""
+        if not self.is_inside(shape):
+            return 0
+        _, _, n, keys, longest, _ = shape
+        hull = self._hull
+        return 1 + min((hull.decode_context_sum - keys) // n, hull.context_len - longest)
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
         """Where the seconds of a step go, before `scale`."""

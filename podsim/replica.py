@@ -140,20 +140,15 @@ class Replica:
 
     def _step_times(self, batch: Batch, shape: BatchShape) -> Sequence[float]:
         """Seconds of this step, and of the steps after it that are sure to be like it."""
-        num_steps = 1
-        if self.longest_run > 1 and self.scheduler.repeats(batch):
-            decodes = self.scheduler.decodes
-            num_steps = min(self._run_limit, decodes.steps_to_finish())
-            if num_steps > 1:
-                num_steps = self._steps_with_blocks(num_steps)
-        if num_steps == 1:
+        if self.longest_run == 1 or batch.prefills or not self.scheduler.repeats(batch):
             return [self._heat.step_time(shape, self._now)]
-        return self._decode_run_times(shape, num_steps)
+        num_steps = min(self._run_limit, self.scheduler.decodes.steps_to_finish())
+        return self._decode_run_times(shape, self._steps_with_blocks(num_steps, batch.num_decodes))
 
-    def _steps_with_blocks(self, num_steps: int) -> int:
+    def _steps_with_blocks(self, num_steps: int, num_decodes: int) -> int:
         """How many of these steps find KV blocks; the first has them already."""
         decodes, free = self.scheduler.decodes, self.kv_cache.num_free_blocks
-        if free >= len(decodes) * (num_steps // self.kv_cache.block_size + 1):
+        if free >= num_decodes * (num_steps // self.kv_cache.block_size + 1):
             return num_steps
         for step in range(1, num_steps):
             free -= decodes.blocks_needed(step)
@@ -173,11 +168,12 @@ class Replica:
 
     def _take_blocks(self, run: _Run, num_steps: int) -> None:
         """The KV blocks of the run's first steps; the very first has its own."""
-        needed = self.scheduler.decodes.blocks_needed
-        used = list(accumulate(map(needed, range(len(run.used), num_steps)), initial=run.used[-1]))
-        taken = self.kv_cache.take(used[-1] - used[0])
+        blocks_needed = self.scheduler.decodes.blocks_needed
+        needed = [blocks_needed(step) for step in range(len(run.used), num_steps)]
+        taken = self.kv_cache.take(sum(needed))
         assert taken, "a run is no longer than the free blocks allow"
-        run.used += used[1:]
+        for num_blocks in needed:
+            run.used.append(run.used[-1] + num_blocks)
 
     def _record_steps(self, shape: BatchShape, start: float, run: _Run, num_running: int) -> None:
         num_steps, num_waiting = len(run.ends), len(self.scheduler.waiting)

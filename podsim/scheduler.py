@@ -115,9 +115,11 @@ class _Scheduler(ABC):
             for request in decodes.needing_block():
                 while request in self.running and not self.kv_cache.take(1):
                     self._preempt(next(reversed(self.running)), batch)
-        batch.num_decodes = len(decodes)
-        if batch.num_decodes:
-            batch.decode_context_sum, batch.decode_context_max = decodes.contexts()
+        num_decodes, context_sum, context_max = decodes.contexts()
+        if num_decodes:
+            batch.num_decodes = num_decodes
+            batch.decode_context_sum = context_sum
+            batch.decode_context_max = context_max
 
     def _preempt(self, request: Request, batch: Batch) -> None:
         del self.running[request]
