@@ -81,10 +81,12 @@ class DecodeGroup:
         return members
 
     def contexts(self) -> tuple[int, int, int]:
-        n, longest, next_step = len(self._offset), self._by_length, self._num_steps + 1
-        while longest and self._is_stale(longest[0]):
-            heapq.heappop(longest)
-        return n, self._offset_sum + n * next_step, next_step - longest[0][0] if longest else 0
+        n, next_step, by_length = len(self._offset), self._num_steps + 1, self._by_length
+        if not n:
+            return 0, 0, 0
+        while self._is_stale(by_length[0]):
+            heapq.heappop(by_length)
+        return n, self._offset_sum + n * next_step, next_step - by_length[0][0]
 
     def add(self, request: Request) -> None:
         offset = request.num_computed_tokens - self._num_steps
@@ -133,7 +135,8 @@ class DecodeGroup:
 
     def _is_stale(self, entry: tuple[int, int, Request]) -> bool:
         """Whether a heap's entry is of a request that has left (and perhaps joined again)."""
-        return entry[2] not in self._offset or entry[1] != entry[2].admission
+        _, admission, request = entry
+        return request not in self._offset or request.admission != admission
 
 
 class ListedDecodes:
