@@ -254,8 +254,8 @@ class ProfiledLatency:
             padded = self._padded(num_tokens), self._padded(num_sampled)
             collectives = self.collectives.seconds(*padded)
         return (
-            self.num_layers * self._layer_time.at(num_tokens),
-            self._token_time.at(num_tokens) + self._sampled_time.at(num_sampled) + host,
+            self.num_layers * self._layer_time[num_tokens],
+            self._token_time[num_tokens] + self._sampled_time[num_sampled] + host,
             collectives,
         )
 
@@ -330,16 +330,17 @@ class ProfiledLatency:
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
-        hull = self._hull
-        prefills, num_prefill_tokens, num_decodes, context_sum, longest, num_sampled = shape
+        most_tokens, most_sampled, longest, most_decodes, largest_sum = self._hull
+        prefills, num_prefill_tokens, num_decodes, context_sum, context_max, num_sampled = shape
         for _, context_len in prefills:
-            longest = max(longest, context_len)
+            if context_len > longest:
+                return False
         return (
-            context_sum <= hull.decode_context_sum
-            and num_decodes <= hull.num_decodes
-            and longest <= hull.context_len
-            and num_sampled <= hull.num_sampled
-            and num_prefill_tokens + num_decodes <= hull.num_tokens
+            context_sum <= largest_sum
+            and num_decodes <= most_decodes
+            and context_max <= longest
+            and num_sampled <= most_sampled
+            and num_prefill_tokens + num_decodes <= most_tokens
         )
 
     def notes(self) -> Sequence[str]:
@@ -378,10 +379,11 @@ def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> N
     return np.where(wanted % 8 == 0, on, off)
 
 
-class _Table:
+class _Table(dict[int, float]):
     """Seconds of some operations together, for every number of tokens.
 
-    Beyond the last measured point, with the rate between it and the point of half its tokens.
+    Beyond the last measured point, with the rate between it and the point of half its tokens. A
+    dictionary, because a call would cost more than the look-up.
     """
 
     def __init__(
@@ -394,12 +396,10 @@ class _Table:
             padded = [graph_size(n) for n in range(self._measured + 1)]
             num_tokens = np.minimum(padded, self._measured)
         seconds = sum(count * op_seconds(table, num_tokens) for table, count in tables)
-        self._seconds: list[float] = np.asarray(seconds).tolist()
-        self._seconds[0] = 0.0
+        super().__init__(enumerate(np.asarray(seconds).tolist()))
+        self[0] = 0.0
         half = self._measured // 2
-        self._rate: float = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
+        self._rate = (self[self._measured] - self[half]) / (self._measured - half)
 
-    def at(self, num_tokens: int) -> float:
-        if num_tokens <= self._measured:
-            return self._seconds[num_tokens]
-        return self._seconds[-1] + (num_tokens - self._measured) * self._rate
+    def __missing__(self, num_tokens: int) -> float:
+        return self[self._measured] + (num_tokens - self._measured) * self._rate
