@@ -19,7 +19,7 @@ class At(simpy.Event):
     def __init__(
         self, env: simpy.Environment, time: float, priority: EventPriority = NORMAL
     ) -> None:
-        # As in SimPy's own Timeout, `Event.__init__` stands here: there is one of these a request.
+        # `Event.__init__`, written out as in SimPy's own Timeout: requests cost some of these each.
         self.env = env
         self.callbacks = []
         self._value = None

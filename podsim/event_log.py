@@ -87,9 +87,9 @@ class RecentSteps:
     """Steps as they are recorded, run by run, before they are written out as columns."""
 
     starts: array[float] = field(default_factory=lambda: array("d"))
+    """Of each run, as are its num_steps; `same` has a SameInRun of each. The rest is of steps."""
     num_steps: array[int] = field(default_factory=lambda: array("q"))
     same: array[int] = field(default_factory=lambda: array("q"))
-    """One value of each run, one of each, and a SameInRun of each."""
     ends: array[float] = field(default_factory=lambda: array("d"))
     num_waiting: array[int] = field(default_factory=lambda: array("i"))
     num_used_blocks: array[int] = field(default_factory=lambda: array("i"))

@@ -118,7 +118,7 @@ class Replica:
             self._now = self.env.now
 
     def _begin(self, batch: Batch) -> tuple[_Run, BatchShape]:
-        """A batch, or a run of batches like it."""
+        """The steps of a batch, or of a run of batches like it, and the shape of the first."""
         start = self._now
         for request, _ in batch.prefills:
             if request.scheduled_time < 0:
