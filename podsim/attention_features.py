@@ -8,10 +8,10 @@ once: its time is bytes, unless its items are too short or too few to keep the m
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,10 +117,9 @@ Tiles = tuple[tuple[int, int], ...]
 
 def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
     """What of the chunks' lengths the kernel's work depends on."""
-    return tuple(
-        (-(-num_tokens * geometry.group // geometry.block_m), -(-context // geometry.block_n))
-        for num_tokens, context in prefills
-    )
+    group, block_m, block_n = geometry.group, geometry.block_m, geometry.block_n
+    tiles = [(-(-num_tokens * group // block_m), -(-n // block_n)) for num_tokens, n in prefills]
+    return tuple(tiles)
 
 
 def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
@@ -139,9 +138,9 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
     sizes.sort(reverse=True)
     order = sizes * geometry.num_kv_heads
     busy_until = order[: geometry.num_sms]
-    heapq.heapify(busy_until)
+    heapify(busy_until)
     for size in order[geometry.num_sms :]:
-        heapq.heapreplace(busy_until, busy_until[0] + size)
+        heapreplace(busy_until, busy_until[0] + size)
     return TileWork(max(busy_until), sum(sizes) * geometry.num_kv_heads, sizes[0], len(order))
 
 
@@ -181,10 +180,10 @@ def decode_seconds(
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
     least = geometry.min_split_blocks
-    split = math.ceil(filling if filling > least else least) * block_n
+    split = ceil(filling if filling > least else least) * block_n
     if longest <= split:
         items = n * geometry.items_per_split
-        lone = math.ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
+        lone = ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
         seconds = launch + key * blocks + longest_split * lone + item * items
         return seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone), items
     # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.

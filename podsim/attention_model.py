@@ -96,20 +96,24 @@ class AttentionModel:
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
-        if not shape.num_decodes:
-            side = self._prefill(shape)
-            load = sustained(shape.num_tokens, side.seconds, self.geometry)
-            return side.seconds + load * side.loaded_seconds
-        if not shape.prefills:
-            return self._decode(shape)[0]
-        if strategy == "unified":
+        prefills, num_prefill_tokens, n, keys, longest, _ = shape
+        if not prefills:
+            return self.decode_seconds(n, keys, longest)
+        if strategy == "unified" and n:
             return dot(self.coefficients["unified"], self.unified_features(shape))
-        prefill, decode, items, _, side = self.sides(shape)
+        side = self._prefill_side(row_tiles(prefills, self.geometry))
+        _, waves, _, alone, loaded, busy_place, waves_place = side
+        if not n:
+            return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded
+        coefficients = self.coefficients["decode"]
+        decode, items = decode_seconds(coefficients, n, keys, longest, self.geometry)
+        load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
+        prefill = alone + load * loaded
         both = prefill + decode
-        paid = self.overlaps[strategy].at(prefill / both, side.busy_place, side.waves_place)
+        paid = self.overlaps[strategy].at(prefill / both, busy_place, waves_place)
         launch, item, wave, pair = self.coefficients[strategy]
-        seconds = launch + item * items + wave * side.waves + paid * both
-        return seconds + pair * min(items, side.waves)
+        seconds = launch + item * items + wave * waves + paid * both
+        return seconds + pair * min(items, waves)
 
     def sides(self, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
@@ -162,13 +166,18 @@ class AttentionModel:
             place(WAVES, waves),
         )
 
-    def decode_seconds(
+    def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float:
+        """Of a batch of decodes and nothing else, given by its contexts."""
+        coefficients = self.coefficients["decode"]
+        return decode_seconds(coefficients, num_decodes, context_sum, context_max, self.geometry)[0]
+
+    def decode_seconds_of_run(
         self,
         num_decodes: int,
         context_sums: NDArray[np.int64],
         context_maxima: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        """Of many batches of as many decodes and nothing else, each given by its contexts."""
+        """The same of many batches of as many decodes."""
         coefficients = self.coefficients["decode"]
         return decode_seconds_of_run(
             coefficients, num_decodes, context_sums, context_maxima, self.geometry

@@ -80,9 +80,8 @@ class Batch:
     def shape(self) -> BatchShape:
         """The lengths of this batch; call it before `Scheduler.complete` moves the counters."""
         if not self.prefills:
-            return BatchShape.of_decodes(
-                self.num_decodes, self.decode_context_sum, self.decode_context_max
-            )
+            n = self.num_decodes
+            return BatchShape((), 0, n, self.decode_context_sum, self.decode_context_max, n)
         prefills = []
         num_prefill_tokens = 0
         num_sampled = self.num_decodes

@@ -19,11 +19,14 @@ class At(simpy.Event):
     def __init__(
         self, env: simpy.Environment, time: float, priority: EventPriority = NORMAL
     ) -> None:
-        super().__init__(env)
-        self._ok = True
+        # `Event.__init__`, written out as in SimPy's own Timeout: requests cost some of these each.
+        self.env = env
+        self.callbacks = []
         self._value = None
-        if env.now >= time / 2:
-            env.schedule(self, priority, time - env.now)
+        self._ok = True
+        now = env.now
+        if now >= time / 2:
+            env.schedule(self, priority, time - now)
         else:
             halfway = env.timeout(0.75 * time - env.now)
             halfway.callbacks.append(lambda _: env.schedule(self, priority, time - env.now))

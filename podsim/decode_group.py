@@ -7,7 +7,6 @@ for the group, so that a step costs the same for one request and for a thousand.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
 from typing import Protocol
 
 from podsim.request import Request
@@ -25,13 +24,8 @@ class Decodes(Protocol):
     def requests(self) -> list[Request]:
         """The members, their counters brought up to date, in order of admission."""
 
-    @property
-    def context_sum(self) -> int:
-        """Sum of the contexts of the next step."""
-
-    @property
-    def context_max(self) -> int:
-        """The longest context of the next step; 0 if there is none."""
+    def contexts(self) -> tuple[int, int, int]:
+        """Of the next step: how many, their sum, and the longest; 0 if there is none."""
 
     def add(self, request: Request) -> None:
         """Join, with all known tokens but the last one computed."""
@@ -86,16 +80,13 @@ class DecodeGroup:
             self._update(request)
         return members
 
-    @property
-    def context_sum(self) -> int:
-        return self._offset_sum + len(self._offset) * (self._num_steps + 1)
-
-    @property
-    def context_max(self) -> int:
-        longest = self._by_length
-        while longest and self._is_stale(longest[0]):
-            heapq.heappop(longest)
-        return self._num_steps + 1 - longest[0][0] if longest else 0
+    def contexts(self) -> tuple[int, int, int]:
+        n, next_step, by_length = len(self._offset), self._num_steps + 1, self._by_length
+        if not n:
+            return 0, 0, 0
+        while self._is_stale(by_length[0]):
+            heapq.heappop(by_length)
+        return n, self._offset_sum + n * next_step, next_step - by_length[0][0]
 
     def add(self, request: Request) -> None:
         offset = request.num_computed_tokens - self._num_steps
@@ -144,7 +135,8 @@ class DecodeGroup:
 
     def _is_stale(self, entry: tuple[int, int, Request]) -> bool:
         """Whether a heap's entry is of a request that has left (and perhaps joined again)."""
-        return entry[2] not in self._offset or entry[1] != entry[2].admission
+        _, admission, request = entry
+        return request not in self._offset or request.admission != admission
 
 
 class ListedDecodes:
@@ -163,13 +155,9 @@ class ListedDecodes:
     def requests(self) -> list[Request]:
         return sorted(self._members, key=_admission)
 
-    @property
-    def context_sum(self) -> int:
-        return sum(request.num_computed_tokens + 1 for request in self._members)
-
-    @property
-    def context_max(self) -> int:
-        return max((request.num_computed_tokens + 1 for request in self._members), default=0)
+    def contexts(self) -> tuple[int, int, int]:
+        contexts = [request.num_computed_tokens + 1 for request in self._members]
+        return len(contexts), sum(contexts), max(contexts, default=0)
 
     def add(self, request: Request) -> None:
         self._members.append(request)
@@ -202,8 +190,3 @@ class ListedDecodes:
 
 def _admission(request: Request) -> int:
     return request.admission
-
-
-def total_blocks_needed(decodes: Decodes, steps: Iterable[int]) -> int:
-    """New KV blocks of some of the coming steps together."""
-    return sum(decodes.blocks_needed(step) for step in steps)

@@ -183,14 +183,11 @@ class Engine:
     def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
         self.recording.shapes.append(shape)
         self.recording.gpu_seconds.append(self.forward.gpu_seconds)
-        self.recording.log.record_step(
-            (
-                *(0, start, end - start),
-                *(len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes),
-                *(shape.decode_context_sum, len(self.scheduler.waiting)),
-                *(len(self.scheduler.running), self.kv_cache.num_used_blocks),
-            )
-        )
+        waiting, used = len(self.scheduler.waiting), self.kv_cache.num_used_blocks
+        prefills, num_prefill_tokens, num_decodes, context_sum, _, _ = shape
+        num_running = len(self.scheduler.running)
+        same = 0, len(prefills), num_prefill_tokens, num_decodes, context_sum, num_running
+        self.recording.log.record_steps(start, [end], [waiting], [used], same)
 
     def _book(self, batch: Batch, end: float) -> None:
         completed = self.scheduler.complete(batch, 1)

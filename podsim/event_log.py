@@ -6,10 +6,11 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from podsim.request import Request
 
@@ -40,6 +41,8 @@ STEP_COLUMNS = {
 """Columns and their array type codes. Seconds, tokens, requests, blocks."""
 
 Columns = dict[str, "array[Any]"]
+
+_request_row = attrgetter(*REQUEST_COLUMNS)
 
 CHUNK = 65536
 
@@ -74,6 +77,47 @@ class StepTotals:
         self.max_batch = max(self.max_batch, int(batch.max(initial=0)))
 
 
+SameInRun = tuple[int, int, int, int, int, int]
+"""Of the steps of a run: replica, num_prefills, num_prefill_tokens, num_decodes, the
+decode_context_sum of the first, num_running."""
+
+
+@dataclass(slots=True)
+class RecentSteps:
+    """Steps as they are recorded, run by run, before they are written out as columns."""
+
+    starts: array[float] = field(default_factory=lambda: array("d"))
+    """Of each run, as are its num_steps; `same` has a SameInRun of each. The rest is of steps."""
+    num_steps: array[int] = field(default_factory=lambda: array("q"))
+    same: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[float] = field(default_factory=lambda: array("d"))
+    num_waiting: array[int] = field(default_factory=lambda: array("i"))
+    num_used_blocks: array[int] = field(default_factory=lambda: array("i"))
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of STEP_COLUMNS."""
+        num_steps = np.asarray(self.num_steps)
+        first = np.cumsum(num_steps) - num_steps
+        step = np.arange(len(self.ends)) - np.repeat(first, num_steps)
+        same = np.repeat(np.asarray(self.same).reshape(-1, 6), num_steps, axis=0).T
+        replica, num_prefills, num_prefill_tokens, num_decodes, context_sum, num_running = same
+        ends = np.asarray(self.ends)
+        start = np.roll(ends, 1)
+        start[first] = self.starts
+        return {
+            "replica": replica,
+            "start": start,
+            "duration": ends - start,
+            "num_prefills": num_prefills,
+            "num_prefill_tokens": num_prefill_tokens,
+            "num_decodes": num_decodes,
+            "decode_context_sum": context_sum + num_decodes * step,
+            "num_waiting": np.asarray(self.num_waiting),
+            "num_running": num_running,
+            "num_used_blocks": np.asarray(self.num_used_blocks),
+        }
+
+
 @dataclass(slots=True)
 class EventLog:
     """Every request, every step, and every gap between two tokens of a request.
@@ -82,11 +126,8 @@ class EventLog:
     grows with requests and steps, not with tokens.
     """
 
-    requests: Columns = field(default_factory=lambda: _columns(REQUEST_COLUMNS))
-    """In order of leaving."""
     refused: dict[int, str] = field(default_factory=dict)
     """Why a request, by its id, was not served."""
-    steps: Columns = field(default_factory=lambda: _columns(STEP_COLUMNS))
     keep_steps: bool = True
     """Otherwise rows of steps are added up and dropped, and memory does not grow with steps."""
     when_full: Callable[[], None] | None = None
@@ -96,50 +137,77 @@ class EventLog:
     preempted_id: array[int] = field(default_factory=lambda: array("q"))
     preempted_time: array[float] = field(default_factory=lambda: array("d"))
     resumed_time: array[float] = field(default_factory=lambda: array("d"))
+    _requests: array[float] = field(default_factory=lambda: array("d"))
+    """Row after row: every number of a request is exact in it."""
+    _steps: Columns = field(default_factory=lambda: _columns(STEP_COLUMNS))
+    _recent: RecentSteps = field(default_factory=lambda: RecentSteps())
     _totals: StepTotals = field(default_factory=lambda: StepTotals())
     _waiting_to_resume: dict[int, int] = field(default_factory=dict)
 
     def record_request(self, request: Request, refused: str = "") -> None:
         """A request that leaves: finished, or refused for a reason."""
-        for name, column in self.requests.items():
-            column.append(getattr(request, name))
+        self._requests.extend(_request_row(request))
         if refused:
             self.refused[request.request_id] = refused
-        if self.when_full is not None and len(self.requests["request_id"]) >= CHUNK:
+        if self.when_full is not None and len(self._requests) >= CHUNK * len(REQUEST_COLUMNS):
             self.when_full()
+
+    @property
+    def requests(self) -> dict[str, NDArray[Any]]:
+        """The columns of REQUEST_COLUMNS, in order of leaving."""
+        rows = np.asarray(self._requests).reshape(-1, len(REQUEST_COLUMNS))
+        return {
+            name: column.astype(code)
+            for (name, code), column in zip(REQUEST_COLUMNS.items(), rows.T, strict=True)
+        }
 
     def drop_requests(self) -> None:
         """Forget the requests so far."""
-        self.requests = _columns(REQUEST_COLUMNS)
+        self._requests = array("d")
         self.refused = {}
 
-    def record_step(self, row: Sequence[float]) -> None:
-        """A row of STEP_COLUMNS."""
-        for column, value in zip(self.steps.values(), row, strict=True):
-            column.append(value)
-        if not self.keep_steps:
-            self._fold()
+    def record_steps(
+        self,
+        start: float,
+        ends: Sequence[float],
+        num_waiting: Sequence[int],
+        num_used_blocks: Sequence[int],
+        same: SameInRun,
+    ) -> None:
+        """Consecutive steps of a batch: what each has of its own, and what is the same in all."""
+        recent = self._recent
+        recent.starts.append(start)
+        recent.num_steps.append(len(ends))
+        recent.same.extend(same)
+        recent.ends.extend(ends)
+        recent.num_waiting.extend(num_waiting)
+        recent.num_used_blocks.extend(num_used_blocks)
+        if len(recent.ends) >= CHUNK:
+            self._settle()
 
-    def record_steps(self, columns: Sequence[Sequence[float]]) -> None:
-        """Rows of STEP_COLUMNS, given as columns of equal length."""
-        for column, values in zip(self.steps.values(), columns, strict=True):
-            column.extend(values)
-        if not self.keep_steps:
-            self._fold()
+    @property
+    def steps(self) -> Columns:
+        """The columns of STEP_COLUMNS, in order of completion."""
+        self._settle()
+        return self._steps
 
-    def _fold(self) -> None:
-        """Add up full chunks of steps and drop them."""
-        while len(self.steps["start"]) >= CHUNK:
-            self._totals.add({name: column[:CHUNK] for name, column in self.steps.items()})
-            for column in self.steps.values():
+    def _settle(self) -> None:
+        """Write out the recent steps; if none are kept, add up full chunks and drop them."""
+        for name, values in self._recent.columns().items():
+            self._steps[name].frombytes(values.astype(STEP_COLUMNS[name]).tobytes())
+        self._recent = RecentSteps()
+        while not self.keep_steps and len(self._steps["start"]) >= CHUNK:
+            self._totals.add({name: column[:CHUNK] for name, column in self._steps.items()})
+            for column in self._steps.values():
                 del column[:CHUNK]
 
     def step_totals(self) -> StepTotals:
         """Sums over all steps, the same whether they were kept or not."""
+        steps = self.steps
         totals = replace(self._totals)
-        for start in range(0, len(self.steps["start"]), CHUNK):
+        for start in range(0, len(steps["start"]), CHUNK):
             chunk = slice(start, start + CHUNK)
-            totals.add({name: column[chunk] for name, column in self.steps.items()})
+            totals.add({name: column[chunk] for name, column in steps.items()})
         return totals
 
     def record_preemption(self, request: Request, time: float) -> None:
@@ -157,11 +225,6 @@ class EventLog:
     def record_gap(self, duration: float, count: int) -> None:
         self.gap_duration.append(duration)
         self.gap_count.append(count)
-
-    def record_gaps(self, durations: Sequence[float], count: int) -> None:
-        """The same number of gaps of each duration."""
-        self.gap_duration.extend(durations)
-        self.gap_count.extend([count] * len(durations))
 
 
 class TokenGaps:
@@ -197,12 +260,14 @@ class TokenGaps:
 
     def decoded(self, ends: Sequence[float], num_finished: int) -> None:
         """Every member got a token at each of these times; then some are finished."""
+        durations, counts = self.log.gap_duration, self.log.gap_count
         for time, members in self._latest.items():
             if members:
-                self.log.record_gap(ends[0] - time, members)
+                durations.append(ends[0] - time)
+                counts.append(members)
         if len(ends) > 1:
-            later = [end - start for start, end in pairwise(ends)]
-            self.log.record_gaps(later, self._count)
+            durations.extend(map(float.__sub__, ends[1:], ends))
+            counts.extend([self._count] * (len(ends) - 1))
         self.last_step = ends[-1]
         self._count -= num_finished
         self._latest = {self.last_step: self._count}

@@ -45,11 +45,12 @@ class PagedKVCache:
 
     def take(self, num_blocks: int, keep_free: int = 0) -> bool:
         """Take free blocks; False, and no change, if that would leave fewer than `keep_free`."""
-        if num_blocks > self.num_free_blocks - keep_free:
-            return False
-        if num_blocks > self._num_empty:
-            assert self.prefixes is not None
-            self._num_empty += self.prefixes.evict(num_blocks - self._num_empty)
+        if num_blocks > self._num_empty - keep_free:
+            if num_blocks > self.num_free_blocks - keep_free:
+                return False
+            if num_blocks > self._num_empty:
+                assert self.prefixes is not None
+                self._num_empty += self.prefixes.evict(num_blocks - self._num_empty)
         self._num_empty -= num_blocks
         return True
 

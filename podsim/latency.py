@@ -40,7 +40,7 @@ SAMPLED_OPS = ("lm_head", "sampling")
 
 T = TypeVar("T", float, NDArray[np.float64])
 
-WORTH_AN_ARRAY = 8
+WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
 
 
@@ -211,7 +211,8 @@ class ProfiledLatency:
 
     def step_time(self, shape: BatchShape) -> float:
         """In a long row of such steps; `step_time_at` after others."""
-        return self._count(shape, sum(self._parts(shape)) * self.scale)
+        attention, layers, once, collectives = self._parts(shape)
+        return self._count(shape, (attention + layers + once + collectives) * self.scale)
 
     def step_time_at(self, shape: BatchShape, heat: float) -> tuple[float, float]:
         """See `WarmsUp`. What is measured is a long row of steps, whose heat is their own load."""
@@ -232,23 +233,31 @@ class ProfiledLatency:
         return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
-        num_tokens = shape.num_tokens
+        prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
+        num_tokens = num_prefill_tokens + num_decodes
         attention = self.num_layers * self.attention.seconds(self.strategy, shape)
-        layers = self.num_layers * self._layer_time.at(num_tokens)
-        share = self._matrix_seconds_per_token * num_tokens / (attention + layers)
-        slower = 1.0 + self._slowdown * (share * share)  # `matrix_load`, which costs a call
-        return (
-            attention * slower,
-            layers * slower,
-            self._token_time.at(num_tokens)
-            + self._sampled_time.at(shape.num_sampled)
-            + self._host_time(shape.num_decodes + len(shape.prefills))
-            + (self.host_with_prefill if shape.prefills else 0.0),
-            self._collective_time(num_tokens, shape.num_sampled),
+        layers, once, collectives = self._beside_attention(
+            num_tokens, num_sampled, num_decodes + len(prefills)
         )
+        if prefills:
+            once += self.host_with_prefill
+        slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
+        return attention * slower, layers * slower, once, collectives
 
-    def _host_time(self, num_requests: int) -> float:
-        return self.step_overhead + self.host_per_request * num_requests
+    def _beside_attention(
+        self, num_tokens: int, num_sampled: int, num_requests: int
+    ) -> tuple[float, float, float]:
+        """Seconds of the rest of the layers, of what a step runs once, and of collectives."""
+        host = self.step_overhead + self.host_per_request * num_requests
+        collectives = 0.0
+        if self.collectives is not None:
+            padded = self._padded(num_tokens), self._padded(num_sampled)
+            collectives = self.collectives.seconds(*padded)
+        return (
+            self.num_layers * self._layer_time[num_tokens],
+            self._token_time[num_tokens] + self._sampled_time[num_sampled] + host,
+            collectives,
+        )
 
     def matrix_load(self, num_tokens: int, seconds: T) -> T:
         """The square of the matrix products' share of the layers' seconds.
@@ -259,34 +268,40 @@ class ProfiledLatency:
         share = self._matrix_seconds_per_token * num_tokens / seconds
         return share * share
 
-    def _collective_time(self, num_tokens: int, num_sampled: int) -> float:
-        if self.collectives is None:
-            return 0.0
-        return self.collectives.seconds(self._padded(num_tokens), self._padded(num_sampled))
-
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
-        """See `RunTimes`; NumPy does the arithmetic of `step_time` in the same order."""
+        """See `RunTimes`; the arithmetic of `step_time` in the same order."""
+        _, _, n, keys, longest, _ = shape
+        layers, once, collectives = self._beside_attention(n, n, n)
+        num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
+        matrix_seconds = self._matrix_seconds_per_token * n
+
+        def seconds(attention: T) -> T:
+            attention = num_layers * attention
+            share = matrix_seconds / (attention + layers)
+            slower = 1.0 + slowdown * (share * share)
+            return (attention * slower + layers * slower + once + collectives) * scale
+
+        times: list[float]
         if num_steps < WORTH_AN_ARRAY:
-            return [self.step_time(step) for step in decode_steps(shape, num_steps)]
-        n = shape.num_decodes
-        steps = np.arange(num_steps)
-        sums = shape.decode_context_sum + n * steps
-        longest = shape.decode_context_max + steps
-        attention = self.num_layers * self.attention.decode_seconds(n, sums, longest)
-        layers = self.num_layers * self._layer_time.at(n)
-        once = self._token_time.at(n) + self._sampled_time.at(n) + self._host_time(n)
-        slower = 1.0 + self._slowdown * self.matrix_load(n, attention + layers)
-        kernels = attention * slower + layers * slower + once
-        seconds = (kernels + self._collective_time(n, n)) * self.scale
-        self.seconds_predicted += float(seconds.sum())
-        last = BatchShape.of_decodes(n, int(sums[-1]), int(longest[-1]))
-        if not self.is_inside(last):
-            outside = sums > self._hull.decode_context_sum
-            outside |= longest > self._hull.context_len
-            outside |= n > self._hull.num_decodes
-            self.seconds_outside += float(seconds[outside].sum())
-        times: list[float] = seconds.tolist()
+            one = self.attention.decode_seconds
+            times = [seconds(one(n, keys + n * i, longest + i)) for i in range(num_steps)]
+        else:
+            steps = np.arange(num_steps)
+            many = self.attention.decode_seconds_of_run
+            times = seconds(many(n, keys + n * steps, longest + steps)).tolist()
+        self.seconds_predicted += sum(times)
+        num_inside = self._num_steps_inside(shape)
+        if num_steps > num_inside:
+            self.seconds_outside += sum(times[num_inside:])
         return times
+
+    def _num_steps_inside(self, shape: BatchShape) -> int:
+        """Of a run of decodes, however long, that begins with this shape."""
+        if not self.is_inside(shape):
+            return 0
+        _, _, n, keys, longest, _ = shape
+        hull = self._hull
+        return 1 + min((hull.decode_context_sum - keys) // n, hull.context_len - longest)
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
         """Where the seconds of a step go, before `scale`."""
@@ -315,14 +330,17 @@ class ProfiledLatency:
 
     def is_inside(self, shape: BatchShape) -> bool:
         """Whether no number of the batch exceeds the largest that was measured."""
-        hull = self._hull
+        most_tokens, most_sampled, longest, most_decodes, largest_sum = self._hull
+        prefills, num_prefill_tokens, num_decodes, context_sum, context_max, num_sampled = shape
+        for _, context_len in prefills:
+            if context_len > longest:
+                return False
         return (
-            shape.decode_context_sum <= hull.decode_context_sum
-            and shape.num_decodes <= hull.num_decodes
-            and shape.decode_context_max <= hull.context_len
-            and shape.num_sampled <= hull.num_sampled
-            and shape.num_tokens <= hull.num_tokens
-            and all(chunk.context_len <= hull.context_len for chunk in shape.prefills)
+            context_sum <= largest_sum
+            and num_decodes <= most_decodes
+            and context_max <= longest
+            and num_sampled <= most_sampled
+            and num_prefill_tokens + num_decodes <= most_tokens
         )
 
     def notes(self) -> Sequence[str]:
@@ -361,10 +379,11 @@ def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> N
     return np.where(wanted % 8 == 0, on, off)
 
 
-class _Table:
+class _Table(dict[int, float]):
     """Seconds of some operations together, for every number of tokens.
 
-    Beyond the last measured point, with the rate between it and the point of half its tokens.
+    Beyond the last measured point, with the rate between it and the point of half its tokens. A
+    dictionary, because a call would cost more than the look-up.
     """
 
     def __init__(
@@ -377,12 +396,10 @@ class _Table:
             padded = [graph_size(n) for n in range(self._measured + 1)]
             num_tokens = np.minimum(padded, self._measured)
         seconds = sum(count * op_seconds(table, num_tokens) for table, count in tables)
-        self._seconds: list[float] = np.asarray(seconds).tolist()
-        self._seconds[0] = 0.0
+        super().__init__(enumerate(np.asarray(seconds).tolist()))
+        self[0] = 0.0
         half = self._measured // 2
-        self._rate: float = (self._seconds[-1] - self._seconds[half]) / (self._measured - half)
+        self._rate = (self[self._measured] - self[half]) / (self._measured - half)
 
-    def at(self, num_tokens: int) -> float:
-        if num_tokens <= self._measured:
-            return self._seconds[num_tokens]
-        return self._seconds[-1] + (num_tokens - self._measured) * self._rate
+    def __missing__(self, num_tokens: int) -> float:
+        return self[self._measured] + (num_tokens - self._measured) * self._rate

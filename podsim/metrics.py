@@ -31,7 +31,7 @@ def request_table(log: EventLog) -> pd.DataFrame:
 
     `refused` says why a request was not served, and is empty if it was.
     """
-    table = pd.DataFrame({name: np.asarray(column) for name, column in log.requests.items()})
+    table = pd.DataFrame(log.requests)
     table = table.sort_values("request_id", ignore_index=True)
     table["refused"] = [log.refused.get(request_id, "") for request_id in table["request_id"]]
     for name in ("scheduled_time", "first_token_time", "finish_time"):

@@ -55,7 +55,7 @@ class Replica:
         self._now = env.now
         """This replica's time: ahead of the clock while nothing else happens in between."""
         self._run: _Run | None = None
-        self._process = env.process(self._serve())
+        env.process(self._serve())
 
     @property
     def num_requests(self) -> int:
@@ -65,7 +65,8 @@ class Replica:
     def cached_tokens(self, request: Request) -> int:
         """Tokens of a prompt that the prefix cache holds at this moment."""
         if self._run is not None:
-            self._take_blocks(self._run, before=self.env.now)
+            steps_begun = bisect_left(self._run.ends, self.env.now) + 1
+            self._take_blocks(self._run, min(steps_begun, len(self._run.ends)))
         return self.kv_cache.cached_tokens(request)
 
     @property
@@ -83,10 +84,16 @@ class Replica:
         if self._run is not None:
             self._run.arrivals.append(self.env.now)
             if len(self._run.ends) > 1 and not self._run.cut and self.scheduler.lets_in(request):
-                self._run.cut = True
-                self._process.interrupt()
+                self._cut(self._run)
         elif not self._work_arrived.triggered:
             self._work_arrived.succeed()
+
+    def _cut(self, run: _Run) -> None:
+        """End a run with the step that is under way."""
+        run.cut = True
+        del run.ends[bisect_left(run.ends, self.env.now) + 1 :]
+        sooner = At(self.env, run.ends[-1])
+        sooner.callbacks, run.over.callbacks = run.over.callbacks, []
 
     def _serve(self) -> Generator[simpy.Event, None, None]:
         while True:
@@ -95,8 +102,14 @@ class Replica:
                 self.log.record_preemption(request, self._now)
                 if was_decoding:
                     self.gaps.preempted(request)
-            if batch:
-                yield from self._take(batch)
+            if batch.prefills or batch.num_decodes:
+                run, shape = self._begin(batch)
+                if self.longest_run == 1 or self.env.peek() <= run.ends[-1]:
+                    self._run = run
+                    run.over = At(self.env, run.ends[-1])
+                    yield run.over
+                    self._run = None
+                self._book(batch, shape, run)
                 continue
             if self.scheduler.waiting:
                 raise RuntimeError("the scheduler left its replica idle with requests waiting")
@@ -104,8 +117,8 @@ class Replica:
             yield self._work_arrived
             self._now = self.env.now
 
-    def _take(self, batch: Batch) -> Generator[simpy.Event, None, None]:
-        """Let the time of a batch, or of a run of batches like it, pass; then book it."""
+    def _begin(self, batch: Batch) -> tuple[_Run, BatchShape]:
+        """The steps of a batch, or of a run of batches like it, and the shape of the first."""
         start = self._now
         for request, _ in batch.prefills:
             if request.scheduled_time < 0:
@@ -114,21 +127,9 @@ class Replica:
                 self.log.record_resumption(request, start)
         shape = batch.shape()
         times = self._step_times(batch, shape)
-        ends = list(accumulate(times, initial=start))[1:]
-        run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
-        if self.longest_run == 1 or self.env.peek() <= ends[-1]:
-            self._run = run
-            try:
-                yield At(self.env, run.ends[-1])
-            except simpy.Interrupt:
-                under_way = bisect_left(run.ends, self.env.now)
-                del run.ends[under_way + 1 :]
-                if run.ends[-1] > self.env.now:
-                    yield At(self.env, run.ends[-1])
-            self._run = None
-        self._now = run.ends[-1]
-        self._adapt_run_limit(run)
-        self._book(batch, shape, start, run)
+        ends = list(accumulate(times, initial=start))
+        del ends[0]
+        return _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks), shape
 
     def _adapt_run_limit(self, run: _Run) -> None:
         """Compute about as many steps at once as arrivals let happen."""
@@ -139,20 +140,15 @@ class Replica:
 
     def _step_times(self, batch: Batch, shape: BatchShape) -> Sequence[float]:
         """Seconds of this step, and of the steps after it that are sure to be like it."""
-        num_steps = 1
-        if self.longest_run > 1 and self.scheduler.repeats(batch):
-            decodes = self.scheduler.decodes
-            num_steps = min(self._run_limit, decodes.steps_to_finish())
-            if num_steps > 1:
-                num_steps = self._steps_with_blocks(num_steps)
-        if num_steps == 1:
+        if self.longest_run == 1 or batch.prefills or not self.scheduler.repeats(batch):
             return [self._heat.step_time(shape, self._now)]
-        return self._decode_run_times(shape, num_steps)
+        num_steps = min(self._run_limit, self.scheduler.decodes.steps_to_finish())
+        return self._decode_run_times(shape, self._steps_with_blocks(num_steps, batch.num_decodes))
 
-    def _steps_with_blocks(self, num_steps: int) -> int:
+    def _steps_with_blocks(self, num_steps: int, num_decodes: int) -> int:
         """How many of these steps find KV blocks; the first has them already."""
         decodes, free = self.scheduler.decodes, self.kv_cache.num_free_blocks
-        if free >= len(decodes) * (num_steps // self.kv_cache.block_size + 1):
+        if free >= num_decodes * (num_steps // self.kv_cache.block_size + 1):
             return num_steps
         for step in range(1, num_steps):
             free -= decodes.blocks_needed(step)
@@ -160,47 +156,34 @@ class Replica:
                 return step
         return num_steps
 
-    def _book(self, batch: Batch, shape: BatchShape, start: float, run: _Run) -> None:
+    def _book(self, batch: Batch, shape: BatchShape, run: _Run) -> None:
+        start, self._now = self._now, run.ends[-1]
+        self._adapt_run_limit(run)
         if len(run.ends) > 1:
-            self._take_blocks(run, before=run.ends[-1])
+            self._take_blocks(run, len(run.ends))
         num_running = len(self.scheduler.running)
         completed = self.scheduler.complete(batch, len(run.ends))
         self._record_steps(shape, start, run, num_running)
         self._record_tokens(batch, completed, run.ends)
 
-    def _take_blocks(self, run: _Run, before: float) -> None:
-        """The KV blocks of the run's steps that began before a time; its first step has its own."""
-        while len(run.used) < len(run.ends) and run.ends[len(run.used) - 1] < before:
-            needed = self.scheduler.decodes.blocks_needed(len(run.used))
-            taken = self.kv_cache.take(needed)
-            assert taken, "a run is no longer than the free blocks allow"
-            run.used.append(run.used[-1] + needed)
+    def _take_blocks(self, run: _Run, num_steps: int) -> None:
+        """The KV blocks of the run's first steps; the very first has its own."""
+        blocks_needed = self.scheduler.decodes.blocks_needed
+        needed = [blocks_needed(step) for step in range(len(run.used), num_steps)]
+        taken = self.kv_cache.take(sum(needed))
+        assert taken, "a run is no longer than the free blocks allow"
+        for num_blocks in needed:
+            run.used.append(run.used[-1] + num_blocks)
 
     def _record_steps(self, shape: BatchShape, start: float, run: _Run, num_running: int) -> None:
-        ends, used = run.ends, run.used
-        num_waiting = len(self.scheduler.waiting)
-        same = (len(shape.prefills), shape.num_prefill_tokens, shape.num_decodes)
-        if len(ends) == 1:
-            self.log.record_step(
-                (
-                    *(self.index, start, ends[0] - start),
-                    *same,
-                    *(shape.decode_context_sum, num_waiting, num_running, used[0]),
-                )
-            )
-            return
-        starts = [start, *ends[:-1]]
-        waiting_at_start = num_waiting - len(run.arrivals)
-        n = len(ends)
-        self.log.record_steps(
-            (
-                *([self.index] * n, starts, list(map(float.__sub__, ends, starts))),
-                *([value] * n for value in same),
-                [shape.decode_context_sum + shape.num_decodes * i for i in range(n)],
-                [waiting_at_start + bisect_right(run.arrivals, end) for end in ends],
-                *([num_running] * n, used),
-            )
-        )
+        num_steps, num_waiting = len(run.ends), len(self.scheduler.waiting)
+        waiting = [num_waiting] * num_steps
+        if num_steps > 1 and run.arrivals:
+            at_start = num_waiting - len(run.arrivals)
+            waiting = [at_start + bisect_right(run.arrivals, end) for end in run.ends]
+        prefills, num_prefill_tokens, num_decodes, context_sum, _, _ = shape
+        same = self.index, len(prefills), num_prefill_tokens, num_decodes, context_sum, num_running
+        self.log.record_steps(start, run.ends, waiting, run.used, same)
 
     def _record_tokens(self, batch: Batch, completed: Completed, ends: list[float]) -> None:
         end = ends[-1]
@@ -225,7 +208,10 @@ class Replica:
 class _Run:
     """Steps under way: when each ends, its used KV blocks, and what arrived meanwhile."""
 
-    __slots__ = ("arrivals", "cut", "ends", "num_decodes", "used")
+    __slots__ = ("arrivals", "cut", "ends", "num_decodes", "over", "used")
+
+    over: At
+    """Comes at the end of the last step, if the run is waited for."""
 
     def __init__(self, ends: list[float], num_decodes: int, used: int) -> None:
         self.ends = ends

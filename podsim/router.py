@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from podsim.replica import Replica
 from podsim.request import Request
 
 Router = Callable[[Request, Sequence[Replica]], Replica]
+
+_outstanding_tokens = attrgetter("outstanding_tokens")
 
 
 def round_robin(seed: int) -> Router:
@@ -76,10 +79,6 @@ def prefix_affinity(seed: int) -> Router:
         )
 
     return route
-
-
-def _outstanding_tokens(replica: Replica) -> int:
-    return replica.outstanding_tokens
 
 
 ROUTERS: dict[str, Callable[[int], Router]] = {

@@ -98,7 +98,9 @@ class Attention(Protocol):
 
     def seconds(self, strategy: str, shape: BatchShape) -> float: ...
 
-    def decode_seconds(
+    def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float: ...
+
+    def decode_seconds_of_run(
         self,
         num_decodes: int,
         context_sums: NDArray[np.int64],
@@ -121,11 +123,15 @@ class ScaledAttention:
             return seconds * self._decode_ratio
         return seconds * self._scaling.attention_ratio(shape)
 
-    def decode_seconds(
+    def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float:
+        seconds = self._attention.decode_seconds(num_decodes, context_sum, context_max)
+        return seconds * self._decode_ratio
+
+    def decode_seconds_of_run(
         self,
         num_decodes: int,
         context_sums: NDArray[np.int64],
         context_maxima: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        seconds = self._attention.decode_seconds(num_decodes, context_sums, context_maxima)
+        seconds = self._attention.decode_seconds_of_run(num_decodes, context_sums, context_maxima)
         return seconds * self._decode_ratio

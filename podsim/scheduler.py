@@ -110,14 +110,16 @@ class _Scheduler(ABC):
 
     def _add_decodes(self, batch: Batch) -> None:
         """Every decode, with a block for each that needs one."""
-        if not self.kv_cache.take(self.decodes.blocks_needed()):
-            for request in self.decodes.needing_block():
+        decodes = self.decodes
+        if not self.kv_cache.take(decodes.blocks_needed()):
+            for request in decodes.needing_block():
                 while request in self.running and not self.kv_cache.take(1):
                     self._preempt(next(reversed(self.running)), batch)
-        if len(self.decodes):
-            batch.num_decodes = len(self.decodes)
-            batch.decode_context_sum = self.decodes.context_sum
-            batch.decode_context_max = self.decodes.context_max
+        num_decodes, context_sum, context_max = decodes.contexts()
+        if num_decodes:
+            batch.num_decodes = num_decodes
+            batch.decode_context_sum = context_sum
+            batch.decode_context_max = context_max
 
     def _preempt(self, request: Request, batch: Batch) -> None:
         del self.running[request]
@@ -162,17 +164,16 @@ class _Scheduler(ABC):
     # ---- booking
 
     def complete(self, batch: Batch, num_steps: int) -> Completed:
-        done = Completed()
-        if batch.num_decodes:
-            done.finished_decodes = self.decodes.advance(num_steps)
-            for request in done.finished_decodes:
-                self._leave(request, self.kv_cache.blocks_for(request.num_computed_tokens))
+        finished = self.decodes.advance(num_steps) if batch.num_decodes else []
+        for request in finished:
+            self._leave(request, self.kv_cache.blocks_for(request.num_computed_tokens))
+        emitted = []
         for request, num_tokens in batch.prefills:
             request.num_computed_tokens += num_tokens
             if request.num_uncomputed_tokens == 0:
                 self._emit(request)
-                done.emitted.append(request)
-        return done
+                emitted.append(request)
+        return Completed(finished, emitted)
 
     def _emit(self, request: Request) -> None:
         """The first token after a computed prompt."""

@@ -225,7 +225,7 @@ class FirstComeAlone:
 
     def schedule(self) -> Batch:
         if self.running:
-            context = self.decodes.context_sum
+            _, context, _ = self.decodes.contexts()
             return Batch(num_decodes=1, decode_context_sum=context, decode_context_max=context)
         if not self.waiting:
             return Batch()
