@@ -142,6 +142,16 @@ def _hopper_config(strategy: str, group: int, head_dim: int, decode_heavy: bool)
     )
 
 
+def kernels_for(capability: tuple[int, int] | None) -> str:
+    """The kernels for a GPU of that compute capability; None where kernels run interpreted."""
+    return "hopper" if capability == (9, 0) else "triton"
+
+
+def packed_heads(group: int, kernels: str) -> int:
+    """Query heads of a group whose rows share a prefill tile: with wgmma as many as divide it."""
+    return group & -group if kernels == "hopper" else group
+
+
 def balance(chunks: Sequence[tuple[int, int]], contexts: Sequence[int], group: int) -> float:
     """Time of prefill alone over the time of decode alone, estimated; inf without decodes.
 

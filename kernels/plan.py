@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from .checks import require_heads, require_runnable, require_tensor
-from .config import AttentionConfig, balance, sm_shares
+from .config import AttentionConfig, balance, packed_heads, sm_shares
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -229,7 +229,7 @@ class Plan:
     @property
     def pack(self) -> int:
         """Query heads whose rows share a tile: all of the group, or as many as divide a tile."""
-        return self.group & -self.group if self.config.kernels == "hopper" else self.group
+        return packed_heads(self.group, self.config.kernels)
 
     @property
     def num_prefill_items(self) -> int:

@@ -39,7 +39,6 @@ FEATURES = {
     "streams": MIXED_FEATURES,
     "unified": UNIFIED_FEATURES,
     "pod": MIXED_FEATURES,
-    "pod_50_50": MIXED_FEATURES,
 }
 """Names of the features of each kernel model, in the order of its coefficients: seconds each."""
 
@@ -59,10 +58,14 @@ class Geometry:
     num_kv_heads: int
     group: int
     """Query heads a KV head."""
+    pack: int
+    """Query heads of a group whose rows share a prefill tile."""
     block_m: int
-    """Rows (tokens times group) of a prefill tile."""
+    """Rows (tokens times pack) of a prefill tile."""
     block_n: int
-    """Keys of a block."""
+    """Keys of a block of prefill."""
+    decode_block_n: int
+    """Keys of a block of decode."""
     decode_items_per_sm: int
     min_split_len: int
     tile_overhead: float = 0.0
@@ -81,9 +84,9 @@ class Geometry:
     def __post_init__(self) -> None:
         per_sm = self.num_kv_heads / self.num_sms
         for name, value in (
-            ("blocks_per_key", per_sm / self.block_n),
-            ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.block_n),
-            ("min_split_blocks", self.min_split_len / self.block_n),
+            ("blocks_per_key", per_sm / self.decode_block_n),
+            ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.decode_block_n),
+            ("min_split_blocks", self.min_split_len / self.decode_block_n),
             ("items_per_split", per_sm),
         ):
             object.__setattr__(self, name, value)
@@ -117,17 +120,17 @@ Tiles = tuple[tuple[int, int], ...]
 
 def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
     """What of the chunks' lengths the kernel's work depends on."""
-    group, block_m, block_n = geometry.group, geometry.block_m, geometry.block_n
-    tiles = [(-(-num_tokens * group // block_m), -(-n // block_n)) for num_tokens, n in prefills]
+    pack, block_m, block_n = geometry.pack, geometry.block_m, geometry.block_n
+    tiles = [(-(-num_tokens * pack // block_m), -(-n // block_n)) for num_tokens, n in prefills]
     return tuple(tiles)
 
 
 def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
-    """Hand out the tiles as the kernel does: head after head, within a head the longest first.
+    """Hand out the tiles as the kernels do: head after head, within a head the longest first.
 
     `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
     """
-    blocks_per_tile = geometry.block_m / geometry.group / geometry.block_n
+    blocks_per_tile = geometry.block_m / geometry.pack / geometry.block_n
     sizes = list(decode_blocks)
     for num_tiles, last_blocks in chunks:
         # Causal: each tile sees its own tokens fewer than the one after it.
@@ -136,12 +139,13 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
             for i in range(num_tiles)
         ]
     sizes.sort(reverse=True)
-    order = sizes * geometry.num_kv_heads
+    packs = geometry.group // geometry.pack
+    order = [size for size in sizes for _ in range(packs)] * geometry.num_kv_heads
     busy_until = order[: geometry.num_sms]
     heapify(busy_until)
     for size in order[geometry.num_sms :]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(sizes) * geometry.num_kv_heads, sizes[0], len(order))
+    return TileWork(max(busy_until), sum(order), sizes[0], len(order))
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
@@ -176,7 +180,7 @@ def decode_seconds(
     piece and not as features, because a simulated step costs little more than this.
     """
     launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
-    block_n = geometry.block_n
+    block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
     least = geometry.min_split_blocks
@@ -206,7 +210,7 @@ def decode_seconds_of_run(
 ) -> NDArray[np.float64]:
     """Of many batches of as many decodes: the operations of `decode_seconds` in NumPy."""
     launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
-    block_n = geometry.block_n
+    block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
     split = np.ceil(np.maximum(filling, geometry.min_split_blocks)) * block_n

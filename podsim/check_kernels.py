@@ -154,13 +154,14 @@ def _tensors(
     num_tokens = sum(chunk.num_tokens for chunk in chunks) + len(decodes)
     num_slots = len(chunks) + len(decodes)
     q = normal(num_tokens, case.heads[0], case.head_dim)
-    caches = [normal(num_slots, max_len, case.heads[1], case.head_dim) for _ in range(2)]
+    shape = (num_slots, max_len, case.heads[1], case.head_dim)
+    k_cache, v_cache = normal(*shape), normal(*shape)
     for request in (*chunks, *decodes):
-        for cache in caches:
+        for cache in (k_cache, v_cache):
             cache[request.slot, request.context_len :] = POISON[case.dtype]
-    if table is not None:
-        caches = [_paged(cache, table, case.page_size) for cache in caches]
-    return q, *caches
+    if table is None:
+        return q, k_cache, v_cache
+    return q, _paged(k_cache, table, case.page_size), _paged(v_cache, table, case.page_size)
 
 
 def _paged(cache: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> Attenti
     coefficients = {"prefill": prefill, "decode": _fit_decode(timings["decode"], geometry)}
     overlaps: dict[str, Overlap] = {}
     model = AttentionModel(geometry, coefficients, overlaps)
-    for name in ("serial", "streams", "pod", "pod_50_50"):
+    for name in ("serial", "streams", "pod"):
         coefficients[name], overlaps[name] = _fit_mixed(timings[name], model)
     coefficients["unified"] = _fit_unified(timings["unified"], model)
     return model

@@ -77,7 +77,7 @@ def _page_lists(
     requests: Sequence[PrefillChunk | Decode], pages_per_slot: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each request: where its pages start, the pages, and the keys in its last one."""
-    starts, indices, last = [0], [], []
+    starts, indices, last = [0], list[int](), list[int]()
     for request in requests:
         count = -(-request.context_len // PAGE_SIZE)
         first = request.slot * pages_per_slot

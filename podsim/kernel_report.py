@@ -88,10 +88,10 @@ def workloads_table(found: pd.DataFrame) -> Table:
     table.add_column("workload")
     for name in columns:
         table.add_column(name, justify="right")
-    for workload, row in found.iterrows():
+    for name, row in zip(found.index, found.to_dict("records"), strict=True):
         digits = [".0f" if name == "prefill TFLOP/s" else ".2f" for name in columns]
-        cells = [f"{row[name]:{digit}}" for name, digit in zip(columns, digits, strict=True)]
-        table.add_row(str(workload), *cells)
+        cells = [f"{row[c]:{digit}}" for c, digit in zip(columns, digits, strict=True)]
+        table.add_row(name, *cells)
     return table
 
 
@@ -99,9 +99,9 @@ def summary_table(found: pd.DataFrame) -> Table:
     table = Table(title="Mean, least and most")
     for name in ("group", "workloads", "ratio", "mean", "least", "most"):
         table.add_column(name, justify="left" if name in ("group", "ratio") else "right")
-    for row in summary(found).itertuples():
-        numbers = (f"{value:.3f}" for value in (row.mean, row.least, row.most))
-        table.add_row(str(row.group), str(row.workloads), str(row.ratio), *numbers)
+    for row in summary(found).to_dict("records"):
+        numbers = (f"{row[name]:.3f}" for name in ("mean", "least", "most"))
+        table.add_row(row["group"], str(row["workloads"]), row["ratio"], *numbers)
     return table
 
 

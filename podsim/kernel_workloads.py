@@ -108,7 +108,7 @@ def _sweep_point(rng: Generator, heads: tuple[int, int]) -> KernelWorkload:
 def uneven_workloads(count: int, seed: int) -> list[KernelWorkload]:
     """Batches of 2 to 4 chunks and decodes of heavy-tailed lengths (P99 / P50 of 8 and more)."""
     rng = np.random.default_rng(seed)
-    found = []
+    found: list[KernelWorkload] = []
     while len(found) < count:
         heads = list(HEADS.values())[len(found) % len(HEADS)]
         chunks = []

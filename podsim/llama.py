@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from podsim.errors import InputError
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kernels import rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
-from podsim.kernels.config import AttentionConfig, config_for
+from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy, kernels_for
 from podsim.kernels.plan import CapturedPlan, Decode, Plan, PrefillChunk, Room
 from podsim.model import Model
 from podsim.step_inputs import StepInputs
@@ -35,7 +35,7 @@ ROPE_BASE = 500000.0
 MAX_CHUNKS = 16
 """Prefill chunks that a captured step has room for; one with more is launched kernel by kernel."""
 
-PREFILL, DECODE, MIXED = KINDS = ("prefill", "decode", "mixed")
+PREFILL, DECODE, MIXED, DECODE_HEAVY = KINDS = ("prefill", "decode", "mixed", "decode-heavy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class Llama:
         self._workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._steps = {
             (kind, size): self._step_of(kind, size, MAX_CHUNKS)
-            for kind in KINDS
+            for kind in self._kinds
             for size in graph_sizes(max_requests if kind == DECODE else max_tokens)
         }
         self._crowded: dict[tuple[str, int], tuple[CapturedPlan, _Captured]] = {}
@@ -228,25 +228,33 @@ class Llama:
         )
         return serial.union(mixed)
 
-    def _config(self, strategy: str) -> AttentionConfig:
-        model = self.model
+    def _config(self, strategy: str, decode_heavy: bool = False) -> AttentionConfig:
+        model, gpu = self.model, self.device.type == "cuda"
         return config_for(
             strategy,
             num_q_heads=model.num_q_heads,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
+            kernels=kernels_for(torch.cuda.get_device_capability() if gpu else None),
+            decode_heavy=decode_heavy,
         )
+
+    @cached_property
+    def _kinds(self) -> Sequence[str]:
+        """Of graphs: mixed batches have two if the strategy has tiles for decode-heavy ones."""
+        one = self._config(self.strategy) == self._config(self.strategy, decode_heavy=True)
+        return (PREFILL, DECODE, MIXED) if one else KINDS
 
     def _step_of(self, kind: str, size: int, max_chunks: int) -> tuple[CapturedPlan, _Captured]:
         """A batch with one side only runs that side's own kernel, whatever the strategy."""
-        strategy = self.strategy if kind == MIXED else "serial"
+        strategy = self.strategy if kind in (MIXED, DECODE_HEAVY) else "serial"
         plan = CapturedPlan(
             self.inputs.lists,
             self._room,
             num_tokens=size,
             max_chunks=0 if kind == DECODE else min(max_chunks, self.max_requests, size),
             max_decodes=0 if kind == PREFILL else min(self.max_requests, size),
-            config=self._config(strategy),
+            config=self._config(strategy, kind == DECODE_HEAVY),
             **self._plan_sizes,
         )
         if self._workspaces is None:
@@ -287,13 +295,22 @@ class Llama:
             self.sampled_host[:num_sampled].copy_(self.sampled[:num_sampled], non_blocking=True)
 
     def _step(self, step: StepInputs, size: int) -> tuple[CapturedPlan, _Captured]:
-        kind = MIXED if step.chunks and step.decodes else PREFILL if step.chunks else DECODE
-        key = (kind, size)
+        key = (self._kind(step), size)
         if len(step.chunks) <= MAX_CHUNKS:
             return self._steps[key]
         if key not in self._crowded:
             self._crowded[key] = self._step_of(*key, self.max_requests)
         return self._crowded[key]
+
+    def _kind(self, step: StepInputs) -> str:
+        if not (step.chunks and step.decodes):
+            return PREFILL if step.chunks else DECODE
+        if DECODE_HEAVY not in self._kinds:
+            return MIXED
+        chunks = [(num_tokens, context) for num_tokens, context, _ in step.chunks]
+        contexts = [context for context, _ in step.decodes]
+        group = self.model.num_q_heads // self.model.num_kv_heads
+        return DECODE_HEAVY if is_decode_heavy(chunks, contexts, group) else MIXED
 
     def _layers(self, size: int, strategy: str, plan: CapturedPlan) -> None:
         """From the token ids to the final norm of every token."""

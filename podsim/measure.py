@@ -23,13 +23,13 @@ from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.kernels import launch, rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
-from podsim.kernels.config import config_for
+from podsim.kernels.config import config_for, is_decode_heavy, kernels_for, packed_heads
 from podsim.kernels.plan import AttentionPlan, Decode, PrefillChunk
 from podsim.measure_ceilings import CeilingSequence
 from podsim.measure_clock import SmClock
 from podsim.model import Model
 from podsim.points import MAX_CONTEXT, AttentionPoint, pool_tokens
-from podsim.profile_plan import POD_50_50, SUSTAINED_ENDS, Job
+from podsim.profile_plan import SUSTAINED_ENDS, Job
 from podsim.profile_run import Round
 
 REPEATS = 11
@@ -87,22 +87,32 @@ def provenance(model: Model) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "torch": str(torch.__version__),
         "triton": triton.__version__,
+        "kernels": machine_kernels(),
         "geometry": _geometry(model),
     }
 
 
+def machine_kernels() -> str:
+    """Which of `podsim.kernels.config.KERNELS` are for this machine's GPU."""
+    return str(kernels_for(torch.cuda.get_device_capability()))
+
+
 def _geometry(model: Model) -> dict[str, int]:
-    """How the serial kernels cut their work: see `podsim.attention_model.Geometry`."""
+    """How the serial kernels cut their work: see `podsim.attention_features.Geometry`."""
     config = config_for(
         "serial",
         num_q_heads=model.num_q_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
+        kernels=machine_kernels(),
     )
+    assert config.decode is not None
     return {
         "num_sms": torch.cuda.get_device_properties(0).multi_processor_count,
+        "pack": packed_heads(model.num_q_heads // model.num_kv_heads, config.kernels),
         "block_m": config.prefill.block_m,
         "block_n": config.prefill.block_n,
+        "decode_block_n": config.decode.block_n,
         "decode_items_per_sm": config.decode_items_per_sm,
         "min_split_len": config.min_split_len,
     }
@@ -296,7 +306,7 @@ class LayerBench:
     def attention(self, point: AttentionPoint, strategy: str) -> Launch:
         """The attention of a batch, each request in a KV slot of its own."""
         model, n = self.model, point.num_tokens
-        kernel = "pod" if strategy == POD_50_50 else strategy
+        group = model.num_q_heads // model.num_kv_heads
         chunks = [PrefillChunk(*chunk, slot) for slot, chunk in enumerate(point.prefills)]
         decodes = [
             Decode(context, len(chunks) + i) for i, context in enumerate(point.decode_contexts)
@@ -313,13 +323,17 @@ class LayerBench:
             num_slots=point.num_slots,
             max_len=point.max_context,
             num_sms=self.num_sms,
-            config=config_for(kernel, **heads),
+            config=config_for(
+                strategy,
+                **heads,
+                kernels=machine_kernels(),
+                decode_heavy=is_decode_heavy(point.prefills, point.decode_contexts, group),
+            ),
             device="cuda",
         )
         k_cache, v_cache = self.caches(point.num_slots, point.max_context)
         q, out = self.q[:n], self.attended[:n]
-        policy = "50:50" if strategy == POD_50_50 else "proportional"
-        return lambda: attention(kernel, q, k_cache, v_cache, out, plan, policy)
+        return lambda: attention(strategy, q, k_cache, v_cache, out, plan)
 
     def around_the_layers(self, num_tokens: int, num_sampled: int) -> list[tuple[str, Launch]]:
         """What a step does once: embedding, LM head and greedy sampling."""

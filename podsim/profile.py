@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import json
 import math
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -175,9 +178,31 @@ def read_profile(folder: Traversable, source: str) -> Profile:
 
 
 def kernels_hash() -> str:
-    """SHA-256 of the kernels' source: a profile is of the kernels it was measured with."""
+    """SHA-256 of the kernels' source: a profile is of the kernels it was measured with.
+
+    Comments, docstrings and the layout of lines do not count.
+    """
     digest = hashlib.sha256()
     sources = [entry for entry in files("podsim.kernels").iterdir() if entry.name.endswith(".py")]
     for entry in sorted(sources, key=lambda e: e.name):
-        digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
+        code = _code_of(entry.read_text(encoding="utf-8"))
+        digest.update(entry.name.encode() + b"\0" + code.encode())
     return digest.hexdigest()
+
+
+def _code_of(source: str) -> str:
+    """Python source without comments, docstrings and white space."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and _is_text(node.value):
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            lines[first:last] = [""] * (last - first)
+    return "".join("".join(lines).split())
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -33,10 +33,6 @@ LAUNCH_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_SHARE = 10
 """--quick measures one point in so many."""
 
-POD_50_50 = "pod_50_50"
-"""POD with tickets that alternate, timed to compare with the proportional ones."""
-MIXED_STRATEGIES = (*STRATEGIES, POD_50_50)
-
 CEILINGS = (
     *("read_bandwidth", "matvec_bandwidth", "decode_bandwidth", "copy_bandwidth"),
     *("matrix_rate", "layer_matrix_rate"),
@@ -191,14 +187,12 @@ def _linear_jobs(num_tokens: int, split: str) -> tuple[Job, ...]:
 
 def _jobs_of(kind: str, point: AttentionPoint) -> tuple[Job, ...]:
     strategies = strategies_for(point)
-    if kind == "step":  # the alternating tickets are compared by their attention alone
-        strategies = tuple(name for name in strategies if name != POD_50_50)
     return tuple(Job(kind, point.split, point.num_tokens, point, name) for name in strategies)
 
 
 def strategies_for(point: AttentionPoint) -> tuple[str, ...]:
     """A batch with one side only runs that side's own kernel, whatever the strategy."""
-    return MIXED_STRATEGIES if point.is_mixed else ("serial",)
+    return STRATEGIES if point.is_mixed else ("serial",)
 
 
 def _few_linear(rng: Generator, points: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:

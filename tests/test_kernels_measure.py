@@ -17,9 +17,10 @@ pytest.importorskip("triton", reason="measuring needs triton")
 
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
+from podsim.config import STRATEGIES  # noqa: E402
 from podsim.model import Model  # noqa: E402
 from podsim.points import AttentionPoint  # noqa: E402
-from podsim.profile_plan import CEILINGS, MIXED_STRATEGIES, Job  # noqa: E402
+from podsim.profile_plan import CEILINGS, Job  # noqa: E402
 
 TINY = Model(
     name="tiny",
@@ -109,6 +110,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
         "synchronize": lambda: None,
         "_sleep": lambda cycles: None,
         "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=4),
+        "get_device_capability": lambda *_: (8, 0),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -134,7 +136,7 @@ JOBS = [
     Job("linear", "grid", 1),
     Job("linear", "grid", 3),
     Job("once", "grid", 5),
-    *(Job("attention", "grid", MIXED.num_tokens, MIXED, name) for name in MIXED_STRATEGIES),
+    *(Job("attention", "grid", MIXED.num_tokens, MIXED, name) for name in STRATEGIES),
     *(Job("step", "grid", MIXED.num_tokens, MIXED, name) for name in ("pod",)),
     Job("sustained", "sustained", MIXED.num_tokens, MIXED),
 ]
