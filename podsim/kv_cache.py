@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from podsim.config import Deployment
+from podsim.config import PAGE_GROUPS, Deployment
 from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.model import BYTES_PER_VALUE, Model
+from podsim.page_groups import PageGroups
 from podsim.prefix_cache import PrefixCache
 from podsim.request import Request
 
@@ -118,11 +119,14 @@ def num_blocks_for(deployment: Deployment, model: Model, gpu: Gpu) -> int:
     if deployment.num_blocks is not None:
         return deployment.num_blocks
     share = model.shard(deployment.tensor_parallel_size)
+    block_bytes = share.kv_bytes_per_token * deployment.block_size
+    if deployment.kv == "vattention":
+        block_bytes = page_groups_for(deployment, model).block_bytes
     usable = int(gpu.memory * deployment.gpu_memory_utilization)
     taken = share.weight_bytes + activation_bytes(
         share, deployment.token_budget, deployment.max_num_seqs
     )
-    num_blocks = (usable - taken) // (share.kv_bytes_per_token * deployment.block_size)
+    num_blocks = (usable - taken) // block_bytes
     if num_blocks < 1:
         raise InputError(
             f"{share.name} needs {taken / 1e9:.1f} GB of a GPU before any KV cache, but {gpu.name} "
@@ -130,3 +134,9 @@ def num_blocks_for(deployment: Deployment, model: Model, gpu: Gpu) -> int:
             f"{deployment.gpu_memory_utilization}; --tp shares a model among GPUs"
         )
     return num_blocks
+
+
+def page_groups_for(deployment: Deployment, model: Model) -> PageGroups:
+    """How vAttention cuts the KV cache of a GPU of a deployment."""
+    share = model.shard(deployment.tensor_parallel_size)
+    return PageGroups.of(share, PAGE_GROUPS[deployment.page_group], deployment.kv_tensors)

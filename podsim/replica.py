@@ -19,6 +19,7 @@ from podsim.kv_cache import PagedKVCache
 from podsim.latency import Heat, LatencyModel, decode_run_times
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
+from podsim.step_memory import StepMemory
 
 FIRST_RUN = 16
 LONGEST_RUN = 1024
@@ -37,6 +38,7 @@ class Replica:
         latency_model: LatencyModel,
         log: EventLog,
         longest_run: int = LONGEST_RUN,
+        memory: StepMemory | None = None,
     ) -> None:
         self.env = env
         self.index = index
@@ -45,6 +47,7 @@ class Replica:
         self.latency_model = latency_model
         self.log = log
         self.longest_run = longest_run
+        self.memory = memory
         self._run_limit = min(FIRST_RUN, longest_run)
         self.gaps = TokenGaps(log)
         self.on_finish: Callable[[Request], None] = lambda request: None
@@ -113,7 +116,11 @@ class Replica:
             elif request.num_preemptions:
                 self.log.record_resumption(request, start)
         shape = batch.shape()
+        if self.memory is not None:
+            self.memory.begin(batch, shape, self.scheduler.decodes, start)
         times = self._step_times(batch, shape)
+        if self.memory is not None:
+            times = self.memory.step_times(times)
         ends = list(accumulate(times, initial=start))[1:]
         run = _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks)
         if self.longest_run == 1 or self.env.peek() <= ends[-1]:
@@ -145,6 +152,8 @@ class Replica:
             num_steps = min(self._run_limit, decodes.steps_to_finish())
             if num_steps > 1:
                 num_steps = self._steps_with_blocks(num_steps)
+            if num_steps > 1 and self.memory is not None:
+                num_steps = self.memory.most_steps(decodes, num_steps)
         if num_steps == 1:
             return [self._heat.step_time(shape, self._now)]
         return self._decode_run_times(shape, num_steps)

@@ -98,12 +98,30 @@ def summary_lines(result: Result) -> list[str]:
             f"Prefix cache {own['prefix_hit_rate']:.1%} of prompt tokens found; "
             f"{own['prefix_hit_rate_ideal']:.1%} if it never lost any"
         )
+    if "memory" in own:
+        lines += memory_lines(own["memory"])
     refused = own["refused"]
     assert isinstance(refused, dict)
     lines += [f"Refused      {count}: {reason}" for reason, count in refused.items()]
     lines += [f"Dropped      {n}: {reason}" for reason, n in result.trace.dropped.items() if n]
     lines += [f"Note         {note}" for note in result.trace.notes]
     return lines + [f"Note         {note}" for note in latency_notes(result)]
+
+
+def memory_lines(memory: object) -> list[str]:
+    """What the memory system of a run did."""
+    assert isinstance(memory, dict)
+    m: dict[str, float] = memory
+    if "page_group_bytes" not in m:
+        return []
+    return [
+        f"vAttention   page-groups of {m['page_group_bytes'] / 1024:,.0f} KB "
+        f"({m['tokens_per_page_group']:,.0f} tokens), {m['mapped_blocks']:,.0f} blocks mapped, "
+        f"{m['unmapped_blocks']:,.0f} unmapped; at most {m['mapped_bytes_max'] / 1e9:.2f} GB "
+        f"mapped, {m['fragmentation_bytes_max'] / 1e9:.2f} GB of it unused by tokens",
+        f"Mapping      {m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in "
+        f"all; {format_seconds(m['background_time'])} in the background",
+    ]
 
 
 def latency_notes(result: Result) -> list[str]:

@@ -1,0 +1,49 @@
+"""What a memory system adds to the steps of a replica, and what it tells of itself afterwards."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from podsim.batch import Batch, BatchShape
+from podsim.decode_group import Decodes
+
+
+class StepMemory(Protocol):
+    """Asked by the replica around each batch, in this order."""
+
+    def begin(self, batch: Batch, shape: BatchShape, decodes: Decodes, start: float) -> None:
+        """A batch is about to be computed: do what memory work it takes."""
+
+    def most_steps(self, decodes: Decodes, num_steps: int) -> int:
+        """Of so many steps like this one: how many until there is other memory work to do."""
+
+    def step_times(self, times: Sequence[float]) -> list[float]:
+        """Seconds of these steps, from those without the memory system."""
+
+    @property
+    def log(self) -> MemoryLog: ...
+
+    def summary(self) -> Mapping[str, float]:
+        """Totals of the run."""
+
+
+@dataclass(slots=True)
+class MemoryLog:
+    """Columns of what is reported over time: a row at each batch at which something changed."""
+
+    names: tuple[str, ...]
+    columns: dict[str, array[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.columns = {name: array("d") for name in self.names}
+
+    def append(self, *row: float) -> None:
+        """A row; none if nothing but the first column, the time, is new."""
+        columns = list(self.columns.values())
+        if columns[0] and all(c[-1] == v for c, v in zip(columns[1:], row[1:], strict=True)):
+            return
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
