@@ -135,6 +135,12 @@ class MappingTime:
         self._in_prefill = {slot: n for slot, n in tokens.items() if slot not in computed}
         return sum(tokens.values())
 
+    def end(self, num_steps: int) -> None:
+        pass
+
+    def notes(self) -> Sequence[str]:
+        return ()
+
     def summary(self) -> Mapping[str, float]:
         groups = self.cache.page_groups
         return {

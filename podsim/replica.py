@@ -134,6 +134,8 @@ class Replica:
                     yield At(self.env, run.ends[-1])
             self._run = None
         self._now = run.ends[-1]
+        if self.memory is not None:
+            self.memory.end(len(run.ends))
         self._adapt_run_limit(run)
         self._book(batch, shape, start, run)
 

@@ -144,7 +144,7 @@ def simulate(
                 latency_model,
                 log,
                 1 if step_by_step else LONGEST_RUN,
-                step_memory_for(deployment, kv_cache),
+                step_memory_for(deployment, model, kv_cache, latency_model),
             )
         )
     requests = _requests(trace, on_progress)

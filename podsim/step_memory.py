@@ -23,11 +23,17 @@ class StepMemory(Protocol):
     def step_times(self, times: Sequence[float]) -> list[float]:
         """Seconds of these steps, from those without the memory system."""
 
+    def end(self, num_steps: int) -> None:
+        """So many of these steps took place: an arrival may have cut them short."""
+
     @property
     def log(self) -> MemoryLog: ...
 
     def summary(self) -> Mapping[str, float]:
         """Totals of the run."""
+
+    def notes(self) -> Sequence[str]:
+        """What a reader of the results should know."""
 
 
 @dataclass(slots=True)

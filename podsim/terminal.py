@@ -112,8 +112,18 @@ def memory_lines(memory: object) -> list[str]:
     """What the memory system of a run did."""
     assert isinstance(memory, dict)
     m: dict[str, float] = memory
-    if "page_group_bytes" not in m:
-        return []
+    if "offloaded_steps" in m:
+        return [
+            f"Host memory  {m['offloaded_steps']:,.0f} steps took "
+            f"{format_seconds(m['added_time'])} longer for KV cache there; "
+            f"{m['h2d_bytes_moved'] / 1e9:,.1f} GB to the GPU, "
+            f"{m['recomputed_share_max']:.1%} of its tokens recomputed"
+        ]
+    if "swap_outs_moved" in m:
+        return [
+            f"Swapping     {m['swap_outs_moved']:,.0f} requests out, "
+            f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"
+        ]
     return [
         f"vAttention   page-groups of {m['page_group_bytes'] / 1024:,.0f} KB "
         f"({m['tokens_per_page_group']:,.0f} tokens), {m['mapped_blocks']:,.0f} blocks mapped, "
@@ -125,8 +135,8 @@ def memory_lines(memory: object) -> list[str]:
 
 
 def latency_notes(result: Result) -> list[str]:
-    notes = getattr(result.latency_model, "notes", None)
-    return list(notes()) if notes is not None else []
+    models = (result.latency_model, *result.memory[:1])
+    return [note for model in models for note in getattr(model, "notes", list)()]
 
 
 def uncalibrated_lines(results: Mapping[str, Result]) -> list[str]:
