@@ -122,7 +122,9 @@ class VAttentionCache(PagedKVCache):
                 continue
             for request in decodes.needing_block(step):
                 slot = self._slot[request]
-                wanted = self.blocks_for(decodes.num_computed(request) + step + 1)
+                stored_at_most = request.num_prompt_tokens + request.num_output_tokens - 1
+                coming = decodes.num_computed(request) + step + 1
+                wanted = self.blocks_for(min(coming, stored_at_most))
                 if self.mapped[slot] < wanted and self._can_grow(wanted - self.mapped[slot]):
                     changes += self._grow(slot, wanted)
         if self.eager_blocks and self._idle:

@@ -40,6 +40,7 @@ LAYERS = [
     {"pareto", "sweep_plan", "sweep_point", "sweep_journal", "sweep_table", "sweep"},
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure", "validation_figure"},
     {"report_charts", "report_html", "report", "capacity_report"},
+    {"virtual_memory", "mapping_thread", "memory_view", "virtual_kv"},
     {"measure", "measure_clock", "measure_ceilings", "measure_collectives", "llama", "serving"},
     {"command_options", "profile_command", "collectives_command"},
     {"trace_command", "search_command", "validate_command", "doctor", "cli"},
