@@ -23,6 +23,7 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
+from podsim.memory_command import profile_memory_command
 from podsim.profile_command import profile_command, profile_export_command
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
@@ -45,6 +46,7 @@ app.command("validate")(validate_command)
 app.command("profile")(profile_command)
 app.command("profile-export")(profile_export_command)
 app.command("profile-collectives")(profile_collectives_command)
+app.command("profile-memory")(profile_memory_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 

@@ -97,7 +97,8 @@ class MemoryCosts:
     transfer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By "h2d pinned", "h2d pinned beside matrix", ...: a `Line`, units bytes."""
     recompute: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By "hidden x outputs" of the product that makes K and V: a `Line`, units tokens."""
+    """By "hidden x outputs" of the product that makes K and V, with "rotated" if K is rotated
+    then: a `Line`, units tokens."""
     paged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By tokens of a block: `PagedCosts`."""
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -123,12 +124,12 @@ class MemoryCosts:
             )
         return Line.of(self.transfer[name])
 
-    def recompute_costs(self, hidden_size: int, num_outputs: int) -> Line:
+    def recompute_costs(self, hidden_size: int, num_outputs: int, rotated: bool) -> Line:
         """Of the K and V of tokens, from activations of `hidden_size` to `num_outputs` values.
 
         InputError if this shape was not measured.
         """
-        name = f"{hidden_size}x{num_outputs}"
+        name = recompute_name(hidden_size, num_outputs, rotated)
         if name not in self.recompute:
             raise InputError(
                 f"{self.source}: no times of recomputing K and V of shape {name} (there are: "
@@ -167,6 +168,11 @@ class MemoryCosts:
             **{part: getattr(self, part) for part in (*PARTS, "errors")},
         }
         return json.dumps(content, indent=1) + "\n"
+
+
+def recompute_name(hidden_size: int, num_outputs: int, rotated: bool) -> str:
+    """The key of `MemoryCosts.recompute`."""
+    return f"{hidden_size}x{num_outputs}" + " rotated" * rotated
 
 
 PARTS = ("mapping", "interference", "transfer", "recompute", "paged")
@@ -216,9 +222,7 @@ def _check(costs: MemoryCosts) -> None:
             costs.mapping_costs(int(size), state)
     for name in costs.transfer:
         costs.transfer_costs(name)
-    for name, line in costs.recompute.items():
-        hidden, outputs = map(int, name.split("x"))
+    for line in costs.recompute.values():
         Line.of(line)
-        costs.recompute_costs(hidden, outputs)
     for block_size in costs.paged:
         costs.paged_costs(int(block_size))

@@ -70,7 +70,7 @@ def _offload_time(
     recompute, kvpr = None, deployment.kv_offload == "kvpr"
     if kvpr and share.recomputing_pays:
         outputs = 2 * share.num_kv_heads * share.head_dim
-        recompute = costs.recompute_costs(share.hidden_size, outputs)
+        recompute = costs.recompute_costs(share.hidden_size, outputs, rotated=True)
     sizes = kv_sizes(deployment, model, gpu_named(deployment.gpu))
     return OffloadTime(
         share,

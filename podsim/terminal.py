@@ -25,6 +25,7 @@ from rich.text import Text
 
 from podsim import metrics
 from podsim.collectives import Collectives
+from podsim.memory_costs import MemoryCosts
 from podsim.profile import Profile
 from podsim.simulation import Result
 
@@ -296,6 +297,11 @@ def error_table(profile: Profile) -> Table:
 def collectives_table(collectives: Collectives) -> Table:
     """How far interpolated times of collectives are from messages that were held out."""
     return _errors(f"collectives on {collectives.gpu}", collectives.errors)
+
+
+def memory_errors_table(costs: MemoryCosts) -> Table:
+    """How far memory costs are from rows that they were not fitted on."""
+    return _errors(f"memory systems on {costs.gpu}", costs.errors)
 
 
 def _errors(of: str, errors: Mapping[str, Mapping[str, float]]) -> Table:

@@ -155,7 +155,7 @@ def memory_costs(tmp_path: Path) -> str:
         "transfer": lines(
             h2d_pinned=(0.0, 2e-11), h2d_pinned_beside_matrix=(0.0, 2e-11), d2h_pinned=(0.0, 2e-11)
         ),
-        "recompute": {"4096x8192": {"fixed": 0.0, "per_unit": 4 * 4096**2 / 600e12}},
+        "recompute": {"4096x8192 rotated": {"fixed": 0.0, "per_unit": 4 * 4096**2 / 600e12}},
     }
     (tmp_path / "memory.json").write_text(json.dumps(content))
     return str(tmp_path)

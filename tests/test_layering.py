@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "workers", "ray_workers", "gpu_sampler"},
     {"request", "batch", "model", "model_config", "hardware", "config", "graph_sizes"},
-    {"page_groups", "memory_costs", "kvpr"},
+    {"page_groups", "memory_costs", "kvpr", "offloaded_shapes"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
     {"trace_clients", "trace_folders"},
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"profile", "points", "attention_features", "overlap", "attention_model"},
     {"collectives", "latency", "paged_latency"},
     {"fitting", "held_out", "fit_plots", "calibration", "collective_calibration"},
+    {"memory_calibration"},
     {"row_checks", "profile_plan", "profile_journal", "profile_run", "profile_checks"},
     {"vidur_export"},
     {
@@ -42,7 +43,8 @@ LAYERS = [
     {"report_charts", "report_html", "report", "capacity_report"},
     {"virtual_memory", "mapping_thread", "memory_view", "virtual_kv"},
     {"measure", "measure_clock", "measure_ceilings", "measure_collectives", "llama", "serving"},
-    {"command_options", "profile_command", "collectives_command"},
+    {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
+    {"command_options", "profile_command", "collectives_command", "memory_command"},
     {"trace_command", "search_command", "validate_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from podsim import measure_mapping
 from podsim.batch import Batch, Chunk
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
@@ -175,6 +176,21 @@ def test_page_groups_that_the_driver_cannot_map_are_named() -> None:
     groups = PageGroups(page_group=1024, num_tensors=2, token_bytes=64)
     with pytest.raises(InputError, match="page_group is 1 KB, but this driver maps multiples of 4"):
         VirtualMemory(CheckedDriver(), groups, 1, 1, 1)
+
+
+def test_the_calls_are_timed_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_mapping, "PAGE_GROUP", PAGE)
+    monkeypatch.setattr(measure_mapping, "CALLS", 64)
+    driver = CheckedDriver()
+    rows = measure_mapping._rows(driver)  # type: ignore[arg-type]
+    assert not driver.holds_anything()
+    counts: dict[object, list[object]] = {}
+    for row in rows:
+        assert row["time_p10_us"] <= row["time_us"] <= row["time_p90_us"]  # type: ignore[operator]
+        counts.setdefault(row["api"], []).append(row["page_groups"])
+    ranges = list(measure_mapping.RANGES)
+    assert counts["set_access"] == counts["unmap"] == ranges
+    assert counts["create"] == counts["map"] == counts["release"] == [1]
 
 
 # --------------------------------------------------------------------------------- as tensors
