@@ -63,6 +63,11 @@ def step_memory_for(
     return None
 
 
+def require_memory_costs(deployment: Deployment, model: Model, latency_model: LatencyModel) -> None:
+    """InputError if a simulation of this deployment would lack memory costs."""
+    step_memory_for(deployment, model, kv_cache_for(deployment, model, 1), latency_model)
+
+
 def _offload_time(
     deployment: Deployment, model: Model, share: Model, latency_model: LatencyModel
 ) -> OffloadTime:

@@ -144,6 +144,14 @@ class Server:
             _end_mapping(engine)
         return Served(recording, samples, self.host_time, self.num_blocks, provenance(self.model))
 
+    def close(self) -> None:
+        """Give back what torch does not know of: memory that was mapped. The server is of no use
+        then.
+        """
+        if self.virtual_kv is not None:
+            self.llama.caches = []
+            self.virtual_kv.close()
+
     def _engine(self, step_time: StepTime, seed: int) -> Engine:
         kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
         mapping = None

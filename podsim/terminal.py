@@ -182,6 +182,7 @@ COMPARED = {
     "output_throughput": ("Output tok/s", ""),
     "busy_share": ("Busy", "%"),
     "kv_used_max": ("KV cache max", "%"),
+    "batch_size_mean": ("Batch mean", ""),
     "preemptions": ("Preemptions", ""),
     "completed": ("Completed", ""),
 }
@@ -190,6 +191,18 @@ COMPARED = {
 def comparison(results: Mapping[str, Result]) -> pd.DataFrame:
     """One row a metric (seconds, shares, counts), one column a variant."""
     return pd.DataFrame({name: _headline(result) for name, result in results.items()})
+
+
+def memory_stalls(results: Mapping[str, Result]) -> list[str]:
+    """Of each variant whose memory system held up steps: for how long, in all."""
+    lines = []
+    for name, result in results.items():
+        memory = own_part(result.summary()).get("memory", {})
+        assert isinstance(memory, dict)
+        seconds = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
+        if memory:
+            lines.append(f"{name}: memory work held up steps for {format_seconds(seconds)}")
+    return lines
 
 
 def _headline(result: Result) -> dict[str, float]:
