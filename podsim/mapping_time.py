@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 
 from podsim.batch import Batch, BatchShape
 from podsim.decode_group import Decodes
@@ -41,6 +43,7 @@ class MappingTime:
         self.look_ahead = look_ahead
         self.interference = interference
         self.log = MemoryLog(COLUMNS)
+        self.held_up = array("d")
         self._ready = [0.0] * len(cache.mapped)
         """When the latest block of each slot is, or was, mapped."""
         self._idle_from = 0.0
@@ -136,7 +139,7 @@ class MappingTime:
         return sum(tokens.values())
 
     def end(self, num_steps: int) -> None:
-        pass
+        self.held_up.extend([self._stall + self._slower, *repeat(0.0, num_steps - 1)])
 
     def notes(self) -> Sequence[str]:
         return ()

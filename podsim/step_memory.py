@@ -29,6 +29,10 @@ class StepMemory(Protocol):
     @property
     def log(self) -> MemoryLog: ...
 
+    @property
+    def held_up(self) -> Sequence[float]:
+        """Seconds that each step so far took longer for memory work."""
+
     def summary(self) -> Mapping[str, float]:
         """Totals of the run."""
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
@@ -20,6 +19,7 @@ from podsim.latency import ConstantLatency
 from podsim.memory_costs import Line
 from podsim.model import MODELS
 from podsim.simulation import Result, simulate
+from podsim.step_costs import kernel_table
 from podsim.workload import Trace
 
 H200 = gpu_named("h200")
@@ -363,7 +363,27 @@ def test_runs_equal_single_steps(
         assert fast.memory[0].swap.num_tokens == 0  # type: ignore[attr-defined]
 
 
+def test_what_host_memory_adds_is_a_kernel_of_its_own(memory_costs: str) -> None:
+    """Attention takes what it takes without; the rest of the longer steps is the memory system."""
+    requests = tuple((0.002 * i, 100, 100) for i in range(30))
+    tables = {}
+    for name, options in {"plain": {}, "swap": {}, "offloaded": {"kv_on_host": True}}.items():
+        deployment = swapping(memory_costs, num_blocks=60, max_num_seqs=100, token_budget=256)
+        if name != "swap":
+            deployment = replace(deployment, preemption="recompute", num_blocks=None)
+        if options:
+            deployment = replace(deployment, kv_offload="full", host_memory=20.0, **options)
+        result = simulate(Trace.of(*requests), replace(deployment, replicas=2))
+        table = kernel_table(result, result.steps, result.requests)
+        assert table is not None
+        total = table.sum(axis=1)
+        assert total.sum() == pytest.approx(result.steps["duration"].sum())
+        assert (total > -1e-9).all()
+        tables[name] = total.get("memory system", 0.0)
+    assert tables["plain"] == 0.0
+    assert tables["offloaded"] > tables["swap"] > 0.0
+
+
 def test_a_batch_without_host_tokens_is_left_alone(memory_costs: str) -> None:
     result = serve(offloaded(memory_costs, kv_on_host=False), (0.0, 100, 5), seconds=0.01)
     assert result.steps["duration"].tolist() == pytest.approx([0.01] * 5)
-    assert BatchShape.of().num_tokens == 0
