@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 
@@ -43,7 +42,6 @@ class MappingTime:
         self.look_ahead = look_ahead
         self.interference = interference
         self.log = MemoryLog(COLUMNS)
-        self.held_up = array("d")
         self._ready = [0.0] * len(cache.mapped)
         """When the latest block of each slot is, or was, mapped."""
         self._idle_from = 0.0
@@ -139,7 +137,7 @@ class MappingTime:
         return sum(tokens.values())
 
     def end(self, num_steps: int) -> None:
-        self.held_up.extend([self._stall + self._slower, *repeat(0.0, num_steps - 1)])
+        self.log.hold_up([self._stall + self._slower, *repeat(0.0, num_steps - 1)])
 
     def notes(self) -> Sequence[str]:
         return ()

@@ -47,9 +47,23 @@ def kv_cache_for(
 
 
 def step_memory_for(
-    deployment: Deployment, model: Model, kv_cache: PagedKVCache, latency_model: LatencyModel
+    deployment: Deployment,
+    model: Model,
+    kv_cache: PagedKVCache,
+    latency_model: LatencyModel,
+    *,
+    keep_log: bool = True,
 ) -> StepMemory | None:
     """What the KV cache adds to the steps; None if nothing. InputError if its costs are unknown."""
+    memory = _step_memory(deployment, model, kv_cache, latency_model)
+    if memory is not None:
+        memory.log.keep = keep_log
+    return memory
+
+
+def _step_memory(
+    deployment: Deployment, model: Model, kv_cache: PagedKVCache, latency_model: LatencyModel
+) -> StepMemory | None:
     if isinstance(kv_cache, VAttentionCache):
         return _mapping_time(deployment, kv_cache)
     share = model.shard(deployment.tensor_parallel_size)

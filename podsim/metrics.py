@@ -302,7 +302,7 @@ def _memory(result: Result) -> dict[str, object]:
 
 def is_total(name: str) -> bool:
     """Whether a number of a memory system's summary adds up over replicas."""
-    return name.endswith(("_steps", "_time", "_blocks", "_moved"))
+    return name.endswith(("_steps", "_time", "_blocks", "_moved", "_requests"))
 
 
 def _provenance(result: Result) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -75,7 +74,6 @@ class OffloadTime:
         self.recomputes = costs.recompute is not None
         self.weight_bytes = share.layer_weight_bytes if schedule == "column" else 0
         self.log = MemoryLog(OFFLOAD_COLUMNS)
-        self.held_up = array("d")
         self._shape = BatchShape.of()
         self._waiting_tokens = 0
         self._start = 0.0
@@ -136,7 +134,7 @@ class OffloadTime:
                 self._start, step.gpu_tokens, step.host_tokens, step.split, step.seconds
             )
             self._start += step.seconds
-            self.held_up.append(step.added)
+            self.log.hold_up([step.added])
             self._count(step)
 
     def _count(self, step: _Step) -> None:
@@ -182,7 +180,6 @@ class SwapTime:
         self.num_tensors = 2 * share.num_layers
         self.token_bytes = share.kv_bytes_per_token // self.num_tensors
         self.log = MemoryLog(SWAP_COLUMNS)
-        self.held_up = array("d")
         self._stall = 0.0
         self._totals = dict.fromkeys(
             ("stalled_steps", "stall_time", "d2h_bytes_moved", "h2d_bytes_moved"), 0.0
@@ -213,7 +210,7 @@ class SwapTime:
         return [self._stall + times[0], *times[1:]]
 
     def end(self, num_steps: int) -> None:
-        self.held_up.extend([self._stall, *repeat(0.0, num_steps - 1)])
+        self.log.hold_up([self._stall, *repeat(0.0, num_steps - 1)])
 
     def notes(self) -> list[str]:
         if not self.swap.num_refused:
@@ -224,4 +221,4 @@ class SwapTime:
         ]
 
     def summary(self) -> Mapping[str, float]:
-        return {**self._totals, "swap_outs_moved": float(self.swap.num_swaps)}
+        return {**self._totals, "swapped_requests": float(self.swap.num_swaps)}

@@ -174,8 +174,8 @@ class Server:
         )
 
     def _virtual_kv(self, max_len: int) -> VirtualKV:
-        require_virtual_memory(self.deployment)
         groups = page_groups_for(self.deployment, self.model)
+        require_virtual_memory(self.deployment, groups)
         return VirtualKV(
             CudaDriver(),
             self.model,

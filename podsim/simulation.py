@@ -144,7 +144,7 @@ def simulate(
                 latency_model,
                 log,
                 1 if step_by_step else LONGEST_RUN,
-                step_memory_for(deployment, model, kv_cache, latency_model),
+                step_memory_for(deployment, model, kv_cache, latency_model, keep_log=keep_steps),
             )
         )
     requests = _requests(trace, on_progress)

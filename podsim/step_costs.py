@@ -90,7 +90,7 @@ def _held_up(result: Result, steps: pd.DataFrame) -> Floats:
     seconds = np.zeros(len(steps))
     replicas = steps["replica"].to_numpy()
     for replica, memory in enumerate(result.memory):
-        seconds[replicas == replica] = memory.held_up
+        seconds[replicas == replica] = memory.log.held_up
     return seconds
 
 

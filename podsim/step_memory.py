@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,10 +29,6 @@ class StepMemory(Protocol):
     @property
     def log(self) -> MemoryLog: ...
 
-    @property
-    def held_up(self) -> Sequence[float]:
-        """Seconds that each step so far took longer for memory work."""
-
     def summary(self) -> Mapping[str, float]:
         """Totals of the run."""
 
@@ -45,13 +41,24 @@ class MemoryLog:
     """Columns of what is reported over time: a row at each batch at which something changed."""
 
     names: tuple[str, ...]
+    keep: bool = True
+    """Otherwise nothing is kept, and memory does not grow with steps."""
     columns: dict[str, array[Any]] = field(init=False)
+    held_up: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step: the seconds that it took longer for memory work."""
 
     def __post_init__(self) -> None:
         self.columns = {name: array("d") for name in self.names}
 
+    def hold_up(self, seconds: Iterable[float]) -> None:
+        """Of the next steps."""
+        if self.keep:
+            self.held_up.extend(seconds)
+
     def append(self, *row: float) -> None:
         """A row; none if nothing but the first column, the time, is new."""
+        if not self.keep:
+            return
         columns = list(self.columns.values())
         if columns[0] and all(c[-1] == v for c, v in zip(columns[1:], row[1:], strict=True)):
             return

@@ -120,9 +120,9 @@ def memory_lines(memory: object) -> list[str]:
             f"{m['h2d_bytes_moved'] / 1e9:,.1f} GB to the GPU, "
             f"{m['recomputed_share_max']:.1%} of its tokens recomputed"
         ]
-    if "swap_outs_moved" in m:
+    if "swapped_requests" in m:
         return [
-            f"Swapping     {m['swap_outs_moved']:,.0f} requests out, "
+            f"Swapping     {m['swapped_requests']:,.0f} requests out, "
             f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"
         ]
     return [

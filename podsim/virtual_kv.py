@@ -113,7 +113,14 @@ class StepMapping:
         )
 
 
-def require_virtual_memory(deployment: Deployment) -> None:
-    """InputError for what the kernels cannot read: they step from token to token in one layer."""
+def require_virtual_memory(deployment: Deployment, page_groups: PageGroups) -> None:
+    """InputError for what the kernels cannot read: they step from token to token in one layer, and
+    from slot to slot by whole tokens.
+    """
     if deployment.kv_tensors == "sliced":
         raise InputError("the engine's kernels need kv_tensors 'per_layer', not 'sliced'")
+    if page_groups.page_group % page_groups.token_bytes:
+        raise InputError(
+            f"a token of {page_groups.token_bytes} bytes does not divide page_group "
+            f"{deployment.page_group}: the engine's kernels need whole tokens"
+        )

@@ -384,6 +384,22 @@ def test_what_host_memory_adds_is_a_kernel_of_its_own(memory_costs: str) -> None
     assert tables["offloaded"] > tables["swap"] > 0.0
 
 
+def test_without_steps_no_log_of_memory_is_kept_either(memory_costs: str) -> None:
+    deployment = offloaded(memory_costs)
+    kept, dropped = (
+        simulate(
+            Trace.of((0.0, 100, 50)),
+            deployment,
+            latency_model=ConstantLatency(0.0),
+            keep_steps=keep_steps,
+        )
+        for keep_steps in (True, False)
+    )
+    assert len(kept.memory_table) == len(kept.memory[0].log.held_up) == 50
+    assert len(dropped.memory_table) == len(dropped.memory[0].log.held_up) == 0
+    assert kept.memory[0].summary() == dropped.memory[0].summary()
+
+
 def test_a_batch_without_host_tokens_is_left_alone(memory_costs: str) -> None:
     result = serve(offloaded(memory_costs, kv_on_host=False), (0.0, 100, 5), seconds=0.01)
     assert result.steps["duration"].tolist() == pytest.approx([0.01] * 5)
