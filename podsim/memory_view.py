@@ -36,19 +36,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Managed(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
-_Managed._fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
-
-_alive: dict[int, tuple[object, ...]] = {}
-"""What the tensors' descriptions point to, until torch has no more need of it."""
-
-
-@_Deleter
-def _delete(managed: ctypes._Pointer[_Managed]) -> None:
-    _alive.pop(ctypes.addressof(managed.contents), None)
+    _fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
@@ -63,7 +51,11 @@ def tensor_at(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> torch.Tensor:
-    """A tensor over memory at `address`, which must outlive it; strides in elements."""
+    """A tensor over memory at `address`, which must outlive it; strides in elements.
+
+    Its description, some hundred bytes, is never freed: torch reads it when the tensor goes, which
+    may be when the interpreter ends.
+    """
     device = torch.device(device)
     sizes = (ctypes.c_int64 * len(shape))(*shape)
     steps = (ctypes.c_int64 * len(strides))(*strides)
@@ -77,8 +69,9 @@ def tensor_at(
     managed.tensor.dtype.lanes = 1
     managed.tensor.shape = sizes
     managed.tensor.strides = steps
-    managed.deleter = _delete
-    _alive[ctypes.addressof(managed)] = (managed, sizes, steps)
+    managed.deleter = None
+    for part in (managed, sizes, steps):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
     capsule = _new_capsule(ctypes.addressof(managed), b"dltensor", None)
     view: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
     return view

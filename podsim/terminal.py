@@ -28,6 +28,7 @@ from podsim.collectives import Collectives
 from podsim.memory_costs import MemoryCosts
 from podsim.profile import Profile
 from podsim.simulation import Result
+from podsim.step_costs import kernel_table
 
 LATENCY_ROWS = {
     "ttft": "TTFT",
@@ -193,15 +194,23 @@ def comparison(results: Mapping[str, Result]) -> pd.DataFrame:
     return pd.DataFrame({name: _headline(result) for name, result in results.items()})
 
 
-def memory_stalls(results: Mapping[str, Result]) -> list[str]:
-    """Of each variant whose memory system held up steps: for how long, in all."""
+def memory_comparison(results: Mapping[str, Result]) -> list[str]:
+    """Why variants of KV cache differ: the batch, attention and memory work of each."""
+    if all(result.deployment.kv == "ideal" and not result.memory for result in results.values()):
+        return []
     lines = []
     for name, result in results.items():
-        memory = own_part(result.summary()).get("memory", {})
+        own = own_part(result.summary())
+        memory = own.get("memory", {})
         assert isinstance(memory, dict)
-        seconds = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
-        if memory:
-            lines.append(f"{name}: memory work held up steps for {format_seconds(seconds)}")
+        text = f"{name}: batch {own['batch_size_mean']:.1f} mean"
+        kernels = kernel_table(result, result.steps, result.requests)
+        if kernels is not None:
+            text += (
+                f", attention {format_seconds(float(kernels.loc[['attention']].to_numpy().sum()))}"
+            )
+        held_up = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
+        lines.append(f"{text}, steps held up by memory work {format_seconds(held_up)}")
     return lines
 
 
