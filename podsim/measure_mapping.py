@@ -16,6 +16,7 @@ from statistics import median, quantiles
 
 import torch
 
+from podsim.errors import InputError
 from podsim.page_groups import PageGroups
 from podsim.vattention import Change
 from podsim.virtual_memory import CudaDriver, VirtualMemory
@@ -39,6 +40,7 @@ def measure(on_progress: Progress = lambda text: None) -> list[Row]:
     driver = CudaDriver()
     torch.cuda.init()
     _check_data(driver)
+    _check_out_of_memory(driver)
     on_progress(f"{CYCLES} cycles")
     rows = [_cycles(driver)]
     for number in range(PASSES):
@@ -238,6 +240,24 @@ def _check_data(driver: CudaDriver) -> None:
             raise RuntimeError("data in mapped memory is not what was written")
     torch.cuda.synchronize()
     memory.close()
+
+
+def _check_out_of_memory(driver: CudaDriver) -> None:
+    """More than the GPU has is refused, leaves nothing behind, and all works afterwards."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    too_many = total // PAGE_GROUP + 1
+    groups = PageGroups(PAGE_GROUP, 1, PAGE_GROUP)
+    try:
+        VirtualMemory(driver, groups, 1, too_many, too_many)
+    except InputError:
+        pass
+    else:
+        raise RuntimeError(f"{too_many} page-groups were created in {total} bytes")
+    lost = free - torch.cuda.mem_get_info()[0]
+    if lost > 0:
+        raise RuntimeError(f"{lost} bytes of the GPU were lost when it was full")
+    _check_data(driver)
 
 
 def _cycles(driver: CudaDriver) -> Row:

@@ -206,9 +206,8 @@ def memory_comparison(results: Mapping[str, Result]) -> list[str]:
         text = f"{name}: batch {own['batch_size_mean']:.1f} mean"
         kernels = kernel_table(result, result.steps, result.requests)
         if kernels is not None:
-            text += (
-                f", attention {format_seconds(float(kernels.loc[['attention']].to_numpy().sum()))}"
-            )
+            seconds = float(kernels.loc[["attention"]].to_numpy().sum())
+            text += f", attention {format_seconds(seconds)}"
         held_up = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
         lines.append(f"{text}, steps held up by memory work {format_seconds(held_up)}")
     return lines

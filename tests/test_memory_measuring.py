@@ -103,10 +103,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(memory_command, "_machine", lambda command: {"command": command})
     for module in (measure_mapping, measure_transfers, measure_kvpr):
         monkeypatch.setattr(module, "PASSES", 2)
-    monkeypatch.setattr(measure_kvpr, "POINTS_PER_MODEL", 2)
     small = {
         measure_transfers: {"LARGEST": 2**18, "LARGEST_PAGEABLE": 2**16, "SHAPES": TINY},
-        measure_kvpr: {"MOST_TOKENS": 400, "SHAPES": TINY},
+        measure_kvpr: {
+            **{"MOST_TOKENS": 400, "SHAPES": TINY, "POINTS_PER_MODEL": 2},
+            **{"REPEATS": 1, "FRACTIONS": (0.9, 1.0, 1.1)},
+        },
         measure_mapping: {"PAGE_GROUP": PAGE, "CALLS": 64, "CYCLES": 30, "STEPS": 20},
     }
     for module, values in small.items():
@@ -126,6 +128,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class PretendedDriver(CheckedDriver):
+    def __init__(self) -> None:
+        super().__init__(pages=2000)
+
     def use_in_this_thread(self) -> None: ...
 
 
@@ -147,7 +152,7 @@ def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter((10**9, 10**9 - 4096))
+    free = iter((10**9, 10**9, 10**9, 10**9 - 4096))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 10**9))
     result = CliRunner().invoke(app, ["profile-memory", "mapping", "--out", str(tmp_path)])
     assert str(result.exception) == "4096 bytes of the GPU were lost in 30 cycles"
