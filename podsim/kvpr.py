@@ -34,6 +34,8 @@ class OffloadedLayer(NamedTuple):
     """Seconds in which its weights are transferred, if they are in host memory too."""
     store: float = 0.0
     """Seconds in which its new K and V go to the host, beside all else, on a link of their own."""
+    handoff: float = 0.0
+    """Seconds from the end of a copy to the kernel that waits for it, or the other way round."""
 
     def x_seconds(self, split: float) -> float:
         return self.transfer.at(self.x_bytes * split)
@@ -50,7 +52,8 @@ class OffloadedLayer(NamedTuple):
         beside its attention and MLP. X comes first; K and V are recomputed while the rest comes.
         """
         x, kv, again = self.x_seconds(split), self.kv_seconds(split), self.recompute.at(split)
-        return max(x + kv, max(self.compute, x) + again)
+        there = 2 * self.handoff + x
+        return max(there + kv, max(self.compute, there) + again)
 
     def column_period(self, split: float) -> float:
         """Seconds from layer to layer, weights in host memory.
@@ -63,7 +66,7 @@ class OffloadedLayer(NamedTuple):
     def first(self, split: float) -> float:
         """Seconds until K and V of the first layer are complete: nothing runs beside it."""
         x, kv = self.x_seconds(split), self.kv_seconds(split)
-        return self.weights + x + max(self.recompute.at(split), kv)
+        return self.handoff + self.weights + x + max(self.recompute.at(split), kv)
 
     def seconds(self, num_layers: int, split: float, schedule: str) -> float:
         """Of so many layers, one after the other."""
@@ -98,8 +101,9 @@ class OffloadedLayer(NamedTuple):
         kv = (at + self.kv_bytes * rate * self.num_tokens, -self.kv_bytes * rate)
         again = (self.recompute.fixed, self.recompute.per_unit)
         compute, weights = (self.compute, 0.0), (self.weights, 0.0)
+        there = (at + 2 * self.handoff, self.x_bytes * rate)
         pairs = (
-            *((kv, again), (x, compute), (_sum(x, kv), _sum(compute, again))),
+            *((kv, again), (there, compute), (_sum(there, kv), _sum(compute, again))),
             (_sum(weights, x, kv), _sum(again, compute)),
         )
         for first, second in pairs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
 
 import numpy as np
@@ -24,6 +24,7 @@ NUM_HELD_OUT = 8
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 PASSES = 3
 REPEATS = 7
+HANDOFFS = 64
 LEAD_CYCLES = 4_000_000
 """About two milliseconds that the GPU sleeps while the host queues."""
 
@@ -57,6 +58,7 @@ def measure_transfers(on_progress: Progress = lambda text: None) -> list[Row]:
     work = {"nothing": None, "matrix": _matrix(), "attention": _attention()}
     rows = []
     for number in range(PASSES):
+        rows.append(_handoff_row(number))
         for beside, other in work.items():
             for memory, buffer in buffers.items():
                 if memory == "pageable" and other is not None:
@@ -114,6 +116,55 @@ def _waited(target: torch.Tensor, source: torch.Tensor) -> float:
     target.copy_(source)
     torch.cuda.synchronize()
     return time.perf_counter() - begin
+
+
+def _handoff_row(number: int) -> Row:
+    """Half of what copies and kernels that wait for each other, in turn, take beyond their own."""
+    host = torch.empty(SMALLEST, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(SMALLEST, dtype=torch.uint8, device="cuda")
+    value = torch.zeros(1024, device="cuda")
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    work: tuple[Callable[[], object], Callable[[], object]] = (
+        lambda: device.copy_(host, non_blocking=True),
+        lambda: value.add_(1),
+    )
+
+    def alone(part: int) -> None:
+        with torch.cuda.stream(streams[part]):
+            for _ in range(HANDOFFS):
+                work[part]()
+
+    def in_turn() -> None:
+        for _ in range(HANDOFFS):
+            for part, other in ((0, 1), (1, 0)):
+                streams[part].wait_stream(streams[other])
+                with torch.cuda.stream(streams[part]):
+                    work[part]()
+
+    turns, copy, kernel = (
+        [_queued(run, streams) / HANDOFFS for _ in range(REPEATS)]
+        for run in (in_turn, lambda: alone(0), lambda: alone(1))
+    )
+    lost = median(turns) - median(copy) - median(kernel)
+    labels = {"direction": "handoff", "memory": "pinned", "beside": "nothing"}
+    place = {"bytes": SMALLEST, "split": "", "pass": number}
+    return labels | place | {"time_us": max(lost, 1e-9) / 2 * 1e6, "repeats": REPEATS}
+
+
+def _queued(run: Callable[[], None], streams: Sequence[torch.cuda.Stream]) -> float:
+    """Seconds of what `run` queues on two streams, all of it before it begins."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(5 * LEAD_CYCLES)
+    start.record()
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    run()
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 def _matrix() -> Callable[[], float]:

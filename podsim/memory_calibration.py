@@ -42,6 +42,8 @@ COLUMNS = {
 STATES = {"idle": ("idle", "main"), "busy": ("busy", "background")}
 """State of the GPU and thread in which the calls of each set of costs were timed."""
 RESIDENT = -1
+HANDOFF = "handoff"
+"""In the place of a direction: not a copy, but what passes between a copy and a kernel."""
 
 
 def write_rows(folder: Path, part: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -58,13 +60,16 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
     rows = {part: _read(folder, part) for part in COLUMNS if (folder / f"{part}.csv").is_file()}
     if not rows:
         raise InputError(f"{folder}: no rows of memory systems ({', '.join(COLUMNS)}.csv)")
-    fitted: dict[str, dict[str, object]] = {}
+    fitted: dict[str, object] = {}
     errors: dict[str, dict[str, float]] = {}
     if "mapping" in rows:
         fitted["mapping"] = _mapping(rows["mapping"])
         fitted["interference"] = _interference(rows["mapping"])
     if "transfer" in rows:
-        fitted["transfer"], of_transfer = _lines(rows["transfer"], _transfer_name, "bytes")
+        handoffs = rows["transfer"]["direction"] == HANDOFF
+        fitted["handoff"] = _handoff(rows["transfer"][handoffs])
+        copies = rows["transfer"][~handoffs]
+        fitted["transfer"], of_transfer = _lines(copies, _transfer_name, "bytes")
         errors |= of_transfer
     if "recompute" in rows:
         fitted["recompute"], of_recompute = _lines(rows["recompute"], _recompute_name, "tokens")
@@ -158,6 +163,11 @@ def _interference(rows: pd.DataFrame) -> dict[str, object]:
 # ----------------------------------------------------------------------- transfers, recompute
 
 
+def _handoff(rows: pd.DataFrame) -> float:
+    """Seconds; 0 where it was not timed."""
+    return 0.0 if rows.empty else float(rows["time_us"].median()) * 1e-6
+
+
 def _transfer_name(key: Sequence[object]) -> str:
     direction, memory, beside = key
     return f"{direction} {memory}" + ("" if beside == "nothing" else f" beside {beside}")
@@ -229,6 +239,7 @@ def predicted_layer(
         recompute=costs.recompute_costs(shape.hidden_size, shape.num_outputs, shape.rotary),
         compute=compute,
         weights=load.at(shape.weight_bytes) if schedule == "column" else 0.0,
+        handoff=costs.handoff,
     )
 
 

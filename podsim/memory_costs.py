@@ -99,6 +99,8 @@ class MemoryCosts:
     recompute: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By "hidden x outputs" of the product that makes K and V, with "rotated" if K is rotated
     then: a `Line`, units tokens."""
+    handoff: float = 0.0
+    """Between two streams: from the end of a copy to a kernel that waits for it, or back."""
     paged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By tokens of a block: `PagedCosts`."""
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -165,6 +167,7 @@ class MemoryCosts:
             "schema": SCHEMA_VERSION,
             "gpu": self.gpu,
             "provenance": self.provenance,
+            "handoff": self.handoff,
             **{part: getattr(self, part) for part in (*PARTS, "errors")},
         }
         return json.dumps(content, indent=1) + "\n"
@@ -222,6 +225,8 @@ def _check(costs: MemoryCosts) -> None:
             costs.mapping_costs(int(size), state)
     for name in costs.transfer:
         costs.transfer_costs(name)
+    if not 0 <= costs.handoff < math.inf:
+        raise ValueError(f"a handoff of {costs.handoff} is not a time")
     for line in costs.recompute.values():
         Line.of(line)
     for block_size in costs.paged:

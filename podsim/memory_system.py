@@ -98,6 +98,7 @@ def _offload_time(
             load=costs.transfer_costs("h2d pinned beside matrix"),
             store=costs.transfer_costs("d2h pinned"),
             recompute=recompute,
+            handoff=costs.handoff,
             never_pays=kvpr and not share.recomputing_pays,
         ),
         deployment.offload_schedule,

@@ -29,6 +29,8 @@ class OffloadCosts:
     """GPU to host, by bytes."""
     recompute: Line | None
     """K and V of a layer from activations, by tokens; None: all K and V are transferred."""
+    handoff: float = 0.0
+    """Between a copy and a kernel that waits for it, in seconds."""
     never_pays: bool = False
     """Recomputing was asked for, and activations are no smaller than K and V."""
 
@@ -118,6 +120,7 @@ class OffloadTime:
             compute=(seconds - once) / num_layers,
             weights=self.costs.load.at(self.weight_bytes),
             store=self.costs.store.at(stored * self._stored_bytes),
+            handoff=self.costs.handoff,
         )
         split = layer.best_split(num_layers, self.schedule) if self.recomputes else 0
         taken = once + layer.seconds(num_layers, split, self.schedule)

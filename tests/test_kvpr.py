@@ -81,6 +81,7 @@ layers = st.builds(
     compute=seconds,
     weights=st.sampled_from([0.0, 5e-4]),
     store=st.sampled_from([0.0, 1e-4]),
+    handoff=st.sampled_from([0.0, 2e-5]),
 )
 
 
@@ -105,18 +106,20 @@ def test_the_seconds_are_those_of_a_timeline(
 ) -> None:
     """Copies and kernels one by one, each when what it needs is there."""
     weights = layer.weights if schedule == "column" else 0.0
-    layer = layer._replace(weights=weights, store=0.0)
+    hand = layer.handoff if schedule == "row" else 0.0
+    layer = layer._replace(weights=weights, store=0.0, handoff=hand)
     split = round(share * layer.num_tokens)
     x, kv, again = layer.x_seconds(split), layer.kv_seconds(split), layer.recompute.at(split)
-    link = gpu = complete = 0.0
+    link = gpu = 0.0
+    complete = -hand  # nothing is waited for at first
     computed = [0.0, 0.0]  # when the two layers before left their buffers
     for _ in range(num_layers):
         # In a row, K and V of the layer before come first; else the buffer of two layers before.
-        begin = complete if schedule == "row" else max(link, computed[-2])
+        begin = complete + hand if schedule == "row" else max(link, computed[-2])
         x_there = begin + weights + x
         link = x_there + kv
-        recomputed = max(gpu, x_there) + again
-        complete = max(recomputed, link)
+        recomputed = max(gpu, x_there + hand) + again
+        complete = max(recomputed, link + hand)
         gpu = complete + layer.compute
         computed.append(gpu)
     exact = layer.seconds(num_layers, split, schedule)

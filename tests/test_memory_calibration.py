@@ -112,6 +112,19 @@ def test_calls_of_virtual_memory(costs: MemoryCosts) -> None:
     assert costs.interference[str(2 * MB)] == pytest.approx(250 / 1000)
 
 
+def test_a_handoff_is_no_copy(folder: Path) -> None:
+    rows = transfer_rows()
+    labels = {"direction": "handoff", "memory": "pinned", "beside": "nothing", "bytes": 2**14}
+    rows += [labels | {"split": "", "pass": n, "time_us": 3.0 + n} for n in PASSES]
+    write_rows(folder, "transfer", rows)
+    costs = fit_folder(folder, "h200", {})
+    assert costs.handoff == pytest.approx(4e-6)
+    assert not any("handoff" in name for name in costs.transfer)
+    with_it = predicted_layer(costs, SHAPES["opt-6.7b"], 100, 0.0, "row")
+    without = with_it._replace(handoff=0.0)
+    assert with_it.row_period(40) == pytest.approx(without.row_period(40) + 8e-6)
+
+
 def test_transfers_and_recomputation(costs: MemoryCosts) -> None:
     line = costs.transfer_costs("h2d pinned beside matrix")
     assert line.at(4e9) == pytest.approx(0.1 + 5e-6, rel=1e-4)
