@@ -83,7 +83,9 @@ class Deployment:
     max_model_len: int | None = _option(
         None, "Longest prompt plus output served, in tokens; default: the model's own."
     )
-    block_size: int = _option(16, "Tokens of a KV block.")
+    block_size: int = _option(
+        16, "Tokens of a KV block; vattention's holds what a page-group does."
+    )
     num_blocks: int | None = _option(
         None, "KV blocks of a replica; default: what the GPU's memory leaves after the weights."
     )

@@ -264,13 +264,13 @@ class HostBuffers:
 
     def take(self, *shape: int) -> torch.Tensor:
         size = torch.Size(shape).numel()
-        if self._taken + size > len(self._all):
-            self._taken = 0  # the chain before is done with it
+        assert self._taken + size <= len(self._all), "the piece is too small"
         part = self._all[self._taken : self._taken + size]
         self._taken += size
         return part.view(shape)
 
     def reset(self) -> None:
+        """All of it may be taken again: nobody uses the former parts any more."""
         self._taken = 0
 
     def new(self, *shape: int) -> torch.Tensor:
