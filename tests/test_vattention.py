@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from podsim.batch import Batch, Chunk
 from podsim.cli import app
 from podsim.config import PAGE_GROUPS, Deployment
-from podsim.decode_group import DecodeGroup
+from podsim.decode_group import DecodeGroup, Decodes
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
 from podsim.kv_cache import num_blocks_for, page_groups_for
@@ -390,6 +390,17 @@ def watched_deployment(options: dict[str, object], folder: Path):  # type: ignor
     return deployment, Watch
 
 
+def check_waste(cache: VAttentionCache, batch: Batch, decodes: Decodes) -> None:
+    """No request wastes a whole page-group of each virtual tensor."""
+    chunks = dict(batch.prefills)
+    for request, slot in cache._slot.items():
+        if request in decodes:
+            tokens = decodes.num_computed(request) + bool(batch.num_decodes)
+        else:
+            tokens = request.num_computed_tokens + chunks.get(request, 0)
+        assert 0 <= cache.needed[slot] * cache.block_size - tokens < cache.block_size
+
+
 class Watch:
     """Follows the changes of every cache made while it is open, as a driver would."""
 
@@ -422,6 +433,7 @@ class Watch:
                 self.num_checked += 1
                 for slot, needed in enumerate(cache.needed):
                     assert all((slot, block) in mapped for block in range(needed))
+                check_waste(cache, *arguments)  # type: ignore[arg-type]
             return changes
 
         return watching
