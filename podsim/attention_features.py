@@ -93,12 +93,13 @@ class Geometry:
 
     @classmethod
     def of(cls, model: Model, kernels: Mapping[str, float]) -> Geometry:
-        """For a model's heads; `kernels` holds the numbers that a profile records."""
-        return cls(
-            num_kv_heads=model.num_kv_heads,
-            group=model.num_q_heads // model.num_kv_heads,
-            **kernels,  # type: ignore[arg-type]
-        )
+        """For a model's heads; `kernels` holds the numbers that a profile records.
+
+        Profiles of before the Hopper kernels have one size of blocks and pack whole groups.
+        """
+        group = model.num_q_heads // model.num_kv_heads
+        cut = {"pack": group, "decode_block_n": kernels["block_n"], **kernels}
+        return cls(num_kv_heads=model.num_kv_heads, group=group, **cut)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

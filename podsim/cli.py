@@ -24,6 +24,7 @@ from podsim.command_options import (
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
 from podsim.kernels_command import kernels_app
+from podsim.memory_command import profile_memory_command
 from podsim.profile_command import profile_command, profile_export_command
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
@@ -47,6 +48,7 @@ app.command("validate")(validate_command)
 app.command("profile")(profile_command)
 app.command("profile-export")(profile_export_command)
 app.command("profile-collectives")(profile_collectives_command)
+app.command("profile-memory")(profile_memory_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
@@ -186,7 +188,7 @@ def compare_command(
         console.print("~ the error bars of the two overlap", highlight=False)
     for line in terminal.error_lines(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    notes = terminal.uncalibrated_lines(results) + notes
+    notes = terminal.uncalibrated_lines(results) + terminal.memory_comparison(results) + notes
     _print_results(out, notes)
 
 

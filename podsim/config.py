@@ -21,6 +21,17 @@ ROUTERS = (
 )
 SCHEDULERS = ("sarathi", "vllm-v1", "vllm-v0", "orca", "static")
 ORDERS = ("fcfs", "shortest_first", "priority")
+KV_CACHES = ("ideal", "paged", "vattention")
+"""How the KV cache is kept: in blocks whose table costs nothing, as podsim's kernels are measured
+on contiguous keys; in blocks with what a table costs; contiguous, by mapping memory on demand."""
+PAGE_GROUPS = {"64KB": 2**16, "128KB": 2**17, "256KB": 2**18, "2MB": 2**21}
+"""Bytes: 2 MB is the driver's own size, the others are those of vAttention's modified driver."""
+KV_TENSORS = ("per_layer", "sliced")
+"""Virtual tensors: K and V of each layer, or one of K and one of V that hold all layers."""
+MAPPINGS = ("overlapped", "synchronous")
+OFFLOADS = ("none", "full", "kvpr")
+OFFLOAD_SCHEDULES = ("row", "column")
+PREEMPTIONS = ("recompute", "swap")
 ARRIVALS = ("poisson", "gamma", "weibull", "uniform", "static")
 ZERO_LENGTH = ("error", "drop")
 REPLAYS = ("open", "closed")
@@ -72,7 +83,9 @@ class Deployment:
     max_model_len: int | None = _option(
         None, "Longest prompt plus output served, in tokens; default: the model's own."
     )
-    block_size: int = _option(16, "Tokens of a KV block.")
+    block_size: int = _option(
+        16, "Tokens of a KV block; vattention's holds what a page-group does."
+    )
     num_blocks: int | None = _option(
         None, "KV blocks of a replica; default: what the GPU's memory leaves after the weights."
     )
@@ -95,8 +108,50 @@ class Deployment:
         0.01, "Share of the KV blocks that admission leaves free for running requests to grow."
     )
 
+    kv: str = _option(
+        "ideal",
+        "How the KV cache is kept: ideal (blocks, their table costs nothing), paged (with what the "
+        "table costs) or vattention (memory mapped on demand).",
+    )
+    page_group: str = _option(
+        "2MB", f"Memory that vattention maps at a time, in each tensor: {', '.join(PAGE_GROUPS)}."
+    )
+    kv_tensors: str = _option(
+        "per_layer",
+        "Virtual tensors of vattention: per_layer, or sliced (one of K and one of V for all).",
+    )
+    mapping: str = _option(
+        "overlapped", "vattention maps beside the steps (overlapped), or before them (synchronous)."
+    )
+    look_ahead: int = _option(1, "Steps ahead of which vattention maps what decodes will need.")
+    deferred_reclamation: bool = _option(
+        True, "vattention leaves a finished request's memory mapped, for the next one."
+    )
+    eager_blocks: int = _option(
+        0, "Blocks that vattention keeps mapped in a free slot, for the next request."
+    )
+    kv_offload: str = _option(
+        "none",
+        "KV cache in host memory, when the GPU's is full: none, full (a step transfers it) or kvpr "
+        "(it recomputes a part of it meanwhile).",
+    )
+    kv_on_host: bool = _option(
+        False, "All of an offloaded KV cache in host memory, none on the GPU."
+    )
+    offload_schedule: str = _option(
+        "row", "Order of an offloaded step: row, or column (weights in host memory too)."
+    )
+    host_memory: float = _option(0.0, "Host memory of a GPU for KV cache and weights, in GB.")
+    preemption: str = _option(
+        "recompute", "A preempted request's KV cache is computed again, or swapped to host memory."
+    )
+    memory_costs: str | None = _option(
+        None, "Folder of memory costs to take, instead of those shipped for the GPU."
+    )
+
     def __post_init__(self) -> None:
         _check_choice("attention", self.attention, STRATEGIES)
+        self._check_memory()
         _check_choice("router", self.router, ROUTERS)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
         _check_choice("order", self.order, ORDERS)
@@ -127,6 +182,35 @@ class Deployment:
             self.token_budget,
             f"at least max_num_seqs ({self.max_num_seqs}): each decode takes one token of it",
         )
+
+    def _check_memory(self) -> None:
+        _check_choice("kv", self.kv, KV_CACHES)
+        _check_choice("page_group", self.page_group, tuple(PAGE_GROUPS))
+        _check_choice("kv_tensors", self.kv_tensors, KV_TENSORS)
+        _check_choice("mapping", self.mapping, MAPPINGS)
+        _check_choice("kv_offload", self.kv_offload, OFFLOADS)
+        _check_choice("offload_schedule", self.offload_schedule, OFFLOAD_SCHEDULES)
+        _check_choice("preemption", self.preemption, PREEMPTIONS)
+        _check(self.look_ahead >= 0, "look_ahead", self.look_ahead, "at least 0")
+        _check(self.eager_blocks >= 0, "eager_blocks", self.eager_blocks, "at least 0")
+        _check(self.host_memory >= 0, "host_memory", self.host_memory, "at least 0")
+        if self.kv == "vattention" and self.prefix_caching:
+            raise InputError("kv 'vattention' has no prefix_caching: slots share no memory")
+        offloads, swaps = self.kv_offload != "none", self.preemption == "swap"
+        if offloads and self.kv == "vattention":
+            raise InputError("kv_offload needs KV blocks: take kv 'ideal' or 'paged'")
+        if (offloads or swaps) and self.prefix_caching:
+            raise InputError("prefix_caching keeps its blocks on the GPU: no kv_offload, no swap")
+        if (offloads or swaps) and not self.host_memory:
+            raise InputError("host_memory is 0: kv_offload and preemption 'swap' need some (GB)")
+        if offloads and swaps:
+            raise InputError("preemption 'swap' and kv_offload both use host_memory: take one")
+        if swaps and self.kv == "vattention":
+            raise InputError("preemption 'swap' needs KV blocks: take kv 'ideal' or 'paged'")
+        if self.kv_on_host and not offloads:
+            raise InputError("kv_on_host needs kv_offload full or kvpr")
+        if self.offload_schedule == "column" and not offloads:
+            raise InputError("offload_schedule 'column' needs kv_offload full or kvpr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

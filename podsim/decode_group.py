@@ -39,8 +39,8 @@ class Decodes(Protocol):
     def blocks_needed(self, step: int = 0) -> int:
         """New KV blocks that the step `step` steps ahead takes, if nobody leaves before."""
 
-    def needing_block(self) -> list[Request]:
-        """The members that take a new block in the next step, in order of admission."""
+    def needing_block(self, step: int = 0) -> list[Request]:
+        """The members that take a new block in that step, in order of admission."""
 
     def steps_to_finish(self) -> int:
         """Steps until the next member emits its last token."""
@@ -109,8 +109,8 @@ class DecodeGroup:
     def blocks_needed(self, step: int = 0) -> int:
         return len(self._by_residue[-(self._num_steps + step) % self.block_size])
 
-    def needing_block(self) -> list[Request]:
-        return sorted(self._by_residue[-self._num_steps % self.block_size], key=_admission)
+    def needing_block(self, step: int = 0) -> list[Request]:
+        return sorted(self._by_residue[-(self._num_steps + step) % self.block_size], key=_admission)
 
     def steps_to_finish(self) -> int:
         first = self._by_finish
@@ -173,8 +173,8 @@ class ListedDecodes:
             (request.num_computed_tokens + step) % self.block_size == 0 for request in self._members
         )
 
-    def needing_block(self) -> list[Request]:
-        return [r for r in self.requests() if r.num_computed_tokens % self.block_size == 0]
+    def needing_block(self, step: int = 0) -> list[Request]:
+        return [r for r in self.requests() if (r.num_computed_tokens + step) % self.block_size == 0]
 
     def steps_to_finish(self) -> int:
         return min(r.num_output_tokens - r.num_emitted_tokens for r in self._members)

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from podsim.batch import Batch, BatchShape
 from podsim.cluster import reason_to_refuse
+from podsim.decode_group import Decodes
 from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
 from podsim.request import Request
 from podsim.scheduler import Scheduler
 from podsim.step_inputs import StepInputs
+from podsim.vattention import VAttentionCache
 
 
 class Clock(Protocol):
@@ -78,6 +80,13 @@ class Recording:
     """Of each token that came out: whose it is, and at the end of which step."""
 
 
+class Mapping(Protocol):
+    """Memory that is mapped as requests grow."""
+
+    def begin(self, batch: Batch, decodes: Decodes) -> None:
+        """Called before each batch is computed: what it reads and writes is mapped on return."""
+
+
 class Engine:
     """Serves requests; see the module docstring.
 
@@ -96,8 +105,10 @@ class Engine:
         vocab_size: int,
         seed: int,
         clock: Clock,
+        mapping: Mapping | None = None,
     ) -> None:
         self.forward = forward
+        self.mapping = mapping
         self.scheduler = scheduler
         self.kv_cache = kv_cache
         self.max_model_len = max_model_len
@@ -150,7 +161,18 @@ class Engine:
             self.recording.log.record_preemption(request, now)
             if was_decoding:
                 self.gaps.preempted(request)
-            self._free_slots.append(self._slot.pop(request))
+            self._give_back_slot(request)
+
+    def _take_slot(self, request: Request) -> int:
+        """A free KV slot; where slots are the cache's own, the one that it chose."""
+        if isinstance(self.kv_cache, VAttentionCache):
+            return self.kv_cache.slot_of(request)
+        return self._free_slots.pop()
+
+    def _give_back_slot(self, request: Request) -> None:
+        slot = self._slot.pop(request)
+        if not isinstance(self.kv_cache, VAttentionCache):
+            self._free_slots.append(slot)
 
     # ---- a step
 
@@ -158,7 +180,7 @@ class Engine:
         """Compute a batch that became due at `start`; when its tokens were there."""
         for request, _ in batch.prefills:
             if request not in self._slot:
-                self._slot[request] = self._free_slots.pop()
+                self._slot[request] = self._take_slot(request)
             if request.scheduled_time < 0:
                 request.scheduled_time = start
             elif request.num_preemptions:
@@ -166,6 +188,8 @@ class Engine:
         decodes = self.scheduler.decodes.requests() if batch.num_decodes else []
         inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot)
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
+        if self.mapping is not None:
+            self.mapping.begin(batch, self.scheduler.decodes)
         sampled = self.forward.run(inputs)
         end = self.clock.now()
         self._receive_until(end)
@@ -203,5 +227,5 @@ class Engine:
     def _finish(self, request: Request, end: float) -> None:
         request.finish_time = end
         self.recording.log.record_request(request)
-        self._free_slots.append(self._slot.pop(request))
+        self._give_back_slot(request)
         del self._tokens[request]

@@ -13,6 +13,19 @@ Sample = tuple[float, float, float]
 """Seconds, SM clock in MHz, power in W."""
 
 
+def driver_settings() -> dict[str, object]:
+    """Of the first GPU: driver, power limit and the highest clock of its SMs."""
+    query = "driver_version,power.limit,clocks.max.sm"
+    output = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    names = ("driver", "power_limit", "max_sm_clock")
+    return dict(zip(names, (part.strip() for part in output.split(",")), strict=True))
+
+
 @contextmanager
 def gpu_samples(now: Callable[[], float]) -> Iterator[list[Sample]]:
     """A list that grows while the context is open; `now` gives the time of a sample."""

@@ -138,8 +138,9 @@ class Llama:
     """Weights, KV cache, buffers and graphs of a model that serves.
 
     `max_tokens` bounds the tokens of a step, `max_requests` the requests that hold a KV slot of
-    `max_len` tokens. `attention` is the strategy of mixed batches. Raises InputError if the KV
-    cache does not fit into the memory that is free.
+    `max_len` tokens. `attention` is the strategy of mixed batches. `caches` are K and V of each
+    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. Raises
+    InputError if the KV cache does not fit into the memory that is free.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Llama:
         max_requests: int,
         max_len: int,
         num_sms: int,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         self.model = model
         self.weights = weights
@@ -169,7 +171,7 @@ class Llama:
             "max_len": max_len,
             "num_sms": num_sms,
         }
-        self._allocate()
+        self._allocate(caches)
         self._room = self._room_of_any_step()
         self.inputs = Inputs(max_tokens, max_requests, self._room, self.device)
         self._workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -183,7 +185,7 @@ class Llama:
             size: _Captured(partial(self._head, size)) for size in graph_sizes(max_requests)
         }
 
-    def _allocate(self) -> None:
+    def _allocate(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
         model, tokens = self.model, graph_size(self.max_tokens)
         dtype = self.weights.embedding.dtype
 
@@ -192,7 +194,8 @@ class Llama:
 
         cache = (self.max_requests + 1, self.max_len, model.num_kv_heads, model.head_dim)
         try:
-            self.caches = [(buffer(*cache), buffer(*cache)) for _ in range(model.num_layers)]
+            if caches is None:
+                caches = [(buffer(*cache), buffer(*cache)) for _ in range(model.num_layers)]
         except torch.OutOfMemoryError:
             gigabytes = model.kv_bytes_per_token * cache[0] * cache[1] / 1e9
             raise InputError(
@@ -200,6 +203,7 @@ class Llama:
                 f"{gigabytes:.0f} GB of KV cache, more than is free: lower max_num_seqs or "
                 "max_model_len"
             ) from None
+        self.caches = caches
         self.residual = buffer(tokens, model.hidden_size)
         self.hidden = buffer(tokens, model.hidden_size)
         self.normed = buffer(tokens, model.hidden_size)

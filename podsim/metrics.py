@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from podsim.event_log import EventLog
+from podsim.step_memory import StepMemory
 from podsim.trace_prefix import prefix_statistics
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ def preemption_table(log: EventLog) -> pd.DataFrame:
 def step_table(log: EventLog) -> pd.DataFrame:
     """One row a step: `start` and `duration` in seconds, then tokens, requests and blocks."""
     return pd.DataFrame({name: np.asarray(column) for name, column in log.steps.items()})
+
+
+def memory_table(memory: Sequence[StepMemory]) -> pd.DataFrame:
+    """One row a batch at which something of a replica's memory changed."""
+    tables = [
+        pd.DataFrame({"replica": i, **{k: np.asarray(v) for k, v in m.log.columns.items()}})
+        for i, m in enumerate(memory)
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def step_kinds(steps: pd.DataFrame) -> NDArray[np.int64]:
@@ -242,6 +252,7 @@ def summarize(result: Result) -> dict[str, object]:
         **_use(result, duration),
         "preemptions": totals.preemptions,
         **_prefix_cache(result, totals),
+        **_memory(result),
         **({"intervals": result.intervals} if result.intervals else {}),
         **({"uncalibrated": result.uncalibrated} if result.uncalibrated else {}),
         "refused": dict(totals.refused.most_common()),
@@ -275,6 +286,23 @@ def _prefix_cache(result: Result, totals: RequestTotals) -> dict[str, object]:
         "prefix_hit_rate": totals.cached_tokens / max(totals.prompt_tokens, 1),
         "prefix_hit_rate_ideal": ideal["hit_tokens"] if ideal else float("nan"),
     }
+
+
+def _memory(result: Result) -> dict[str, object]:
+    """What the memory systems did: totals of the replicas, the largest of sizes and settings."""
+    if not result.memory:
+        return {}
+    summaries = [memory.summary() for memory in result.memory]
+    totals = {
+        name: sum(s[name] for s in summaries) if is_total(name) else max(s[name] for s in summaries)
+        for name in summaries[0]
+    }
+    return {"memory": {"kv": result.deployment.kv, **totals}}
+
+
+def is_total(name: str) -> bool:
+    """Whether a number of a memory system's summary adds up over replicas."""
+    return name.endswith(("_steps", "_time", "_blocks", "_moved", "_requests"))
 
 
 def _provenance(result: Result) -> dict[str, object]:

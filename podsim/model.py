@@ -101,6 +101,22 @@ class Model:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * BYTES_PER_VALUE
 
     @property
+    def layer_weight_bytes(self) -> int:
+        """Of one layer."""
+        ends = (2 * self.vocab_size + 1) * self.hidden_size
+        return (self.num_parameters - ends) // self.num_layers * BYTES_PER_VALUE
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """What K and V of a token are computed from, in one layer."""
+        return self.hidden_size * BYTES_PER_VALUE
+
+    @property
+    def recomputing_pays(self) -> bool:
+        """Whether these activations are smaller than the K and V (not under most GQA): KVPR."""
+        return self.activation_bytes_per_token * self.num_layers < self.kv_bytes_per_token
+
+    @property
     def shape(self) -> dict[str, int]:
         """What a profile is measured for: models of one shape (Llama 3 and 3.1) share a profile.
 

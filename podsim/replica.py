@@ -19,6 +19,7 @@ from podsim.kv_cache import PagedKVCache
 from podsim.latency import Heat, LatencyModel, decode_run_times
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
+from podsim.step_memory import StepMemory
 
 FIRST_RUN = 16
 LONGEST_RUN = 1024
@@ -37,6 +38,7 @@ class Replica:
         latency_model: LatencyModel,
         log: EventLog,
         longest_run: int = LONGEST_RUN,
+        memory: StepMemory | None = None,
     ) -> None:
         self.env = env
         self.index = index
@@ -45,6 +47,7 @@ class Replica:
         self.latency_model = latency_model
         self.log = log
         self.longest_run = longest_run
+        self.memory = memory
         self._run_limit = min(FIRST_RUN, longest_run)
         self.gaps = TokenGaps(log)
         self.on_finish: Callable[[Request], None] = lambda request: None
@@ -126,7 +129,11 @@ class Replica:
             elif request.num_preemptions:
                 self.log.record_resumption(request, start)
         shape = batch.shape()
+        if self.memory is not None:
+            self.memory.begin(batch, shape, self.scheduler.decodes, start)
         times = self._step_times(batch, shape)
+        if self.memory is not None:
+            times = self.memory.step_times(times)
         ends = list(accumulate(times, initial=start))
         del ends[0]
         return _Run(ends, batch.num_decodes, self.kv_cache.num_used_blocks), shape
@@ -142,8 +149,12 @@ class Replica:
         """Seconds of this step, and of the steps after it that are sure to be like it."""
         if self.longest_run == 1 or batch.prefills or not self.scheduler.repeats(batch):
             return [self._heat.step_time(shape, self._now)]
-        num_steps = min(self._run_limit, self.scheduler.decodes.steps_to_finish())
-        return self._decode_run_times(shape, self._steps_with_blocks(num_steps, batch.num_decodes))
+        decodes = self.scheduler.decodes
+        num_steps = min(self._run_limit, decodes.steps_to_finish())
+        num_steps = self._steps_with_blocks(num_steps, batch.num_decodes)
+        if num_steps > 1 and self.memory is not None:
+            num_steps = self.memory.most_steps(decodes, num_steps)
+        return self._decode_run_times(shape, num_steps)
 
     def _steps_with_blocks(self, num_steps: int, num_decodes: int) -> int:
         """How many of these steps find KV blocks; the first has them already."""
@@ -158,6 +169,8 @@ class Replica:
 
     def _book(self, batch: Batch, shape: BatchShape, run: _Run) -> None:
         start, self._now = self._now, run.ends[-1]
+        if self.memory is not None:
+            self.memory.end(len(run.ends))
         self._adapt_run_limit(run)
         if len(run.ends) > 1:
             self._take_blocks(run, len(run.ends))

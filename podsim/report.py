@@ -27,7 +27,7 @@ from podsim.simulation import Result
 _TIME_COLUMNS = (
     *("arrival_time", "scheduled_time", "first_token_time", "finish_time"),
     *("queue_time", "ttft", "e2e_latency", "tpot"),
-    *("start", "duration"),
+    *("start", "duration", "time", "stall"),
 )
 
 
@@ -111,6 +111,9 @@ def save(
         table.to_csv(directory / f"{file}.csv", index=False, float_format="%.9f")
         if outputs.parquet:
             table.to_parquet(directory / f"{file}.parquet", engine="pyarrow", index=False)
+    if result.memory:
+        table = _with_units(result.memory_table)
+        table.to_csv(directory / "memory.csv", index=False, float_format="%.9g")
     if outputs.aiperf:
         with (directory / AIPERF_FILE).open("w", encoding="utf-8") as lines:
             lines.writelines(aiperf_lines(result))

@@ -64,7 +64,8 @@ class _Scheduler(ABC):
     """What all schedulers here share: the state, preemption, and the booking of a step.
 
     A decode that finds no free block preempts the request admitted last, which gives back its
-    blocks, waits at the head of the queue, and will compute its tokens again.
+    blocks, waits at the head of the queue, and will compute its tokens again: only the latest one
+    if the others were swapped out.
     """
 
     whole_prompts = False
@@ -126,11 +127,13 @@ class _Scheduler(ABC):
         decoding = request in self.decodes
         batch.preempted.append((request, decoding))
         if decoding:
-            held = self.kv_cache.blocks_for(self.decodes.num_computed(request))
+            computed = self.decodes.num_computed(request)
+            held = self.kv_cache.blocks_for(computed)
             self.decodes.remove(request)
         else:
-            held = request.num_blocks
+            computed, held = request.num_computed_tokens, request.num_blocks
             self.prefilling.remove(request)
+        self.kv_cache.swap_out(request, computed)
         self.kv_cache.release(request, held)
         request.num_computed_tokens = 0
         request.num_preemptions += 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -18,13 +20,17 @@ from podsim.engine import Engine, Recording, WallClock
 from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
-from podsim.kv_cache import PagedKVCache, num_blocks_for
+from podsim.kv_cache import num_blocks_for, page_groups_for
 from podsim.llama import Llama, random_weights
 from podsim.measure import provenance, require_gpu
+from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
 from podsim.profile import kernels_hash
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS, StepTime
+from podsim.vattention import Change, VAttentionCache
+from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
+from podsim.virtual_memory import CudaDriver
 from podsim.workload import Trace
 
 HOST_STEPS = 48
@@ -106,6 +112,10 @@ class Server:
         gpu = gpu_named(deployment.gpu)
         require_gpu(gpu)
         self.num_blocks = num_blocks_for(deployment, self.model, gpu)
+        max_len = min(max_len, deployment.max_model_len or self.model.max_model_len)
+        self.virtual_kv = self._virtual_kv(max_len) if deployment.kv == "vattention" else None
+        if self.virtual_kv is not None:
+            max_len = self.virtual_kv.max_len
         self.max_model_len = deployment.max_model_len or self.model.max_model_len
         self.llama = Llama(
             self.model,
@@ -113,10 +123,12 @@ class Server:
             attention=deployment.attention,
             max_tokens=deployment.token_budget,
             max_requests=deployment.max_num_seqs,
-            max_len=-(-min(max_len, self.max_model_len) // KV_STEP) * KV_STEP,
+            max_len=-(-max_len // KV_STEP) * KV_STEP,
             num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
+            caches=None if self.virtual_kv is None else self.virtual_kv.caches,
         )
-        self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
+        with self._first_block_mapped():
+            self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.host_time = self._measure_host_time(on_progress)
 
     def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
@@ -129,10 +141,23 @@ class Server:
                 recording = engine.serve(_requests(trace))
         finally:
             gc.enable()
+            _end_mapping(engine)
         return Served(recording, samples, self.host_time, self.num_blocks, provenance(self.model))
 
+    def close(self) -> None:
+        """Give back what torch does not know of: memory that was mapped. The server is of no use
+        then.
+        """
+        if self.virtual_kv is not None:
+            self.llama.caches = []
+            self.virtual_kv.close()
+
     def _engine(self, step_time: StepTime, seed: int) -> Engine:
-        kv_cache = PagedKVCache(self.num_blocks, self.deployment.block_size)
+        kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
+        mapping = None
+        if self.virtual_kv is not None:
+            assert isinstance(kv_cache, VAttentionCache)
+            mapping = StepMapping(self.virtual_kv, kv_cache, self.deployment)
         scheduler = SCHEDULERS[self.deployment.scheduler](
             kv_cache, self.deployment, ListedDecodes(kv_cache.block_size), step_time
         )
@@ -145,7 +170,32 @@ class Server:
             vocab_size=self.model.vocab_size,
             seed=seed,
             clock=WallClock(),
+            mapping=mapping,
         )
+
+    def _virtual_kv(self, max_len: int) -> VirtualKV:
+        groups = page_groups_for(self.deployment, self.model)
+        require_virtual_memory(self.deployment, groups)
+        return VirtualKV(
+            CudaDriver(),
+            self.model,
+            groups,
+            num_slots=self.deployment.max_num_seqs,
+            min_len=math.lcm(groups.tokens_per_block, KV_STEP)
+            * -(-max_len // math.lcm(groups.tokens_per_block, KV_STEP)),
+            num_blocks=self.num_blocks,
+        )
+
+    @contextmanager
+    def _first_block_mapped(self) -> Iterator[None]:
+        """What captured steps write to while they are warmed up: the first tokens of slot 0."""
+        if self.virtual_kv is None:
+            yield
+            return
+        memory = self.virtual_kv.memory
+        memory.apply([Change(0, 0, 1, maps=True)])
+        yield
+        memory.apply([Change(0, 0, 1, maps=False)])
 
     def _measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
@@ -176,13 +226,24 @@ class Server:
         """Serve requests of (prompt, output) tokens at once: of each step the host's seconds."""
         engine = self._engine(lambda shape: 0.0, seed=1)
         recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
+        _end_mapping(engine)
         durations, gpu_seconds = recording.log.steps["duration"], recording.gpu_seconds
         for shape, seconds, gpu in zip(recording.shapes, durations, gpu_seconds, strict=True):
             yield shape, seconds - gpu
 
 
+def _end_mapping(engine: Engine) -> None:
+    if isinstance(engine.mapping, StepMapping):
+        engine.mapping.close()
+
+
 def _require_servable(deployment: Deployment) -> None:
-    for name, value in (("replicas", 1), ("prefix_caching", False), ("tensor_parallel_size", 1)):
+    if deployment.kv == "paged":
+        raise InputError("the engine serves with kv 'ideal' (contiguous slots) or 'vattention'")
+    for name, value in (
+        *(("replicas", 1), ("prefix_caching", False), ("tensor_parallel_size", 1)),
+        *(("kv_offload", "none"), ("preemption", "recompute")),
+    ):
         if getattr(deployment, name) != value:
             raise InputError(
                 f"the engine serves with {name} {value!r}, not {getattr(deployment, name)!r}"

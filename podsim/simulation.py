@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -23,13 +23,16 @@ from podsim.event_log import EventLog
 from podsim.hardware import gpu_named
 from podsim.kv_cache import PagedKVCache, num_blocks_for
 from podsim.latency import LatencyModel, ProfiledLatency
+from podsim.memory_system import kv_cache_for, memory_costs_for, step_memory_for
 from podsim.model import Model, model_named
+from podsim.paged_latency import PagedLatency
 from podsim.prefix_cache import PrefixCache
 from podsim.profile import find_profile
 from podsim.replica import LONGEST_RUN, Replica
 from podsim.request import Request
 from podsim.router import ROUTERS
 from podsim.scheduler import SCHEDULERS, Scheduler
+from podsim.step_memory import StepMemory
 from podsim.workload import Trace, load_once, synthetic_trace
 
 MakeScheduler = Callable[[PagedKVCache, Deployment], Scheduler]
@@ -52,6 +55,8 @@ class Result:
     """Where the headline numbers may lie; see `simulate_with_error_bars`."""
     streamed: metrics.RequestTotals | None = None
     """What is left of requests that went to a sink."""
+    memory: Sequence[StepMemory] = ()
+    """Of each replica, what its memory system did; none where it costs nothing."""
 
     @property
     def requests(self) -> pd.DataFrame:
@@ -74,6 +79,11 @@ class Result:
     def preemptions(self) -> pd.DataFrame:
         """One row a preemption: request_id and time."""
         return metrics.preemption_table(self.log)
+
+    @property
+    def memory_table(self) -> pd.DataFrame:
+        """What the memory systems report over time: replica, time (s), bytes."""
+        return metrics.memory_table(self.memory)
 
     @property
     def uncalibrated(self) -> str | None:
@@ -124,7 +134,7 @@ def simulate(
     replicas = []
     for index in range(deployment.replicas):
         prefixes = _prefix_cache(trace, deployment) if deployment.prefix_caching else None
-        kv_cache = PagedKVCache(num_blocks, deployment.block_size, prefixes)
+        kv_cache = kv_cache_for(deployment, model, num_blocks, prefixes)
         replicas.append(
             Replica(
                 env,
@@ -134,6 +144,7 @@ def simulate(
                 latency_model,
                 log,
                 1 if step_by_step else LONGEST_RUN,
+                step_memory_for(deployment, model, kv_cache, latency_model, keep_log=keep_steps),
             )
         )
     requests = _requests(trace, on_progress)
@@ -155,7 +166,12 @@ def simulate(
     if log.when_full is not None:
         log.when_full()
     wall_time = time.perf_counter() - started
-    return Result(trace, deployment, num_blocks, log, latency_model, wall_time, streamed=streamed)
+    memory = [replica.memory for replica in replicas if replica.memory is not None]
+    return Result(
+        *(trace, deployment, num_blocks, log, latency_model, wall_time),
+        streamed=streamed,
+        memory=memory,
+    )
 
 
 def _stream_requests(log: EventLog, sink: Callable[[pd.DataFrame], None]) -> metrics.RequestTotals:
@@ -231,16 +247,18 @@ def latency_model_for(deployment: Deployment, model: Model) -> ProfiledLatency:
     """
     share = model.shard(deployment.tensor_parallel_size)
     profile = find_profile(deployment.gpu, share, _folder(deployment.profile))
-    return ProfiledLatency(
-        profile,
-        share,
-        deployment.attention,
-        deployment.host_overhead,
-        collectives=_step_collectives(deployment, share),
-        host_per_request=deployment.host_overhead_per_request,
-        host_with_prefill=deployment.host_overhead_with_prefill,
-        graph_padding=deployment.graph_padding,
-    )
+    options: dict[str, Any] = {
+        "host_overhead": deployment.host_overhead,
+        "collectives": _step_collectives(deployment, share),
+        "host_per_request": deployment.host_overhead_per_request,
+        "host_with_prefill": deployment.host_overhead_with_prefill,
+        "graph_padding": deployment.graph_padding,
+    }
+    if deployment.kv == "paged":
+        paged = memory_costs_for(deployment).paged_costs(deployment.block_size)
+        options |= {"paged": paged, "block_size": deployment.block_size}
+        return PagedLatency(profile, share, deployment.attention, **options)
+    return ProfiledLatency(profile, share, deployment.attention, **options)
 
 
 def _step_collectives(deployment: Deployment, share: Model) -> StepCollectives | None:

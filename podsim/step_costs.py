@@ -29,6 +29,7 @@ KERNELS = {
     "sampling": "LM head, sampling",
     "launch": "embedding, launch, host",
     "collectives": "collectives",
+    "memory": "memory system",
 }
 """The operations of a step and the name each is shown under."""
 
@@ -69,6 +70,8 @@ def kernel_table(
         np.stack([tokens, tokens_out(steps, requests)], axis=1), axis=0, return_inverse=True
     )
     parts = {name: seconds[which.ravel()] for name, seconds in _without_attention(model, shapes)}
+    if result.memory:
+        parts["memory"] = _held_up(result, steps)
     total = steps["duration"].to_numpy()
     parts = {"attention": total - sum(parts.values(), np.zeros(len(total))), **parts}
     kinds = step_kinds(steps)
@@ -80,6 +83,15 @@ def kernel_table(
         }
     )
     return table.groupby(lambda name: KERNELS[str(name)], sort=False).sum()
+
+
+def _held_up(result: Result, steps: pd.DataFrame) -> Floats:
+    """Of each step: the seconds that memory work added; a replica's steps are in its own order."""
+    seconds = np.zeros(len(steps))
+    replicas = steps["replica"].to_numpy()
+    for replica, memory in enumerate(result.memory):
+        seconds[replicas == replica] = memory.log.held_up
+    return seconds
 
 
 def _without_attention(

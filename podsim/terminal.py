@@ -25,8 +25,10 @@ from rich.text import Text
 
 from podsim import metrics
 from podsim.collectives import Collectives
+from podsim.memory_costs import MemoryCosts
 from podsim.profile import Profile
 from podsim.simulation import Result
+from podsim.step_costs import kernel_table
 
 LATENCY_ROWS = {
     "ttft": "TTFT",
@@ -98,6 +100,8 @@ def summary_lines(result: Result) -> list[str]:
             f"Prefix cache {own['prefix_hit_rate']:.1%} of prompt tokens found; "
             f"{own['prefix_hit_rate_ideal']:.1%} if it never lost any"
         )
+    if "memory" in own:
+        lines += memory_lines(own["memory"])
     refused = own["refused"]
     assert isinstance(refused, dict)
     lines += [f"Refused      {count}: {reason}" for reason, count in refused.items()]
@@ -106,9 +110,35 @@ def summary_lines(result: Result) -> list[str]:
     return lines + [f"Note         {note}" for note in latency_notes(result)]
 
 
+def memory_lines(memory: object) -> list[str]:
+    """What the memory system of a run did."""
+    assert isinstance(memory, dict)
+    m: dict[str, float] = memory
+    if "offloaded_steps" in m:
+        return [
+            f"Host memory  {m['offloaded_steps']:,.0f} steps took "
+            f"{format_seconds(m['added_time'])} longer for KV cache there; "
+            f"{m['h2d_bytes_moved'] / 1e9:,.1f} GB to the GPU, "
+            f"{m['recomputed_share_max']:.1%} of its tokens recomputed"
+        ]
+    if "swapped_requests" in m:
+        return [
+            f"Swapping     {m['swapped_requests']:,.0f} requests out, "
+            f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"
+        ]
+    return [
+        f"vAttention   page-groups of {m['page_group_bytes'] / 1024:,.0f} KB "
+        f"({m['tokens_per_page_group']:,.0f} tokens), {m['mapped_blocks']:,.0f} blocks mapped, "
+        f"{m['unmapped_blocks']:,.0f} unmapped; at most {m['mapped_bytes_max'] / 1e9:.2f} GB "
+        f"mapped, {m['fragmentation_bytes_max'] / 1e9:.2f} GB of it unused by tokens",
+        f"Mapping      {m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in "
+        f"all; {format_seconds(m['background_time'])} in the background",
+    ]
+
+
 def latency_notes(result: Result) -> list[str]:
-    notes = getattr(result.latency_model, "notes", None)
-    return list(notes()) if notes is not None else []
+    models = (result.latency_model, *result.memory[:1])
+    return [note for model in models for note in getattr(model, "notes", list)()]
 
 
 def uncalibrated_lines(results: Mapping[str, Result]) -> list[str]:
@@ -153,6 +183,7 @@ COMPARED = {
     "output_throughput": ("Output tok/s", ""),
     "busy_share": ("Busy", "%"),
     "kv_used_max": ("KV cache max", "%"),
+    "batch_size_mean": ("Batch mean", ""),
     "preemptions": ("Preemptions", ""),
     "completed": ("Completed", ""),
 }
@@ -161,6 +192,25 @@ COMPARED = {
 def comparison(results: Mapping[str, Result]) -> pd.DataFrame:
     """One row a metric (seconds, shares, counts), one column a variant."""
     return pd.DataFrame({name: _headline(result) for name, result in results.items()})
+
+
+def memory_comparison(results: Mapping[str, Result]) -> list[str]:
+    """Why variants of KV cache differ: the batch, attention and memory work of each."""
+    if all(result.deployment.kv == "ideal" and not result.memory for result in results.values()):
+        return []
+    lines = []
+    for name, result in results.items():
+        own = own_part(result.summary())
+        memory = own.get("memory", {})
+        assert isinstance(memory, dict)
+        text = f"{name}: batch {own['batch_size_mean']:.1f} mean"
+        kernels = kernel_table(result, result.steps, result.requests)
+        if kernels is not None:
+            seconds = float(kernels.loc[["attention"]].to_numpy().sum())
+            text += f", attention {format_seconds(seconds)}"
+        held_up = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
+        lines.append(f"{text}, steps held up by memory work {format_seconds(held_up)}")
+    return lines
 
 
 def _headline(result: Result) -> dict[str, float]:
@@ -268,6 +318,11 @@ def error_table(profile: Profile) -> Table:
 def collectives_table(collectives: Collectives) -> Table:
     """How far interpolated times of collectives are from messages that were held out."""
     return _errors(f"collectives on {collectives.gpu}", collectives.errors)
+
+
+def memory_errors_table(costs: MemoryCosts) -> Table:
+    """How far memory costs are from rows that they were not fitted on."""
+    return _errors(f"memory systems on {costs.gpu}", costs.errors)
 
 
 def _errors(of: str, errors: Mapping[str, Mapping[str, float]]) -> Table:

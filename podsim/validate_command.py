@@ -26,6 +26,7 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
+from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
 from podsim.simulation import latency_model_for, workload_trace
 from podsim.validation import ENGINE_FILE, LATENCIES, Comparison, Recorded, compare, read_recording
@@ -108,7 +109,9 @@ def _record(given: dict[str, object]) -> Recorded:
     for name in given:
         if name.startswith("host_overhead") or name == "graph_padding":
             raise InputError(f"{name} is the engine's own here: it is measured")
-    latency_model = latency_model_for(deployment, model_named(deployment.model))
+    model = model_named(deployment.model)
+    latency_model = latency_model_for(deployment, model)
+    require_memory_costs(deployment, model, latency_model)  # now, and not after serving
     trace = workload_trace(workload)
     try:
         from podsim import serving

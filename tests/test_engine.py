@@ -12,9 +12,11 @@ from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kv_cache import PagedKVCache
+from podsim.page_groups import PageGroups
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
 from podsim.simulation import simulate
+from podsim.vattention import VAttentionCache
 from podsim.workload import Trace
 
 
@@ -80,14 +82,39 @@ def random_trace(seed: int, num_requests: int = 60) -> Trace:
     )
 
 
-def serve(trace: Trace, deployment: Deployment, num_blocks: int):
+class WatchedMapping:
+    """Follows what vAttention's cache asks to map; the forward pass asks it what is mapped."""
+
+    def __init__(self, cache: VAttentionCache, forward: MadeUpForward) -> None:
+        self.cache = cache
+        self.mapped = np.zeros_like(forward.cache, dtype=bool)
+        self.num_ahead = 0
+        compute = forward.run
+
+        def run(inputs):
+            assert self.mapped[inputs.slots, inputs.positions].all(), "written where nothing is"
+            return compute(inputs)
+
+        forward.run = run
+
+    def begin(self, batch, decodes) -> None:
+        ahead = self.cache.map_ahead(decodes, 2)
+        self.num_ahead += len(ahead)
+        size = self.cache.block_size
+        for change in (*ahead, *self.cache.map_for(batch, decodes)):
+            self.mapped[change.slot, change.first * size : change.last * size] = change.maps
+
+
+def serve(trace: Trace, deployment: Deployment, num_blocks: int, kv_cache=None):
     clock = ManualClock()
-    kv_cache = PagedKVCache(num_blocks, deployment.block_size)
+    kv_cache = kv_cache or PagedKVCache(num_blocks, deployment.block_size)
     latency = LengthLatency()
     scheduler = SCHEDULERS[deployment.scheduler](
         kv_cache, deployment, ListedDecodes(kv_cache.block_size), latency.step_time
     )
     forward = MadeUpForward(clock, deployment.max_num_seqs)
+    is_virtual = isinstance(kv_cache, VAttentionCache)
+    mapping = WatchedMapping(kv_cache, forward) if is_virtual else None
     engine = Engine(
         forward,
         scheduler,
@@ -97,6 +124,7 @@ def serve(trace: Trace, deployment: Deployment, num_blocks: int):
         vocab_size=1000,
         seed=0,
         clock=clock,
+        mapping=mapping,
     )
     columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
     requests = [
@@ -133,6 +161,22 @@ def test_the_engine_serves_as_the_simulator_does(seed, scheduler, num_blocks):
     requests = result.requests
     assert tokens["first"].tolist() == pytest.approx(requests["first_token_time"].tolist())
     assert tokens["last"].tolist() == pytest.approx(requests["finish_time"].tolist())
+
+
+@pytest.mark.parametrize("num_blocks", [40, 400], ids=["preempting", "roomy"])
+def test_mapped_slots_serve_as_blocks_of_the_same_size_do(num_blocks):
+    """Every token is written where memory is mapped, and the steps are the same."""
+    deployment = Deployment(
+        token_budget=400, max_num_seqs=16, max_model_len=400, num_blocks=num_blocks, block_size=16
+    )
+    trace = random_trace(3)
+    cache = VAttentionCache(num_blocks, PageGroups(16, 4, 1), 16)
+    virtual, plain = (serve(trace, deployment, num_blocks, kv) for kv in (cache, None))
+    for name in ("requests", "steps"):
+        tables = [pd.DataFrame(getattr(recording.log, name)) for recording in (virtual, plain)]
+        pd.testing.assert_frame_equal(*tables)
+    assert virtual.token_request == plain.token_request
+    assert cache.num_used_blocks == 0
 
 
 def test_a_request_that_cannot_be_served_is_refused():

@@ -1,0 +1,90 @@
+"""The figure of docs/memory.md: mapping, transfers and offloaded layers, as they were measured.
+
+python benchmarks/memory_figure.py --costs profiles/h200/memory --out docs/memory.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from podsim.memory_calibration import RESIDENT, predicted_layer
+from podsim.memory_costs import APIS, MemoryCosts, read_memory_costs
+from podsim.offloaded_shapes import SHAPES
+
+NUM_POINTS = 4
+
+
+def plot_mapping(axis: Axes, rows: pd.DataFrame) -> None:
+    """Of calls for one page-group, by state of the GPU and thread."""
+    calls = rows[rows["api"].isin(APIS) & (rows["page_groups"] == 1)]
+    table = calls.pivot_table(
+        index="api", columns=["gpu", "thread"], values="time_us", aggfunc="median"
+    ).loc[list(APIS)]
+    width = 0.8 / table.shape[1]
+    for number, (gpu, thread) in enumerate(table.columns):
+        where = np.arange(len(APIS)) + (number - (table.shape[1] - 1) / 2) * width
+        axis.bar(where, table[gpu, thread], width, label=f"{gpu} GPU, {thread} thread")
+    axis.set_xticks(np.arange(len(APIS)), [api.replace("_", "\n") for api in APIS])
+    axis.set(ylabel="us a call of 2 MB", title="virtual memory")
+
+
+def plot_transfers(axis: Axes, rows: pd.DataFrame) -> None:
+    """Bandwidth by size."""
+    for (direction, memory, beside), group in rows.groupby(
+        ["direction", "memory", "beside"], sort=False
+    ):
+        seconds = group.groupby("bytes")["time_us"].median() * 1e-6
+        label = f"{direction} {memory}" + ("" if beside == "nothing" else f" beside {beside}")
+        axis.plot(seconds.index, seconds.index / seconds / 1e9, marker=".", label=label)
+    axis.set(xscale="log", xlabel="bytes", ylabel="GB/s", title="host and GPU")
+
+
+def plot_layers(axis: Axes, rows: pd.DataFrame, costs: MemoryCosts) -> None:
+    """Time by split, measured and predicted, over that without recomputing."""
+    points = list(rows.groupby(["model", "batch", "context", "schedule", "layers"], sort=False))
+    for number, (key, group) in enumerate(points[:: max(1, len(points) // NUM_POINTS)]):
+        model, batch, context, schedule, layers = key
+        seconds = group.groupby("split")["time_us"].median() * 1e-6
+        compute = seconds[RESIDENT] / layers
+        layer = predicted_layer(costs, SHAPES[model], batch * context, compute, schedule)
+        shares = np.linspace(0, 1, 101)
+        predicted = [layer.seconds(layers, s * batch * context, schedule) for s in shares]
+        measured = seconds.drop(RESIDENT)
+        label = f"{model}, {batch} x {context}"
+        color = f"C{number}"
+        axis.plot(measured.index / context, measured / measured[0], "o", color=color, label=label)
+        axis.plot(shares, predicted / measured[0], color=color, lw=1)
+    axis.set(
+        xlabel="share of the tokens that is recomputed",
+        ylabel="time over that of full transfer",
+        title="offloaded layers: measured (dots), predicted (lines)",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--costs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    costs = read_memory_costs(options.costs, str(options.costs))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    plot_mapping(axes[0], pd.read_csv(options.costs / "mapping.csv"))
+    plot_transfers(axes[1], pd.read_csv(options.costs / "transfer.csv"))
+    plot_layers(axes[2], pd.read_csv(options.costs / "layers.csv"), costs)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=7)
+    figure.savefig(options.out, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

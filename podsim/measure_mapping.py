@@ -1,0 +1,285 @@
+"""Times CUDA's virtual memory calls: one by one and over ranges, beside a busy GPU and beside none.
+
+Rows of `mapping.csv` (docs/memory.md). A GPU is kept busy by matrix products that another stream
+replays without end; what mapping in a background thread costs the steps is timed on a graph of
+small matrix products, whose host time counts, as in decode steps.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from statistics import median, quantiles
+
+import torch
+
+from podsim.errors import InputError
+from podsim.page_groups import PageGroups
+from podsim.vattention import Change
+from podsim.virtual_memory import CudaDriver, VirtualMemory
+
+PAGE_GROUP = 2**21
+RANGES = (1, 2, 4, 8, 16, 32, 64)
+"""Page-groups that one call makes accessible or unmaps."""
+CALLS = 256
+"""Page-groups of a repetition, cut into ranges."""
+REPEATS = 7
+PASSES = 3
+STEPS = 200
+CYCLES = 10_000
+
+Row = dict[str, object]
+Progress = Callable[[str], None]
+
+
+def measure(on_progress: Progress = lambda text: None) -> list[Row]:
+    """Every row. Raises RuntimeError if page-groups are lost, or data is not where it was put."""
+    driver = CudaDriver()
+    torch.cuda.init()
+    _check_data(driver)
+    _check_out_of_memory(driver)
+    on_progress(f"{CYCLES} cycles")
+    rows = [_cycles(driver)]
+    for number in range(PASSES):
+        for gpu in ("idle", "busy"):
+            for thread in ("main", "background"):
+                on_progress(f"pass {number}, {gpu} GPU, {thread} thread")
+                rows += _in_thread(thread, driver, lambda: _rows(driver), gpu, number)
+        on_progress(f"pass {number}, steps beside mapping")
+        rows += _interference(driver, number)
+    return rows
+
+
+def _in_thread(
+    thread: str, driver: CudaDriver, work: Callable[[], list[Row]], gpu: str, number: int
+) -> list[Row]:
+    labels = {"page_group": PAGE_GROUP, "gpu": gpu, "thread": thread, "pass": number}
+    with _busy_gpu() if gpu == "busy" else _nothing():
+        if thread == "main":
+            return [labels | row for row in work()]
+        with ThreadPoolExecutor(1, initializer=driver.use_in_this_thread) as pool:
+            return [labels | row for row in pool.submit(work).result()]
+
+
+def _rows(driver: CudaDriver) -> list[Row]:
+    """Every call, over every size of range; the times of the repetitions as one row."""
+    rows = []
+    address = driver.reserve(CALLS * PAGE_GROUP)
+    for count in RANGES:
+        times: dict[str, list[float]] = {}
+        for _ in range(REPEATS):
+            for api, seconds in _repetition(driver, address, count):
+                times.setdefault(api, []).append(seconds)
+        # Physical page-groups are created, mapped and released one by one: no range to vary.
+        names = times if count == 1 else ("set_access", "unmap")
+        rows += [{"api": api, "page_groups": count, **_timing(times[api])} for api in names]
+    driver.free_address(address, CALLS * PAGE_GROUP)
+    return rows
+
+
+def _repetition(driver: CudaDriver, address: int, count: int) -> Iterator[tuple[str, float]]:
+    """Create, map, open, unmap and release CALLS page-groups; seconds of a call of each API."""
+    starts = range(address, address + CALLS * PAGE_GROUP, count * PAGE_GROUP)
+    pages = range(address, address + CALLS * PAGE_GROUP, PAGE_GROUP)
+    begin = time.perf_counter()
+    handles = [driver.create(PAGE_GROUP) for _ in range(CALLS)]
+    begin = yield from _lap("create", begin, CALLS)
+    for page, handle in zip(pages, handles, strict=True):
+        driver.map(page, PAGE_GROUP, handle)
+    begin = yield from _lap("map", begin, CALLS)
+    for start in starts:
+        driver.set_access(start, count * PAGE_GROUP)
+    begin = yield from _lap("set_access", begin, len(starts))
+    for start in starts:
+        driver.unmap(start, count * PAGE_GROUP)
+    begin = yield from _lap("unmap", begin, len(starts))
+    for handle in handles:
+        driver.release(handle)
+    yield from _lap("release", begin, CALLS)
+
+
+def _lap(api: str, begin: float, calls: int) -> Generator[tuple[str, float], None, float]:
+    """Yields the seconds of a call since `begin`, and returns when the next lap begins."""
+    yield api, (time.perf_counter() - begin) / calls
+    return time.perf_counter()
+
+
+def _timing(seconds: list[float]) -> Row:
+    tenths = quantiles(seconds, n=10) if len(seconds) > 1 else seconds
+    return {
+        "time_us": median(seconds) * 1e6,
+        "time_p10_us": tenths[0] * 1e6,
+        "time_p90_us": tenths[-1] * 1e6,
+        "repeats": len(seconds),
+    }
+
+
+# -------------------------------------------------------------------------------- beside what
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    torch.cuda.synchronize()
+    yield
+
+
+@contextmanager
+def _busy_gpu() -> Iterator[None]:
+    """Large matrix products, kept in the queue by a thread of their own."""
+    a, out = (torch.randn(4096, 4096, device="cuda").bfloat16() for _ in range(2))
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                for _ in range(20):
+                    torch.mm(a, a, out=out)
+                torch.cuda.current_stream().synchronize()
+
+    worker = threading.Thread(target=keep_busy)
+    worker.start()
+    time.sleep(0.05)
+    try:
+        yield
+    finally:
+        stop.set()
+        worker.join()
+        torch.cuda.synchronize()
+
+
+def _interference(driver: CudaDriver, number: int) -> list[Row]:
+    """Seconds of a step, alone and while a thread maps and unmaps without a pause."""
+    step = _small_step()
+    rows = []
+    for thread in ("none", "background"):
+        stop, mapped = threading.Event(), [0.0]
+        worker = threading.Thread(target=_keep_mapping, args=(driver, stop, mapped))
+        if thread == "background":
+            worker.start()
+        started = time.perf_counter()
+        seconds = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        elapsed = time.perf_counter() - started
+        stop.set()
+        if thread == "background":
+            worker.join()
+        rows.append(
+            {
+                "api": "step",
+                "page_group": PAGE_GROUP,
+                "page_groups": 0,
+                "gpu": "busy",
+                "thread": thread,
+                "pass": number,
+                "share": min(1.0, mapped[0] / elapsed),
+                **_timing(seconds),
+            }
+        )
+    return rows
+
+
+def _small_step() -> Callable[[], None]:
+    """A graph as of a decode step: 32 layers of four products that wait for memory."""
+    x = torch.randn(16, 4096, device="cuda").bfloat16()
+    weights = [torch.randn(4096, 4096, device="cuda").bfloat16() for _ in range(8)]
+    out = torch.empty_like(x)
+
+    def layers() -> None:
+        for i in range(128):
+            torch.mm(x, weights[i % 8], out=out)
+
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _keep_mapping(driver: CudaDriver, stop: threading.Event, mapped: list[float]) -> None:
+    """Grow and free a slot of 64 tensors; `mapped` is added the seconds in the driver."""
+    driver.use_in_this_thread()
+    groups = PageGroups(PAGE_GROUP, 64, PAGE_GROUP)
+    memory = VirtualMemory(driver, groups, num_slots=1, blocks_per_slot=1, num_blocks=1)
+    while not stop.is_set():
+        begin = time.perf_counter()
+        memory.apply([Change(0, 0, 1, maps=True), Change(0, 0, 1, maps=False)])
+        mapped[0] += time.perf_counter() - begin
+    memory.close()
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _check_data(driver: CudaDriver) -> None:
+    """What is written through a tensor over mapped memory is read back, after growth too."""
+    from podsim.memory_view import tensor_at
+
+    groups = PageGroups(PAGE_GROUP, 2, 4)
+    memory = VirtualMemory(driver, groups, num_slots=2, blocks_per_slot=3, num_blocks=4)
+    words = PAGE_GROUP // 4
+    memory.apply([Change(1, 0, 1, maps=True)])
+    shape, strides = (2, 3 * words), (3 * words, 1)
+    views = [tensor_at(a, shape, strides, torch.int32, "cuda:0") for a in memory.tensors]
+    for number, view in enumerate(views):
+        view[1, :words] = torch.arange(words, device="cuda", dtype=torch.int32) + number
+    memory.apply([Change(1, 1, 3, maps=True)])
+    for number, view in enumerate(views):
+        view[1, words:] = number
+        expected = torch.arange(words, device="cuda", dtype=torch.int32) + number
+        if not torch.equal(view[1, :words], expected) or (view[1, words:] != number).any():
+            raise RuntimeError("data in mapped memory is not what was written")
+    torch.cuda.synchronize()
+    memory.close()
+
+
+def _check_out_of_memory(driver: CudaDriver) -> None:
+    """More than the GPU has is refused, leaves nothing behind, and all works afterwards."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    too_many = total // PAGE_GROUP + 1
+    groups = PageGroups(PAGE_GROUP, 1, PAGE_GROUP)
+    try:
+        VirtualMemory(driver, groups, 1, too_many, too_many)
+    except InputError:
+        pass
+    else:
+        raise RuntimeError(f"{too_many} page-groups were created in {total} bytes")
+    lost = free - torch.cuda.mem_get_info()[0]
+    if lost > 0:
+        raise RuntimeError(f"{lost} bytes of the GPU were lost when it was full")
+    _check_data(driver)
+
+
+def _cycles(driver: CudaDriver) -> Row:
+    """Grow a request block by block and free it, CYCLES times; RuntimeError if memory is lost."""
+    groups = PageGroups(PAGE_GROUP, 2, PAGE_GROUP)
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0]
+    memory = VirtualMemory(driver, groups, num_slots=4, blocks_per_slot=4, num_blocks=8)
+    held = memory.num_free_page_groups
+    started = time.perf_counter()
+    for cycle in range(CYCLES):
+        slot, blocks = cycle % 4, cycle % 3 + 1
+        memory.apply([Change(slot, i, i + 1, maps=True) for i in range(blocks)])
+        memory.apply([Change(slot, 0, blocks, maps=False)])
+    seconds = time.perf_counter() - started
+    if memory.num_free_page_groups != held:
+        raise RuntimeError(f"{held - memory.num_free_page_groups} page-groups were lost")
+    memory.close()
+    torch.cuda.synchronize()
+    lost = before - torch.cuda.mem_get_info()[0]
+    if lost > 0:
+        raise RuntimeError(f"{lost} bytes of the GPU were lost in {CYCLES} cycles")
+    timing = _timing([seconds / CYCLES])
+    labels = {"api": "cycle", "page_group": PAGE_GROUP, "page_groups": 4, "gpu": "idle"}
+    return labels | {"thread": "main", "pass": 0, **timing, "repeats": CYCLES}

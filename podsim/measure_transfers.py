@@ -1,0 +1,234 @@
+"""Times copies between host and GPU, and the products that recompute K and V.
+
+Rows of `transfer.csv` and `recompute.csv` (docs/memory.md). Copies are timed alone and beside large
+matrix products or decode attention, that another stream runs all the while.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median, quantiles
+
+import numpy as np
+import torch
+
+from podsim.offloaded_layers import Recompute
+from podsim.offloaded_shapes import SHAPES, LayerShape
+
+SMALLEST, LARGEST = 2**14, 2**30
+"""Bytes of a copy; pageable memory, which is slow, and small copies have their own ends."""
+LARGEST_PAGEABLE = 2**27
+NUM_HELD_OUT = 8
+TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+PASSES = 3
+REPEATS = 7
+HANDOFFS = 64
+LEAD_CYCLES = 4_000_000
+"""About two milliseconds that the GPU sleeps while the host queues."""
+
+Row = dict[str, object]
+Progress = Callable[[str], None]
+
+
+def _timing(seconds: list[float]) -> Row:
+    tenths = quantiles(seconds, n=10)
+    low, high = tenths[0] * 1e6, tenths[8] * 1e6
+    return {
+        "time_us": median(seconds) * 1e6,
+        "time_p10_us": low,
+        "time_p90_us": high,
+        "repeats": len(seconds),
+    }
+
+
+# ----------------------------------------------------------------------------------- transfers
+
+
+def measure_transfers(on_progress: Progress = lambda text: None) -> list[Row]:
+    """Every row of transfer.csv."""
+    buffers = {
+        "pinned": torch.empty(LARGEST, dtype=torch.uint8, pin_memory=True),
+        "pageable": torch.empty(LARGEST_PAGEABLE, dtype=torch.uint8),
+    }
+    for buffer in buffers.values():
+        buffer.zero_()  # memory that was never touched is no memory yet
+    device = torch.empty(LARGEST, dtype=torch.uint8, device="cuda")
+    work = {"nothing": None, "matrix": _matrix(), "attention": _attention()}
+    rows = []
+    for number in range(PASSES):
+        rows.append(_handoff_row(number))
+        for beside, other in work.items():
+            for memory, buffer in buffers.items():
+                if memory == "pageable" and other is not None:
+                    continue
+                on_progress(f"pass {number}: {memory} beside {beside}")
+                for direction in ("h2d", "d2h"):
+                    for size, split in _sizes(len(buffer)):
+                        host, gpu = buffer[:size], device[:size]
+                        pair = (gpu, host) if direction == "h2d" else (host, gpu)
+                        seconds = _copies(*pair, other)
+                        labels = {"direction": direction, "memory": memory, "beside": beside}
+                        place = {"bytes": size, "split": split, "pass": number}
+                        rows.append(labels | place | _timing(seconds))
+    return rows
+
+
+def _sizes(largest: int) -> Iterator[tuple[int, str]]:
+    size = SMALLEST
+    while size <= largest:
+        yield size, "grid"
+        size *= 4
+    rng = np.random.default_rng(0)
+    for exponent in rng.uniform(np.log2(SMALLEST), np.log2(largest), NUM_HELD_OUT):
+        yield int(2**exponent) // 512 * 512, "held_out"
+
+
+def _copies(
+    target: torch.Tensor, source: torch.Tensor, other: Callable[[], float] | None
+) -> list[float]:
+    """Seconds of each of REPEATS copies in a row, after one that is not timed."""
+    if not (target.is_pinned() or source.is_pinned()):
+        return [_waited(target, source) for _ in range(REPEATS)]
+    copying = torch.cuda.Stream()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LEAD_CYCLES)
+    copying.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(copying):
+        target.copy_(source, non_blocking=True)
+        for number, mark in enumerate(marks):
+            if number:
+                target.copy_(source, non_blocking=True)
+            mark.record()
+    if other is not None:  # longer than the copies, at 20 GB/s each
+        needed = (REPEATS + 1) * (source.numel() / 20e9 + 20e-6)
+        while needed > 0:
+            needed -= other()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+
+
+def _waited(target: torch.Tensor, source: torch.Tensor) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    target.copy_(source)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _handoff_row(number: int) -> Row:
+    """Half of what copies and kernels that wait for each other, in turn, take beyond their own."""
+    host = torch.empty(SMALLEST, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(SMALLEST, dtype=torch.uint8, device="cuda")
+    value = torch.zeros(1024, device="cuda")
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    work: tuple[Callable[[], object], Callable[[], object]] = (
+        lambda: device.copy_(host, non_blocking=True),
+        lambda: value.add_(1),
+    )
+
+    def alone(part: int) -> None:
+        with torch.cuda.stream(streams[part]):
+            for _ in range(HANDOFFS):
+                work[part]()
+
+    def in_turn() -> None:
+        for _ in range(HANDOFFS):
+            for part, other in ((0, 1), (1, 0)):
+                streams[part].wait_stream(streams[other])
+                with torch.cuda.stream(streams[part]):
+                    work[part]()
+
+    turns, copy, kernel = (
+        [_queued(run, streams) / HANDOFFS for _ in range(REPEATS)]
+        for run in (in_turn, lambda: alone(0), lambda: alone(1))
+    )
+    lost = median(turns) - median(copy) - median(kernel)
+    labels = {"direction": "handoff", "memory": "pinned", "beside": "nothing"}
+    place = {"bytes": SMALLEST, "split": "", "pass": number}
+    return labels | place | {"time_us": max(lost, 1e-9) / 2 * 1e6, "repeats": REPEATS}
+
+
+def _queued(run: Callable[[], None], streams: Sequence[torch.cuda.Stream]) -> float:
+    """Seconds of what `run` queues on two streams, all of it before it begins."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(5 * LEAD_CYCLES)
+    start.record()
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    run()
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def _matrix() -> Callable[[], float]:
+    """Queues a large product; about the seconds that it takes."""
+    a, out = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+
+    def run() -> float:
+        torch.mm(a, a, out=out)
+        return 1e-3
+
+    run()
+    return run
+
+
+def _attention() -> Callable[[], float]:
+    """Queues decode attention over 2 GB of keys and values; about the seconds that it takes."""
+    q = torch.randn(32, 32, 1, 128, device="cuda").bfloat16()
+    k, v = (torch.randn(32, 32, 4096, 128, device="cuda").bfloat16() for _ in range(2))
+
+    def run() -> float:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return 4e-4
+
+    run()
+    return run
+
+
+# ----------------------------------------------------------------------------------- recompute
+
+
+def measure_recompute(on_progress: Progress = lambda text: None) -> list[Row]:
+    """Every row of recompute.csv: K and V of so many tokens of each model's layer."""
+    shapes = {(s.hidden_size, s.num_outputs, s.rotary): s for s in SHAPES.values()}
+    rows = []
+    for number in range(PASSES):
+        for (hidden, outputs, rotary), shape in shapes.items():
+            on_progress(f"pass {number}: {hidden} x {outputs}{' rotated' * rotary}")
+            for tokens, split in _token_counts():
+                labels = {"hidden": hidden, "outputs": outputs, "rotated": int(rotary)}
+                place = {"tokens": tokens, "split": split, "pass": number}
+                rows.append(labels | place | _timing(_recomputing(shape, tokens)))
+    return rows
+
+
+def _token_counts() -> Iterator[tuple[int, str]]:
+    for tokens in TOKENS:
+        yield tokens, "grid"
+    rng = np.random.default_rng(1)
+    for exponent in rng.uniform(np.log2(TOKENS[0]), np.log2(TOKENS[-1]), NUM_HELD_OUT):
+        yield int(2**exponent), "held_out"
+
+
+def _recomputing(shape: LayerShape, tokens: int) -> list[float]:
+    """Seconds of each repetition, one after the other, as in a chain of layers."""
+    made = Recompute.random(shape, "cuda", torch.bfloat16, tokens)
+    x = torch.randn(tokens, 1, shape.hidden_size, device="cuda").bfloat16()
+    kv = torch.empty(tokens, 1, shape.num_outputs, device="cuda", dtype=torch.bfloat16)
+    made(x, kv)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LEAD_CYCLES)
+    for number, mark in enumerate(marks):
+        if number:
+            made(x, kv)
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]

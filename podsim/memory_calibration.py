@@ -1,0 +1,296 @@
+"""From measured rows of memory systems to `memory.json`: fitted costs and how far they are off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from podsim.errors import InputError
+from podsim.held_out import error_summary
+from podsim.kvpr import OffloadedLayer
+from podsim.memory_costs import APIS, MEMORY_FILE, Line, MemoryCosts, recompute_name
+from podsim.offloaded_shapes import SHAPES, LayerShape
+
+Floats = NDArray[np.float64]
+
+LAYER_COLUMNS = ("model", "batch", "context", "schedule", "layers", "split", "pass", "time_us")
+COLUMNS = {
+    "mapping": ("api", "page_group", "page_groups", "gpu", "thread", "pass", "time_us"),
+    "transfer": ("direction", "memory", "beside", "bytes", "split", "pass", "time_us"),
+    "recompute": ("hidden", "outputs", "rotated", "tokens", "split", "pass", "time_us"),
+    "layers": ("model", "batch", "context", "schedule", "layers", "split", "pass", "time_us"),
+    "layers-column": (
+        "model",
+        "batch",
+        "context",
+        "schedule",
+        "layers",
+        "split",
+        "pass",
+        "time_us",
+    ),
+    "paged": ("op", "block_size", "requests", "blocks", "contiguous_us", "paged_us"),
+}
+"""Of the file of each part, `PART.csv`; there may be more."""
+STATES = {"idle": ("idle", "main"), "busy": ("busy", "background")}
+"""State of the GPU and thread in which the calls of each set of costs were timed."""
+RESIDENT = -1
+HANDOFF = "handoff"
+"""In the place of a direction: not a copy, but what passes between a copy and a kernel."""
+
+
+def write_rows(folder: Path, part: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Leave `PART.csv` in a folder."""
+    table = pd.DataFrame(rows)
+    _write(folder / f"{part}.csv", table.to_csv(index=False, float_format="%.4f"))
+
+
+def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> MemoryCosts:
+    """Fit all parts whose rows are in a folder, and leave memory.json there.
+
+    Raises InputError, naming file and column, for rows that cannot be read, or if there are none.
+    """
+    rows = {part: _read(folder, part) for part in COLUMNS if (folder / f"{part}.csv").is_file()}
+    if not rows:
+        raise InputError(f"{folder}: no rows of memory systems ({', '.join(COLUMNS)}.csv)")
+    fitted: dict[str, object] = {}
+    errors: dict[str, dict[str, float]] = {}
+    if "mapping" in rows:
+        fitted["mapping"] = _mapping(rows["mapping"])
+        fitted["interference"] = _interference(rows["mapping"])
+    if "transfer" in rows:
+        handoffs = rows["transfer"]["direction"] == HANDOFF
+        fitted["handoff"] = _handoff(rows["transfer"][handoffs])
+        copies = rows["transfer"][~handoffs]
+        fitted["transfer"], of_transfer = _lines(copies, _transfer_name, "bytes")
+        errors |= of_transfer
+    if "recompute" in rows:
+        fitted["recompute"], of_recompute = _lines(rows["recompute"], _recompute_name, "tokens")
+        errors |= of_recompute
+    if "paged" in rows:
+        fitted["paged"] = _paged(rows["paged"])
+    costs = MemoryCosts(str(folder), gpu, provenance, **fitted, errors=errors)  # type: ignore[arg-type]
+    for part in ("layers", "layers-column"):
+        if part in rows:
+            errors |= judge_layers(costs, rows[part])
+    _write(folder / MEMORY_FILE, costs.to_json())
+    return costs
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears whole."""
+    scratch = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def _read(folder: Path, part: str) -> pd.DataFrame:
+    path = folder / f"{part}.csv"
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a table of rows: {error}") from None
+    missing = [name for name in COLUMNS[part] if name not in table.columns]
+    if missing:
+        raise InputError(f"{path}: misses the column {missing[0]}")
+    for name in ("time_us", "contiguous_us", "paged_us"):
+        if name in table.columns:
+            values = pd.to_numeric(table[name], errors="coerce")
+            wrong = table.index[(values <= 0) | (values.isna() & table[name].notna())]
+            if len(wrong):
+                value = table[name][wrong[0]]
+                raise InputError(f"{path}:{wrong[0] + 2}: {name} is {value}, expected a time")
+    return table
+
+
+def fit_line(units: Floats, seconds: Floats) -> Line:
+    """Neither part negative, with the least squares of the relative error."""
+    features = np.column_stack([1 / seconds, units / seconds])
+    scale = np.abs(features).max(axis=0)
+    (fixed, per_unit), _ = nnls(features / scale, np.ones(len(units)))
+    return Line(float(fixed / scale[0]), float(per_unit / scale[1]))
+
+
+def _as_json(line: Line) -> dict[str, float]:
+    return {"fixed": line.fixed, "per_unit": line.per_unit}
+
+
+# ------------------------------------------------------------------------------------- mapping
+
+
+def _mapping(rows: pd.DataFrame) -> dict[str, object]:
+    found: dict[str, dict[str, object]] = {}
+    for size, of_size in rows[rows["api"].isin(APIS)].groupby("page_group"):
+        for state, (gpu, thread) in STATES.items():
+            mine = of_size[(of_size["gpu"] == gpu) & (of_size["thread"] == thread)]
+            lines = {}
+            for api, calls in mine.groupby("api"):
+                medians = calls.groupby("page_groups")["time_us"].median() * 1e-6
+                counts = medians.index.to_numpy(float)
+                if len(counts) > 1:
+                    line = fit_line(counts, medians.to_numpy())
+                else:
+                    line = Line(0.0, float(medians.iloc[0] / counts[0]))
+                lines[str(api)] = _as_json(line)
+            if set(lines) == set(APIS):
+                found.setdefault(str(size), {})[state] = lines
+    return {**found}
+
+
+def _interference(rows: pd.DataFrame) -> dict[str, object]:
+    """Of steps beside a thread that maps for a `share` of the time: seconds more a second of it."""
+    found: dict[str, object] = {}
+    for size, steps in rows[rows["api"] == "step"].groupby("page_group"):
+        alone = float(steps[steps["thread"] == "none"]["time_us"].median())
+        beside = steps[steps["thread"] == "background"]
+        longer = float(beside["time_us"].median())
+        mapping = float(beside["share"].median()) * longer
+        found[str(size)] = max(0.0, (longer - alone) / mapping)
+    return found
+
+
+# ----------------------------------------------------------------------- transfers, recompute
+
+
+def _handoff(rows: pd.DataFrame) -> float:
+    """Seconds; 0 where it was not timed."""
+    return 0.0 if rows.empty else float(rows["time_us"].median()) * 1e-6
+
+
+def _transfer_name(key: Sequence[object]) -> str:
+    direction, memory, beside = key
+    return f"{direction} {memory}" + ("" if beside == "nothing" else f" beside {beside}")
+
+
+def _recompute_name(key: Sequence[object]) -> str:
+    hidden, outputs, rotated = (int(str(value)) for value in key)
+    return recompute_name(hidden, outputs, bool(rotated))
+
+
+def _lines(
+    rows: pd.DataFrame, name_of: Callable[[Sequence[object]], str], unit: str
+) -> tuple[dict[str, object], dict[str, dict[str, float]]]:
+    """A line of each group of rows, and its error on those held out."""
+    keys = list(rows.columns[:3])
+    lines: dict[str, object] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for key, group in rows.groupby(keys, sort=False):
+        assert isinstance(key, tuple)
+        medians = group.groupby(["split", unit])["time_us"].median() * 1e-6
+        grid, held_out = (medians[split] for split in ("grid", "held_out"))
+        line = fit_line(grid.index.to_numpy(float), grid.to_numpy())
+        name = name_of(key)
+        lines[name] = _as_json(line)
+        predicted = np.array([line.at(units) for units in held_out.index])
+        errors[name] = error_summary(predicted / held_out.to_numpy() - 1)
+    return lines, errors
+
+
+# --------------------------------------------------------------------------------------- paged
+
+
+def _paged(rows: pd.DataFrame) -> dict[str, object]:
+    """Ratios of the kernels' times, and the host's seconds of a table (op "table", in paged_us)."""
+    found: dict[str, object] = {}
+    for size, of_size in rows.groupby("block_size"):
+        kernels = {}
+        for op in ("prefill", "decode"):
+            mine = of_size[of_size["op"] == op]
+            if mine.empty:
+                raise InputError(f"paged.csv: no rows of '{op}' with blocks of {size} tokens")
+            kernels[op] = float((mine["paged_us"] / mine["contiguous_us"]).median())
+        table = of_size[of_size["op"] == "table"]
+        if len(table) < 3:
+            raise InputError(f"paged.csv: under 3 rows of 'table' with blocks of {size} tokens")
+        seconds = table["paged_us"].to_numpy(float) * 1e-6
+        counts = [np.ones(len(table)), *(table[n].to_numpy(float) for n in ("requests", "blocks"))]
+        features = np.column_stack(counts) / seconds[:, None]
+        scale = features.max(axis=0)
+        parts = nnls(features / scale, np.ones(len(table)))[0] / scale
+        names = ("table_step", "table_request", "table_block")
+        found[str(size)] = kernels | dict(zip(names, map(float, parts), strict=True))
+    return found
+
+
+# ---------------------------------------------------------------------------------- the layers
+
+
+def predicted_layer(
+    costs: MemoryCosts, shape: LayerShape, tokens: int, compute: float, schedule: str
+) -> OffloadedLayer:
+    """A layer of the chains that are timed, with so many tokens in host memory."""
+    load = costs.transfer_costs("h2d pinned beside matrix")
+    return OffloadedLayer(
+        tokens,
+        kv_bytes=2 * shape.num_outputs,
+        x_bytes=2 * shape.hidden_size,
+        transfer=load,
+        recompute=costs.recompute_costs(shape.hidden_size, shape.num_outputs, shape.rotary),
+        compute=compute,
+        weights=load.at(shape.weight_bytes) if schedule == "column" else 0.0,
+        handoff=costs.handoff,
+    )
+
+
+def predicted_split(
+    costs: MemoryCosts, model: str, batch: int, context: int, schedule: str, compute: float = 0.0
+) -> int:
+    """Tokens of each request to recompute, of a layer that takes `compute` seconds besides."""
+    layer = predicted_layer(costs, SHAPES[model], batch * context, compute, schedule)
+    return round(layer.best_split(1, schedule) / batch)
+
+
+def judge_layers(costs: MemoryCosts, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """How far predictions are from chains of layers that were timed and never fitted.
+
+    `full` and `kvpr`: times without and with recomputation. `best split`: the predicted one against
+    the best measured. `regret`: the time with the measured split nearest to the predicted one, over
+    the best time.
+    """
+    found: dict[str, list[float]] = {}
+    keys = ["model", "batch", "context", "schedule", "layers"]
+    for key, group in rows.groupby(keys, sort=False):
+        model, batch, context, schedule, layers = map(str, key)
+        point = _Point(model, int(batch), int(context), schedule, int(layers))
+        medians = group.groupby("split")["time_us"].median() * 1e-6
+        seconds = dict(zip(map(int, medians.index), medians.tolist(), strict=True))
+        for name, value in _judged(costs, point, seconds):
+            found.setdefault(f"layers {point.schedule}: {name}", []).append(value)
+    return {name: error_summary(np.array(values)) for name, values in found.items()}
+
+
+class _Point(NamedTuple):
+    model: str
+    batch: int
+    context: int
+    schedule: str
+    layers: int
+
+
+def _judged(
+    costs: MemoryCosts, point: _Point, seconds: Mapping[int, float]
+) -> Iterator[tuple[str, float]]:
+    """What one point says, from its seconds by split."""
+    compute = seconds[RESIDENT] / point.layers
+    seconds = {split: value for split, value in seconds.items() if split != RESIDENT}
+    tokens, shape = point.batch * point.context, SHAPES[point.model]
+    layer = predicted_layer(costs, shape, tokens, compute, point.schedule)
+    for split, measured in seconds.items():
+        predicted = layer.seconds(point.layers, split * point.batch, point.schedule)
+        yield ("kvpr" if split else "full"), predicted / measured - 1
+    wanted = layer.best_split(point.layers, point.schedule) / point.batch
+    best = min(seconds, key=lambda split: seconds[split])
+    nearest = min(seconds, key=lambda split: abs(split - wanted))
+    yield "best split", wanted / best - 1 if best else float(wanted > 0)
+    yield "regret", seconds[nearest] / seconds[best] - 1

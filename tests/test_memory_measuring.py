@@ -1,0 +1,185 @@
+"""The commands that measure memory systems, run through on a pretended GPU: the CPU under CUDA's
+names. Their numbers mean nothing here; rows, files and checks do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from typer.testing import CliRunner
+
+from podsim import measure_kvpr, measure_mapping, measure_transfers, memory_command, memory_view
+from podsim.cli import app
+from podsim.memory_costs import read_memory_costs
+from podsim.offloaded_shapes import SHAPES, LayerShape
+from tests.checked_driver import PAGE, CheckedDriver
+
+TINY = {
+    "opt-6.7b": LayerShape("opt-6.7b", 32, 4, 64, gated=False, rotary=False),
+    "llama-2-7b": LayerShape("llama-2-7b", 32, 4, 48, gated=True, rotary=True),
+}
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Tensors of the GPU are the CPU's, and all host memory passes for pinned."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.is_pinned:
+            return True
+        return func(*args, **kwargs)
+
+
+class Moment:
+    """An event: when it was recorded."""
+
+    def __init__(self, enable_timing: bool = True) -> None:
+        self.time = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: Moment) -> float:
+        return max(1e-3, 1000 * (other.time - self.time))
+
+
+class Stream:
+    """All is done in order."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> Moment:
+        moment = Moment()
+        moment.record()
+        return moment
+
+
+class Graph:
+    def replay(self) -> None:
+        time.sleep(1e-4)
+
+
+@pytest.fixture(autouse=True)
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
+
+    def nothing(*args: object) -> None: ...
+
+    fakes = {
+        "Stream": Stream,
+        "Event": Moment,
+        "CUDAGraph": Graph,
+        "graph": lambda graph: Stream(),
+        "stream": lambda stream: stream,
+        "current_stream": Stream,
+        "is_available": lambda: True,
+        "get_device_name": lambda: "NVIDIA H200",
+        "mem_get_info": lambda: (10**9, 10**9),
+        **dict.fromkeys(("init", "synchronize", "empty_cache", "_sleep"), nothing),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(memory_command, "_machine", lambda command: {"command": command})
+    for module in (measure_mapping, measure_transfers, measure_kvpr):
+        monkeypatch.setattr(module, "PASSES", 2)
+    small = {
+        measure_transfers: {"LARGEST": 2**18, "LARGEST_PAGEABLE": 2**16, "SHAPES": TINY},
+        measure_kvpr: {
+            **{"MOST_TOKENS": 400, "SHAPES": TINY, "POINTS_PER_MODEL": 2},
+            **{"REPEATS": 1, "FRACTIONS": (0.9, 1.0, 1.1)},
+        },
+        measure_mapping: {"PAGE_GROUP": PAGE, "CALLS": 64, "CYCLES": 30, "STEPS": 20},
+    }
+    for module, values in small.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(measure_transfers, "TOKENS", (16, 64, 256))
+    monkeypatch.setattr(measure_transfers, "_matrix", lambda: lambda: 1.0)
+    monkeypatch.setattr(measure_transfers, "_attention", lambda: lambda: 1.0)
+    monkeypatch.setattr(measure_mapping, "CudaDriver", PretendedDriver)
+    monkeypatch.setattr(memory_view, "_CUDA", memory_view._CPU)
+    monkeypatch.setattr(measure_mapping, "_small_step", lambda: Graph().replay)
+    monkeypatch.setattr(measure_mapping, "_busy_gpu", measure_mapping._nothing)
+    for name, shape in TINY.items():
+        monkeypatch.setitem(SHAPES, name, shape)
+    with OnTheCpu():
+        yield
+
+
+class PretendedDriver(CheckedDriver):
+    def __init__(self) -> None:
+        super().__init__(pages=2000)
+
+    def use_in_this_thread(self) -> None: ...
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["profile-memory", *map(str, arguments)])
+    assert result.exit_code == 0, result.exception
+    return result.output
+
+
+def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
+    run("mapping", "--out", tmp_path)
+    rows = pd.read_csv(tmp_path / "mapping.csv")
+    assert set(rows["api"]) == {"create", "map", "set_access", "unmap", "release", "step", "cycle"}
+    costs = read_memory_costs(tmp_path, "costs")
+    for state in ("idle", "busy"):
+        assert costs.mapping_costs(PAGE, state).map_seconds(4, 1) > 0
+    assert set(costs.interference) == {str(PAGE)}
+    assert costs.provenance == {"mapping": {"command": "podsim profile-memory mapping --gpu h200"}}
+
+
+def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter((10**9, 10**9, 10**9, 10**9 - 4096))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 10**9))
+    result = CliRunner().invoke(app, ["profile-memory", "mapping", "--out", str(tmp_path)])
+    assert str(result.exception) == "4096 bytes of the GPU were lost in 30 cycles"
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
+    run("transfer", "--out", tmp_path)
+    run("recompute", "--out", tmp_path)
+    output = run("layers", "--out", tmp_path)
+    assert "layers row: regret" in output
+    output = run("layers-column", "--out", tmp_path)
+    costs = read_memory_costs(tmp_path, "costs")
+    assert {"h2d pinned", "d2h pageable", "h2d pinned beside attention"} <= set(costs.transfer)
+    assert set(costs.recompute) == {"32x64", "32x64 rotated"}
+    assert set(costs.provenance) == {"transfer", "recompute", "layers", "layers-column"}
+    for schedule in ("row", "column"):
+        for kind in ("full", "kvpr", "best split", "regret"):
+            points = costs.errors[f"layers {schedule}: {kind}"]["points"]
+            assert points >= len(TINY) * measure_kvpr.POINTS_PER_MODEL
+    rows = pd.read_csv(tmp_path / "layers.csv")
+    assert (rows.groupby(["model", "batch", "context"])["split"].min() == -1).all()
+
+
+def test_layers_need_what_they_judge(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["profile-memory", "layers", "--out", str(tmp_path)])
+    assert str(result.exception) == (
+        "layers needs predictions: measure transfer and recompute first"
+    )
+    assert not list(tmp_path.iterdir())
