@@ -124,6 +124,45 @@ def test_pod_fifty_fifty(batch, device):
     check("pod", batch, device, policy="50:50")
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_pages_in_any_order(strategy, page_size, device):
+    max_len = 320
+    pages = torch.randperm(NUM_SLOTS * max_len // page_size, generator=seeded())
+    table = pages.int().view(NUM_SLOTS, -1).to(device)
+    config = config_for(strategy, num_q_heads=8, num_kv_heads=2, head_dim=64)
+    plan = AttentionPlan(
+        *MIXED,
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        num_slots=NUM_SLOTS,
+        max_len=max_len,
+        num_sms=NUM_SMS,
+        config=replace(config, min_split_len=64),
+        page_size=page_size,
+        block_table=table,
+        device=device,
+    )
+    shape = (len(pages), page_size, 2, 64)
+    q, k_cache, v_cache = (
+        torch.randn(size, generator=seeded()).to(torch.bfloat16).to(device)
+        for size in ((plan.num_tokens, 8, 64), shape, shape)
+    )
+    for request in (*MIXED[0], *MIXED[1]):
+        past = torch.arange(request.context_len, max_len, device=device)
+        own = table[request.slot].long()[past // page_size]
+        k_cache[own, past % page_size] = v_cache[own, past % page_size] = float("nan")
+    out = torch.full_like(q, float("nan"))
+    attention(strategy, q, k_cache, v_cache, out, plan)
+    expected = attention_reference(q, k_cache, v_cache, *MIXED, table)
+    assert_close(out, expected, MIXED, TOLERANCE[torch.bfloat16])
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
 def test_small_tiles(device):
     """Tiles that end inside a token's group of heads, with many diagonal blocks."""
     tile = TileConfig(block_m=16, block_n=16, num_warps=1, num_stages=2)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -20,51 +21,147 @@ NUM_KV_HEADS, GROUP = 8, 4  # Llama-3-8B
 POINTERS = {
     **dict.fromkeys(("q", "k_cache", "v_cache", "out"), "*{dtype}"),
     **dict.fromkeys(("partial_out", "partial_lse"), "*fp32"),
-    **dict.fromkeys(("counts", "requests", "tiles", "splits", "counters"), "*i32"),
+    **dict.fromkeys(("counts", "tiles", "splits", "counters", "block_table"), "*i32"),
 }
-NUMBERS = {"slot_stride": "i64", "scale": "fp32"}
+NUMBERS = {"slot_rows": "i32", "scale": "fp32"}
 
 
-def compile_kernel(name: str, head_dim: int, dtype: str) -> dict[str, int]:
-    """Compile one kernel at its production tile; return its registers, stack, local and smem."""
-    from podsim.kernels import decode, pod, prefill
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to compile at its production tile."""
+
+    name: str
+    """prefill, decode, unified or pod; "pod, decode-heavy" for the other tiles of Hopper's POD."""
+    kernels: str = "triton"
+    heads: tuple[int, int] = (NUM_KV_HEADS * GROUP, NUM_KV_HEADS)
+    head_dim: int = 128
+    dtype: str = "bf16"
+    page_size: int = 0
+
+    def __str__(self) -> str:
+        page = f" page {self.page_size}" if self.page_size else ""
+        return f"{self.kernels} {self.name} {self.heads} d{self.head_dim} {self.dtype}{page}"
+
+
+def compile_kernel(wanted: Kernel) -> dict[str, int]:
+    """Return the registers, stack, local and shared memory of a kernel."""
     from podsim.kernels.config import STRATEGIES, config_for
-    from triton.backends.compiler import GPUTarget
+
+    strategy = wanted.name.split(",")[0]
+    config = config_for(
+        strategy if strategy in STRATEGIES else "serial",
+        num_q_heads=wanted.heads[0],
+        num_kv_heads=wanted.heads[1],
+        head_dim=wanted.head_dim,
+        kernels=wanted.kernels,
+        decode_heavy="decode-heavy" in wanted.name,
+    )
+    compiled = compile_triton if wanted.kernels == "triton" else compile_hopper
+    binary = compiled(strategy, wanted, config)
+    return resource_usage(binary.asm["cubin"]) | {"smem": binary.metadata.shared}
+
+
+def compile_triton(strategy: str, wanted: Kernel, config):
+    from podsim.kernels import decode, pod, prefill
     from triton.compiler import ASTSource
 
-    config = config_for(
-        name if name in STRATEGIES else "serial",
-        num_q_heads=NUM_KV_HEADS * GROUP,
-        num_kv_heads=NUM_KV_HEADS,
-        head_dim=head_dim,
-    )
     tiles = {"prefill": config.prefill, "decode": config.decode}
-    constants = {"KV_HEADS": NUM_KV_HEADS, "GROUP": GROUP, "HEAD_DIM": head_dim}
-    if name == "pod":
+    constants = {
+        "KV_HEADS": wanted.heads[1],
+        "GROUP": wanted.heads[0] // wanted.heads[1],
+        "HEAD_DIM": wanted.head_dim,
+        "PAGE": wanted.page_size,
+    }
+    if strategy == "pod":
         kernel, tile = pod._pod_kernel, config.prefill
         constants |= {"PROPORTIONAL": True, "NUM_SMS": 132}
         for op, sizes in tiles.items():
             constants[f"{op.upper()}_BLOCK_M"] = sizes.block_m
             constants[f"{op.upper()}_BLOCK_N"] = sizes.block_n
     else:
-        kernel = decode._decode_kernel if name == "decode" else prefill._prefill_kernel
-        tile = tiles.get(name, config.prefill)
+        kernel = decode._decode_kernel if strategy == "decode" else prefill._prefill_kernel
+        tile = tiles.get(strategy, config.prefill)
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    kinds = POINTERS | NUMBERS
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return compiled_for_sm90(ASTSource, kernel, kinds, constants, wanted.dtype, options)
 
-    kinds = POINTERS | NUMBERS | dict.fromkeys(constants, "constexpr")
-    signature = {arg: kinds[arg].format(dtype=dtype) for arg in kernel.arg_names}
+
+def compile_hopper(strategy: str, wanted: Kernel, config):
+    """With the constants that podsim.kernels.hopper launches the kernels with."""
+    from podsim.kernels import hopper_kernels
+    from podsim.kernels.config import packed_heads
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    group = wanted.heads[0] // wanted.heads[1]
+    pack = packed_heads(group, "hopper")
+    prefill, decode = config.prefill, config.decode
+    constants = {
+        "KV_HEADS": wanted.heads[1],
+        "GROUP": group,
+        "HEAD_DIM": wanted.head_dim,
+        "PAGE": wanted.page_size,
+    }
+    queries = [64 // pack, pack, wanted.head_dim]
+    if strategy == "pod":
+        small_pages = 0 < wanted.page_size < 64
+        registers = config.registers
+        constants |= {
+            "PACK": pack,
+            "HEADS": decode.block_m,
+            "PREFILL_BLOCK_N": prefill.block_n,
+            "PREFILL_STAGES": prefill.num_stages,
+            "DECODE_BLOCK_N": decode.block_n,
+            "DECODE_STAGES": decode.num_stages,
+            "PREFILL_REGISTERS": registers[0] - (8 if small_pages else 0),
+            "DECODE_REGISTERS": registers[1],
+            "LOADER_REGISTERS": registers[2] + (16 if small_pages else 0),
+        }
+        kernel, tiles = hopper_kernels.pod_kernel, {"p": prefill, "d": decode}
+        blocks = {"qp": queries, "qd": [decode.block_m, wanted.head_dim]}
+    elif strategy == "decode":
+        constants |= {"HEADS": decode.block_m, "BLOCK_N": decode.block_n}
+        constants |= {"STAGES": decode.num_stages}
+        kernel, tiles = hopper_kernels.decode_kernel, {"": decode}
+        blocks = {"q": [decode.block_m, wanted.head_dim]}
+    else:
+        constants |= {"PACK": pack, "BLOCK_N": prefill.block_n, "STAGES": prefill.num_stages}
+        constants |= {"SHARED": False, "Q_BUFFERS": config.query_buffers}
+        kernel, tiles = hopper_kernels.prefill_kernel, {"": prefill}
+        blocks = {"q": queries}
+    for side, tile in tiles.items():
+        rows = min(tile.block_n, wanted.page_size or tile.block_n)
+        blocks |= {f"{cache}{side}": [rows, wanted.head_dim] for cache in "kv"}
+    kinds = POINTERS | NUMBERS | {name: descriptor(b, wanted.dtype) for name, b in blocks.items()}
+    options = {"num_warps": 4}
+    return compiled_for_sm90(GluonASTSource, kernel, kinds, constants, wanted.dtype, options)
+
+
+def descriptor(block: list[int], dtype: str) -> str:
+    """The type of a TMA descriptor in a kernel's signature."""
+    from triton.experimental.gluon import language as gl
+
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, element)
+    return f"tensordesc<{dtype}{block},{layout!r}>"
+
+
+def compiled_for_sm90(source, kernel, kinds, constants, dtype, options):
+    from triton.backends.compiler import GPUTarget
+
+    kinds = kinds | dict.fromkeys(constants, "constexpr")
+    signature = {arg: kinds[arg].replace("{dtype}", dtype) for arg in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, arg in enumerate(kernel.arg_names)
-        if arg in POINTERS or arg == "slot_stride"
+        if arg in POINTERS
     }
     values = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
-    binary = triton.compile(
-        ASTSource(kernel, signature, values, aligned),
+    return triton.compile(
+        source(kernel, signature, values, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=options,
     )
-    return resource_usage(binary.asm["cubin"]) | {"smem": binary.metadata.shared}
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -78,28 +175,56 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
 
 
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton brings no cuobjdump")
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["prefill", "decode", "unified", "pod"])
-def test_compiles_for_sm90_without_spills(name, head_dim, dtype, tmp_path):
-    # In a process of its own: here the kernels may already be decorated to run interpreted.
+def usage_of(kernels: list[Kernel], tmp_path: Path) -> list[dict[str, int]]:
+    """Compile in a process of its own: here the kernels may be decorated to run interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
-        [sys.executable, __file__, name, str(head_dim), dtype],
+        [sys.executable, __file__, json.dumps([asdict(kernel) for kernel in kernels])],
         capture_output=True,
         text=True,
         env=environment,
         cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr
-    usage = json.loads(run.stdout)
-    print(f"{name} d{head_dim} {dtype}: {usage}")
-    assert usage["registers"] <= 255
-    assert usage["stack"] == 0
-    assert usage["local"] == 0
-    assert usage["smem"] <= 227 * 1024
+    return json.loads(run.stdout)
+
+
+TRITON = [
+    Kernel(name, head_dim=head_dim, dtype=dtype)
+    for name in ("prefill", "decode", "unified", "pod")
+    for head_dim in (64, 128)
+    for dtype in ("bf16", "fp16")
+]
+HOPPER = [
+    *(Kernel(name, "hopper") for name in ("prefill", "decode", "unified")),
+    *(Kernel("pod", "hopper", heads) for heads in ((32, 8), (32, 32), (28, 4), (20, 4), (32, 2))),
+    Kernel("pod, decode-heavy", "hopper"),
+    Kernel("pod, decode-heavy", "hopper", (32, 2)),
+    Kernel("pod", "hopper", head_dim=64),
+    Kernel("pod", "hopper", dtype="fp16"),
+    Kernel("pod", "hopper", page_size=64),
+    Kernel("prefill", "hopper", page_size=16),
+    Kernel("decode", "hopper", page_size=16),
+]
+
+
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton brings no cuobjdump")
+@pytest.mark.parametrize("kernels", [TRITON, HOPPER], ids=["triton", "hopper"])
+def test_compiles_for_sm90_without_spills(kernels, tmp_path):
+    for kernel, usage in zip(kernels, usage_of(kernels, tmp_path), strict=True):
+        assert usage["registers"] <= 255, kernel
+        assert (usage["stack"], usage["local"]) == (0, 0), kernel
+        assert usage["smem"] <= 227 * 1024, kernel
+
+
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton brings no cuobjdump")
+def test_small_pages_cost_pod_few_spills(tmp_path):
+    """Its loaders hold the rows of up to eight pages: what does not fit is a few numbers."""
+    kernels = [Kernel("pod", "hopper", page_size=size) for size in (16, 32)]
+    for kernel, usage in zip(kernels, usage_of(kernels, tmp_path), strict=True):
+        assert usage["stack"] <= 32, kernel
+        assert usage["smem"] <= 227 * 1024, kernel
 
 
 if __name__ == "__main__":
@@ -107,4 +232,7 @@ if __name__ == "__main__":
     import podsim
 
     podsim.__path__.append(str(ROOT))  # as in ../conftest.py
-    print(json.dumps(compile_kernel(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
+    asked = [
+        Kernel(**{**kernel, "heads": tuple(kernel["heads"])}) for kernel in json.loads(sys.argv[1])
+    ]
+    print(json.dumps([compile_kernel(kernel) for kernel in asked]))
