@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 
-from podsim.validation import Comparison, compare, read_recording
+from podsim.validation import ENGINE_FILE, Comparison, compare, read_recording
 
 METRICS = {
     "request_throughput": "req/s",
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("validation/h200"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
-    folders = sorted(path for path in arguments.runs.iterdir() if path.is_dir())
+    folders = sorted(path.parent for path in arguments.runs.glob(f"*/{ENGINE_FILE}"))
     rows = [row(compare(read_recording(folder), error_bars=False)) for folder in folders]
     table = pd.DataFrame(rows)
     table.to_csv(arguments.out / "accuracy.csv", index=False, float_format="%.4f")

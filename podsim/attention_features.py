@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heapreplace
 from math import ceil
 
 import numpy as np
@@ -68,6 +68,8 @@ class Geometry:
     """Keys of a block of decode."""
     decode_items_per_sm: int
     min_split_len: int
+    holds_next: bool = False
+    """Whether a CTA takes its next tile when it starts one, as the Hopper kernels do."""
     tile_overhead: float = 0.0
     """What a prefill tile costs beside its blocks, in blocks; fitted."""
     linear_token_seconds: float = 0.0
@@ -142,11 +144,36 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
     sizes.sort(reverse=True)
     packs = geometry.group // geometry.pack
     order = [size for size in sizes for _ in range(packs)] * geometry.num_kv_heads
-    busy_until = order[: geometry.num_sms]
+    makespan = (_makespan_held if geometry.holds_next else _makespan)(order, geometry.num_sms)
+    return TileWork(makespan, sum(order), sizes[0], len(order))
+
+
+def _makespan(sizes: Sequence[float], num_sms: int) -> float:
+    """When the last SM is done if each takes the next tile when it is free."""
+    busy_until = list(sizes[:num_sms])
     heapify(busy_until)
-    for size in order[geometry.num_sms :]:
+    for size in sizes[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(order), sizes[0], len(order))
+    return max(busy_until)
+
+
+def _makespan_held(sizes: Sequence[float], num_sms: int) -> float:
+    """The same if each takes its next tile as soon as it starts one: it may wait there."""
+    started = [(size, sm) for sm, size in enumerate(sizes[:num_sms])]
+    heapify(started)
+    held = list(sizes[num_sms : 2 * num_sms])
+    waiting = iter(sizes[2 * num_sms :])
+    makespan = max(sizes[:num_sms])
+    while started:
+        free, sm = started[0]
+        if sm >= len(held) or not held[sm]:
+            heappop(started)
+            continue
+        end = free + held[sm]
+        heapreplace(started, (end, sm))
+        held[sm] = next(waiting, 0.0)
+        makespan = max(makespan, end)
+    return makespan
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
 from podsim.latency import Heat, LatencyModel
 from podsim.points import AttentionPoint
+from podsim.profile import PROFILE_FILE
 from podsim.simulation import Result, simulate, simulate_with_error_bars
 from podsim.workload import Trace
 
@@ -155,7 +156,11 @@ def _chunks(text: str) -> tuple[PrefillShape, ...]:
 
 
 def read_recording(folder: Path) -> Recorded:
-    """The recording in a folder. InputError, naming the file, if it is not one."""
+    """The recording in a folder. InputError, naming the file, if it is not one.
+
+    A folder `profile` beside it holds the profile of the kernels that recordings were made with,
+    where those that are shipped now are others.
+    """
     source = folder / ENGINE_FILE
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
@@ -164,6 +169,9 @@ def read_recording(folder: Path) -> Recorded:
         name = content.pop("name")
         source = folder / CONFIG_FILE
         deployment = config.options_from(Deployment, config.read_toml(source))
+        own_profile = folder.absolute().parent / "profile"
+        if deployment.profile is None and (own_profile / PROFILE_FILE).exists():
+            deployment = replace(deployment, profile=str(own_profile))
         tables = []
         for file in COLUMNS:
             source = folder / file

@@ -14,11 +14,13 @@ import pytest
 from podsim.latency import Heat
 from podsim.metrics import STEP_KINDS, step_kinds
 from podsim.model import model_named
-from podsim.profile import kernels_hash
+from podsim.profile import read_profile
 from podsim.simulation import latency_model_for
 from podsim.validation import Recorded, compare, read_recording
 
-FOLDERS = sorted((Path(__file__).parent.parent / "validation" / "h200").iterdir())
+RECORDINGS = Path(__file__).parent.parent / "validation" / "h200"
+PROFILE = RECORDINGS / "profile"
+FOLDERS = sorted(folder for folder in RECORDINGS.iterdir() if folder != PROFILE)
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
@@ -43,8 +45,10 @@ def gpu_errors(recorded: Recorded) -> dict[str, np.ndarray]:
     return {kind: error[kinds == i] for i, kind in enumerate(STEP_KINDS)}
 
 
-def test_every_recording_is_whole_and_of_the_shipped_kernels(recorded: Recorded) -> None:
-    assert recorded.engine["kernels_sha256"] == kernels_hash()
+def test_every_recording_is_whole_and_of_its_profiles_kernels(recorded: Recorded) -> None:
+    profile = read_profile(PROFILE, "the recordings")
+    assert recorded.deployment.profile == str(PROFILE)
+    assert recorded.engine["kernels_sha256"] == profile.provenance["kernels_sha256"]
     assert len(recorded.requests) == 300
     served = recorded.requests[recorded.requests["refused"] == ""]
     assert len(recorded.tokens) == served["num_output_tokens"].sum()
