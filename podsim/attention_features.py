@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import heapify, heappop, heapreplace
 from math import ceil
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,15 +160,20 @@ def _makespan(sizes: Sequence[float], num_sms: int) -> float:
 
 
 def _makespan_held(sizes: Sequence[float], num_sms: int) -> float:
-    """The same if each takes its next tile as soon as it starts one: it may wait there."""
+    """The same if each takes its next tile as soon as it starts one: it may wait there.
+
+    Which SM is the first to ask when all of them start together is chance: a fixed shuffle.
+    """
     started = [(size, sm) for sm, size in enumerate(sizes[:num_sms])]
     heapify(started)
-    held = list(sizes[num_sms : 2 * num_sms])
+    held = [0.0] * num_sms
+    for sm, size in zip(_shuffled(num_sms), sizes[num_sms : 2 * num_sms], strict=False):
+        held[sm] = size
     waiting = iter(sizes[2 * num_sms :])
     makespan = max(sizes[:num_sms])
     while started:
         free, sm = started[0]
-        if sm >= len(held) or not held[sm]:
+        if not held[sm]:
             heappop(started)
             continue
         end = free + held[sm]
@@ -174,6 +181,11 @@ def _makespan_held(sizes: Sequence[float], num_sms: int) -> float:
         held[sm] = next(waiting, 0.0)
         makespan = max(makespan, end)
     return makespan
+
+
+@lru_cache(maxsize=16)
+def _shuffled(count: int) -> tuple[int, ...]:
+    return tuple(Random(0).sample(range(count), count))
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
