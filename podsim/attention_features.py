@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import heapify, heappop, heapreplace
-from math import ceil
-from random import Random
+from math import ceil, gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,13 +161,15 @@ def _makespan(sizes: Sequence[float], num_sms: int) -> float:
 def _makespan_held(sizes: Sequence[float], num_sms: int) -> float:
     """The same if each takes its next tile as soon as it starts one: it may wait there.
 
-    Which SM is the first to ask when all of them start together is chance: a fixed shuffle.
+    Which SM is the first to ask when all of them start together is chance: here the first tiles to
+    be held are spread evenly over the SMs.
     """
     started = [(size, sm) for sm, size in enumerate(sizes[:num_sms])]
     heapify(started)
     held = [0.0] * num_sms
-    for sm, size in zip(_shuffled(num_sms), sizes[num_sms : 2 * num_sms], strict=False):
-        held[sm] = size
+    step = _spreading_step(num_sms)
+    for i, size in enumerate(sizes[num_sms : 2 * num_sms]):
+        held[i * step % num_sms] = size
     waiting = iter(sizes[2 * num_sms :])
     makespan = max(sizes[:num_sms])
     while started:
@@ -184,8 +185,9 @@ def _makespan_held(sizes: Sequence[float], num_sms: int) -> float:
 
 
 @lru_cache(maxsize=16)
-def _shuffled(count: int) -> tuple[int, ...]:
-    return tuple(Random(0).sample(range(count), count))
+def _spreading_step(count: int) -> int:
+    """A number without common factors with count, at about the golden section of it."""
+    return next(n for n in range(max(int(count * 0.618), 1), 0, -1) if gcd(n, count) == 1)
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
