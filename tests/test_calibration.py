@@ -144,16 +144,35 @@ def test_operations_are_exact_at_measured_points_and_straight_between_them() -> 
     assert op_seconds(table, [5, 13]).tolist() == [3.0, 6.0]  # between 1, 9 and 17: not aligned
 
 
+TWO_SMS = Geometry(
+    num_sms=2, num_kv_heads=1, group=1, pack=1, block_m=64, block_n=64, decode_block_n=64,
+    decode_items_per_sm=6, min_split_len=256,
+)  # fmt: skip
+
+
 def test_tiles_go_to_the_sm_that_is_free() -> None:
-    geometry = Geometry(
-        num_sms=2, num_kv_heads=1, group=1, block_m=64, block_n=64,
-        decode_items_per_sm=6, min_split_len=256,
-    )  # fmt: skip
+    geometry = TWO_SMS
     # Four tiles of a prompt, 1 to 4 blocks each: 4 + 1 and 3 + 2 on two SMs.
     assert tile_work(((4, 4),), geometry).makespan == 5.0
     assert tile_work(((4, 4),), geometry).blocks == 10.0
     # Three equal tiles take two turns.
     assert tile_work(((1, 4), (1, 4), (1, 4)), geometry).makespan == 8.0
+
+
+def test_a_tile_that_is_held_waits_for_the_sm_that_took_it() -> None:
+    held = replace(TWO_SMS, holds_next=True)
+    # 4 and 3 start, 2 and 1 are held at once: 4 + 2 and 3 + 1, where 3 + 2 would have been sooner.
+    assert tile_work(((4, 4),), held).makespan == 6.0
+    assert tile_work(((4, 4),), held).blocks == 10.0
+    # 5 and 4 start and hold 3 and 2; the 1 goes to the first that starts what it holds: 4 + 2 + 1.
+    assert tile_work(((5, 5),), held).makespan == 8.0
+    assert tile_work(((2, 4),), held).makespan == 4.0, "nothing to hold"
+
+
+def test_heads_that_do_not_pack_are_tiles_of_their_own() -> None:
+    five = replace(TWO_SMS, group=5, pack=1, num_sms=5)
+    assert tile_work(((1, 4),), five).tiles == 5
+    assert tile_work(((1, 4),), five).makespan == 4.0
 
 
 @given(contexts.filter(len))

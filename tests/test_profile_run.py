@@ -38,8 +38,8 @@ PROVENANCE: dict[str, object] = {
     "torch": "2.11",
     "triton": "3.6",
     "geometry": {
-        "num_sms": 132, "block_m": 128, "block_n": 64, "decode_items_per_sm": 6,
-        "min_split_len": 256,
+        "num_sms": 132, "pack": 4, "block_m": 128, "block_n": 64, "decode_block_n": 64,
+        "decode_items_per_sm": 6, "min_split_len": 256,
     },
 }  # fmt: skip
 WORK = {"matrix_rate": 1.1e12, "layer_matrix_rate": 1e12}
