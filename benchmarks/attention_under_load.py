@@ -17,7 +17,7 @@ import pandas as pd
 import podsim
 from podsim.config import STRATEGIES
 
-RATES = (1.2, 1.4, 1.6, 1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4)
+RATES = (1.6, 2.0, 2.2, 2.4, 2.6, 2.8, 3.0, 3.2, 3.4)
 
 
 def measure(rate: float, attention: str) -> dict[str, object]:

@@ -1,0 +1,38 @@
+"""Held-out errors of the shipped profiles as the README's table; needs no GPU.
+
+python benchmarks/profile_table.py [--gpu h200]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from podsim.model import model_named
+from podsim.profile import find_profile
+
+MODELS = {"Llama-3-8B": "llama-3-8b", "Llama-2-7B": "llama-2-7b", "Yi-6B": "yi-6b"}
+ROWS = (
+    *("step serial", "step streams", "step unified", "step pod"),
+    *("attention prefill", "attention decode", "attention serial", "attention streams"),
+    *("attention unified", "attention pod", "attention pod, several chunks"),
+    *("attention pod, heavy tail", "qkv", "output", "gate_up", "down", "lm_head"),
+    *("rmsnorm", "silu_mul"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", default="h200")
+    gpu = parser.parse_args().gpu
+    errors = [find_profile(gpu, model_named(name)).errors for name in MODELS.values()]
+    print(f"| median / P90 of the error, bias | {' | '.join(MODELS)} |")
+    print("|---" * (len(MODELS) + 1) + "|")
+    for row in ROWS:
+        cells = [
+            f"{e[row]['median']:.1%} / {e[row]['p90']:.1%}, {e[row]['bias']:+.1%}" for e in errors
+        ]
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
