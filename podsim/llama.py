@@ -9,13 +9,19 @@ device memory, which the host fills and copies before the replay:
     the lists of the attention plan
 
 Padding tokens write to a KV slot that no request has.
+
+Under tensor parallelism a Llama is one GPU's share, and `podsim.tensor_parallel` tells the others
+what the first one computes. Each adds up the embedding and the outputs of attention and MLP with
+the others, and gathers all logits.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +33,10 @@ from podsim.kernels import rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
 from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy, kernels_for
 from podsim.kernels.plan import CapturedPlan, Decode, Plan, PrefillChunk, Room
+from podsim.llama_weights import Weights
 from podsim.model import Model
 from podsim.step_inputs import StepInputs
+from podsim.tensor_parallel import Group
 
 NORM_EPS = 1e-5
 ROPE_BASE = 500000.0
@@ -36,59 +44,6 @@ MAX_CHUNKS = 16
 """Prefill chunks that a captured step has room for; one with more is launched kernel by kernel."""
 
 PREFILL, DECODE, MIXED, DECODE_HEAVY = KINDS = ("prefill", "decode", "mixed", "decode-heavy")
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Of one decoder layer; matrices as [out, in]."""
-
-    attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    output: torch.Tensor
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    embedding: torch.Tensor
-    """[vocab, hidden]"""
-    layers: Sequence[LayerWeights]
-    norm: torch.Tensor
-    lm_head: torch.Tensor
-    """[vocab, hidden]"""
-
-
-def random_weights(
-    model: Model, seed: int, device: str, dtype: torch.dtype = torch.bfloat16
-) -> Weights:
-    """Normal weights that keep the activations near unit size through every layer."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        weight = torch.empty(rows, columns, device=device, dtype=dtype)
-        return weight.normal_(std=columns**-0.5, generator=generator)
-
-    def norm() -> torch.Tensor:
-        return torch.empty(model.hidden_size, device=device, dtype=dtype).uniform_(
-            0.5, 1.5, generator=generator
-        )
-
-    hidden, inter = model.hidden_size, model.intermediate_size
-    layers = [
-        LayerWeights(
-            attention_norm=norm(),
-            qkv=matrix(model.qkv_size, hidden),
-            output=matrix(hidden, model.num_q_heads * model.head_dim),
-            mlp_norm=norm(),
-            gate_up=matrix(2 * inter, hidden),
-            down=matrix(hidden, inter),
-        )
-        for _ in range(model.num_layers)
-    ]
-    embedding = matrix(model.vocab_size, hidden) * hidden**0.5
-    return Weights(embedding, layers, norm(), matrix(model.vocab_size, hidden))
 
 
 class Inputs:
@@ -134,13 +89,36 @@ class _Captured:
             self.graph.replay()
 
 
+_PACKED = "<4i"
+
+
+class _Launch(NamedTuple):
+    """Which parts of a set-up model compute a step."""
+
+    kind: str
+    size: int
+    is_crowded: bool
+    """More chunks than a graph has room for."""
+    num_sampled: int
+    """Padded; 0 if no token comes out."""
+
+    def pack(self) -> bytes:
+        return struct.pack(_PACKED, KINDS.index(self.kind), *self[1:])
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> _Launch:
+        kind, size, is_crowded, num_sampled = struct.unpack(_PACKED, packed)
+        return cls(KINDS[kind], size, bool(is_crowded), num_sampled)
+
+
 class Llama:
     """Weights, KV cache, buffers and graphs of a model that serves.
 
     `max_tokens` bounds the tokens of a step, `max_requests` the requests that hold a KV slot of
     `max_len` tokens. `attention` is the strategy of mixed batches. `caches` are K and V of each
-    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. Raises
-    InputError if the KV cache does not fit into the memory that is free.
+    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. With a
+    `group`, `model` and `weights` are this GPU's share. Raises InputError if the KV cache does not
+    fit into the memory that is free.
     """
 
     def __init__(
@@ -154,8 +132,10 @@ class Llama:
         max_len: int,
         num_sms: int,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        group: Group | None = None,
     ) -> None:
         self.model = model
+        self.group = group
         self.weights = weights
         self.strategy = attention
         self.max_tokens = max_tokens
@@ -214,7 +194,14 @@ class Llama:
         self.activated = buffer(tokens, model.intermediate_size)
         rows = graph_size(self.max_requests)
         self.sampled_rows = buffer(rows, model.hidden_size)
-        self.logits = buffer(rows, model.vocab_size)
+        self.own_logits = buffer(rows, model.vocab_size)
+        self.logits = self.own_logits
+        if self.group is not None:
+            self._embedding_rows = self.group.part.embedding_rows(self.device)
+            self._rows = torch.zeros(tokens, dtype=torch.int32, device=self.device)
+            self._gathered = buffer(rows, model.num_logits)
+            self._padded_logits = buffer(rows, model.num_logits)
+            self.logits = self._padded_logits[:, : self.group.part.model.vocab_size]
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
         on_gpu = self.device.type == "cuda"
         self.sampled_host = torch.zeros(rows, dtype=torch.int64, pin_memory=on_gpu)
@@ -270,37 +257,58 @@ class Llama:
 
     def run(self, step: StepInputs) -> NDArray[np.int64]:
         """Compute a step; the token that follows each of its sample rows, once on the host."""
-        if self.device.type != "cuda":
-            self._launch(step)
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._launch(step, before=start.record)
-            end.record()
-            end.synchronize()
-            self.gpu_seconds = start.elapsed_time(end) / 1000
-        return self.sampled_host[: len(step.sample_rows)].numpy()
-
-    def _launch(self, step: StepInputs, before: Callable[[], None] = lambda: None) -> None:
-        """Queue a step on the current stream; `before` is called when its inputs are complete."""
         if len(step.token_ids) > self.max_tokens:
             raise InputError(
                 f"a step of {len(step.token_ids)} tokens, but this model was set up for at most "
                 f"{self.max_tokens}"
             )
-        size = graph_size(len(step.token_ids))
-        plan, layers = self._step(step, size)
-        self.inputs.fill(step, plan, size, self.max_requests)
-        before()
-        self.inputs.device.copy_(self.inputs.host, non_blocking=True)
-        layers.run()
-        num_sampled = graph_size(len(step.sample_rows))
-        if num_sampled:
-            self._heads[num_sampled].run()
-            self.sampled_host[:num_sampled].copy_(self.sampled[:num_sampled], non_blocking=True)
+        launch = self._launch_of(step)
+        plan, _ = self._parts(launch)
+        self.inputs.fill(step, plan, launch.size, self.max_requests)
+        if self.group is not None:
+            self.group.send_step(launch.pack(), self.inputs.host.numpy().data)
+        self._compute(launch)
+        return self.sampled_host[: len(step.sample_rows)].numpy()
 
-    def _step(self, step: StepInputs, size: int) -> tuple[CapturedPlan, _Captured]:
-        key = (self._kind(step), size)
-        if len(step.chunks) <= MAX_CHUNKS:
+    def follow(self) -> None:
+        """Compute the steps of the group's first rank, until it has none any more."""
+        assert self.group is not None
+        inputs = self.inputs.host.numpy().data
+        while (packed := self.group.receive_step(inputs)) is not None:
+            self._compute(_Launch.unpack(packed))
+            self.group.took(self.gpu_seconds)
+
+    def _compute(self, launch: _Launch) -> None:
+        """The step whose inputs are in the host's block; returns when it is done."""
+        if self.device.type != "cuda":
+            self._queue(launch)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._queue(launch)
+        end.record()
+        end.synchronize()
+        self.gpu_seconds = start.elapsed_time(end) / 1000
+
+    def _queue(self, launch: _Launch) -> None:
+        self.inputs.device.copy_(self.inputs.host, non_blocking=True)
+        _, layers = self._parts(launch)
+        layers.run()
+        if n := launch.num_sampled:
+            self._heads[n].run()
+            self.sampled_host[:n].copy_(self.sampled[:n], non_blocking=True)
+
+    def _launch_of(self, step: StepInputs) -> _Launch:
+        return _Launch(
+            self._kind(step),
+            graph_size(len(step.token_ids)),
+            len(step.chunks) > MAX_CHUNKS,
+            graph_size(len(step.sample_rows)),
+        )
+
+    def _parts(self, launch: _Launch) -> tuple[CapturedPlan, _Captured]:
+        key = (launch.kind, launch.size)
+        if not launch.is_crowded:
             return self._steps[key]
         if key not in self._crowded:
             self._crowded[key] = self._step_of(*key, self.max_requests)
@@ -323,7 +331,7 @@ class Llama:
         residual, hidden, normed = self.residual[:n], self.hidden[:n], self.normed[:n]
         qkv, q, attended = self.qkv[:n], self.q[:n], self.attended[:n]
         gate_up, activated = self.gate_up[:n], self.activated[:n]
-        torch.index_select(self.weights.embedding, 0, inputs.token_ids[:n], out=residual)
+        self._embed(inputs.token_ids[:n], residual)
         carried = None  # the first norm finds the embedding in the residual itself
         for layer, (k_cache, v_cache) in zip(self.weights.layers, self.caches, strict=True):
             source = residual if carried is None else hidden
@@ -333,18 +341,42 @@ class Llama:
             rope.rope_and_cache(qkv, positions, slots, self.cos_sin, k_cache, v_cache, q)
             attention(strategy, q, k_cache, v_cache, attended, plan)
             torch.mm(attended.view(n, -1), layer.output.t(), out=hidden)
+            self._add_up(hidden)
             rmsnorm.rmsnorm(hidden, layer.mlp_norm, NORM_EPS, normed, residual)
             torch.mm(normed, layer.gate_up.t(), out=gate_up)
             silu_mul.silu_mul(gate_up, activated)
             torch.mm(activated, layer.down.t(), out=hidden)
+            self._add_up(hidden)
         rmsnorm.rmsnorm(hidden, self.weights.norm, NORM_EPS, normed, residual)
+
+    def _embed(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        rows = token_ids
+        if self.group is not None:
+            rows = self._rows[: len(token_ids)]
+            torch.index_select(self._embedding_rows, 0, token_ids, out=rows)
+        torch.index_select(self.weights.embedding, 0, rows, out=out)
+        self._add_up(out)
+
+    def _add_up(self, partial_sums: torch.Tensor) -> None:
+        if self.group is not None:
+            self.group.all_reduce(partial_sums)
 
     def _head(self, size: int) -> None:
         """From the normed tokens to the most likely successors of the sampled ones."""
-        rows, logits = self.sampled_rows[:size], self.logits[:size]
+        rows, logits = self.sampled_rows[:size], self.own_logits[:size]
         torch.index_select(self.normed, 0, self.inputs.sample_rows[:size], out=rows)
         torch.mm(rows, self.weights.lm_head.t(), out=logits)
-        torch.argmax(logits, dim=-1, out=self.sampled[:size])
+        if self.group is not None:
+            self._gather_logits(size, self.group)
+        torch.argmax(self.logits[:size], dim=-1, out=self.sampled[:size])
+
+    def _gather_logits(self, size: int, group: Group) -> None:
+        """From each rank's [size, share] to [size, vocabulary]."""
+        ranks, share = group.part.size, self.model.vocab_size
+        gathered = self._gathered.view(-1, share)[: ranks * size]
+        group.all_gather(gathered, self.own_logits[:size])
+        target = self._padded_logits[:size].view(size, ranks, share)
+        target.copy_(gathered.view(ranks, size, share).transpose(0, 1))
 
     # ---- graphs
 
@@ -354,6 +386,8 @@ class Llama:
         self.inputs.device.zero_()  # no requests: the warm-up reads and writes nothing of theirs
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
+        # NCCL's own threads may call CUDA meanwhile: only this thread is held to the rules then.
+        mode = "global" if self.group is None else "thread_local"
         for done, part in enumerate(parts):
             on_progress(done, len(parts))
             graph = torch.cuda.CUDAGraph()
@@ -361,7 +395,7 @@ class Llama:
             with torch.cuda.stream(stream):
                 part.launch()  # compiles what it needs, which a capture must not do
                 stream.synchronize()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                     part.launch()
                 graph.replay()  # the first replay uploads the graph, which takes a while
                 stream.synchronize()

@@ -1,14 +1,16 @@
-"""Serve a trace on this machine's GPU: sets up the engine, and measures the host's own time."""
+"""Serve a trace on this machine's GPUs: sets up the engine, and measures the host's own time."""
 
 from __future__ import annotations
 
 import gc
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,13 +23,16 @@ from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
 from podsim.kv_cache import num_blocks_for, page_groups_for
-from podsim.llama import Llama, random_weights
+from podsim.llama import Llama
+from podsim.llama_weights import random_weights
 from podsim.measure import provenance, require_gpu
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
 from podsim.profile import kernels_hash
+from podsim.ranks import Rank, Ranks
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS, StepTime
+from podsim.tensor_parallel import Group, join_group, require_gpus
 from podsim.vattention import Change, VAttentionCache
 from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
 from podsim.virtual_memory import CudaDriver
@@ -94,8 +99,9 @@ class Served:
 class Server:
     """A model on this machine's GPU, ready to serve traces under one deployment.
 
-    KV slots hold `max_len` tokens. Raises InputError if the GPU is not the deployment's, if the
-    deployment is one that the engine cannot be, or if the KV cache does not fit.
+    KV slots hold `max_len` tokens. Of a `group` of GPUs this is the first one, and `SharedServer`
+    is what others use. Raises InputError if the GPU is not the deployment's, if the deployment is
+    one that the engine cannot be, or if the KV cache does not fit.
     """
 
     def __init__(
@@ -103,30 +109,24 @@ class Server:
         deployment: Deployment,
         max_len: int,
         on_progress: Progress = lambda what, done, total: None,
+        group: Group | None = None,
     ) -> None:
-        _require_servable(deployment)
+        require_servable(deployment)
         gc.collect()  # an earlier server's buffers, which its graphs keep alive in cycles
         torch.cuda.empty_cache()
         self.deployment = deployment
+        self.group = group
         self.model = model_named(deployment.model)
         gpu = gpu_named(deployment.gpu)
         require_gpu(gpu)
         self.num_blocks = num_blocks_for(deployment, self.model, gpu)
-        max_len = min(max_len, deployment.max_model_len or self.model.max_model_len)
+        max_len = slot_len(deployment, max_len)
         self.virtual_kv = self._virtual_kv(max_len) if deployment.kv == "vattention" else None
         if self.virtual_kv is not None:
             max_len = self.virtual_kv.max_len
         self.max_model_len = deployment.max_model_len or self.model.max_model_len
-        self.llama = Llama(
-            self.model,
-            random_weights(self.model, seed=0, device="cuda"),
-            attention=deployment.attention,
-            max_tokens=deployment.token_budget,
-            max_requests=deployment.max_num_seqs,
-            max_len=-(-max_len // KV_STEP) * KV_STEP,
-            num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
-            caches=None if self.virtual_kv is None else self.virtual_kv.caches,
-        )
+        caches = None if self.virtual_kv is None else self.virtual_kv.caches
+        self.llama = _llama(deployment, max_len, group, caches)
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.host_time = self._measure_host_time(on_progress)
@@ -142,7 +142,16 @@ class Server:
         finally:
             gc.enable()
             _end_mapping(engine)
-        return Served(recording, samples, self.host_time, self.num_blocks, provenance(self.model))
+        self._count_from_the_last_start(recording)
+        machine = provenance(self.llama.model)
+        if self.group is not None:
+            machine |= self.group.provenance()
+        return Served(recording, samples, self.host_time, self.num_blocks, machine)
+
+    def _count_from_the_last_start(self, recording: Recording) -> None:
+        """A GPU that starts first waits for the others: that is no work, and the host's fault."""
+        if self.group is not None:
+            recording.gpu_seconds = self.group.least_seconds(recording.gpu_seconds)
 
     def close(self) -> None:
         """Give back what torch does not know of: memory that was mapped. The server is of no use
@@ -227,6 +236,7 @@ class Server:
         engine = self._engine(lambda shape: 0.0, seed=1)
         recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
         _end_mapping(engine)
+        self._count_from_the_last_start(recording)
         durations, gpu_seconds = recording.log.steps["duration"], recording.gpu_seconds
         for shape, seconds, gpu in zip(recording.shapes, durations, gpu_seconds, strict=True):
             yield shape, seconds - gpu
@@ -237,17 +247,117 @@ def _end_mapping(engine: Engine) -> None:
         engine.mapping.close()
 
 
-def _require_servable(deployment: Deployment) -> None:
+def _llama(
+    deployment: Deployment,
+    max_len: int,
+    group: Group | None,
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Llama:
+    """A deployment's model, or this GPU's share of it."""
+    model = model_named(deployment.model)
+    part = None if group is None else group.part
+    return Llama(
+        model if part is None else part.share,
+        random_weights(model, seed=0, device="cuda", part=part),
+        attention=deployment.attention,
+        max_tokens=deployment.token_budget,
+        max_requests=deployment.max_num_seqs,
+        max_len=-(-max_len // KV_STEP) * KV_STEP,
+        num_sms=torch.cuda.get_device_properties().multi_processor_count,
+        caches=caches,
+        group=group,
+    )
+
+
+def require_servable(deployment: Deployment) -> None:
+    """Raise InputError for a deployment that the engine cannot be."""
     if deployment.kv == "paged":
         raise InputError("the engine serves with kv 'ideal' (contiguous slots) or 'vattention'")
+    if deployment.kv != "ideal" and deployment.tensor_parallel_size > 1:
+        raise InputError(
+            f"the engine serves with kv 'ideal' on several GPUs, not {deployment.kv!r}"
+        )
     for name, value in (
-        *(("replicas", 1), ("prefix_caching", False), ("tensor_parallel_size", 1)),
+        *(("replicas", 1), ("prefix_caching", False)),
         *(("kv_offload", "none"), ("preemption", "recompute")),
     ):
         if getattr(deployment, name) != value:
             raise InputError(
                 f"the engine serves with {name} {value!r}, not {getattr(deployment, name)!r}"
             )
+
+
+# ------------------------------------------------------------------------------ several GPUs
+
+
+class SharedServer:
+    """The same as `Server` on the GPUs of a deployment, in a process each; this one has none.
+
+    Raises InputError, here and later, also for whatever fails in one of the processes: then all of
+    them are ended.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        max_len: int,
+        on_progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        require_servable(deployment)
+        require_gpus(deployment.tensor_parallel_size)
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            self._ranks = stack.enter_context(
+                Ranks(
+                    _serve_on_one_gpu,
+                    deployment.tensor_parallel_size,
+                    (deployment, max_len, Path(folder, "meeting").as_uri()),
+                    on_progress,
+                )
+            )
+            self.host_time: HostTime = self._ranks.answer()
+            self._stack = stack.pop_all()
+
+    def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
+        """Serve a trace from its first arrival to its last token, in real time."""
+        served: Served = self._ranks.ask((trace, step_time, seed))
+        return served
+
+    def close(self) -> None:
+        """End the processes."""
+        self._stack.close()
+
+
+def server_for(
+    deployment: Deployment,
+    max_len: int,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Server | SharedServer:
+    """A server on as many GPUs as the deployment has."""
+    kind = Server if deployment.tensor_parallel_size == 1 else SharedServer
+    return kind(deployment, max_len, on_progress)
+
+
+def _serve_on_one_gpu(rank: Rank, deployment: Deployment, max_len: int, meeting: str) -> None:
+    """Life of the process of one of several GPUs."""
+    group = join_group(rank, model_named(deployment.model), meeting)
+    if not group.is_first:
+        require_gpu(gpu_named(deployment.gpu))
+        llama = _llama(deployment, slot_len(deployment, max_len), group)
+        llama.capture()
+        gc.collect()
+        gc.disable()  # a collection would hold up a step of all
+        llama.follow()
+        return
+    server = Server(deployment, max_len, rank.tell, group)
+    rank.answer(server.host_time)
+    for trace, step_time, seed in rank.questions():
+        rank.answer(server.serve(trace, step_time, seed))
+
+
+def slot_len(deployment: Deployment, max_len: int) -> int:
+    """Tokens that a KV slot is asked to hold for requests of up to `max_len`."""
+    return min(max_len, deployment.max_model_len or model_named(deployment.model).max_model_len)
 
 
 def _requests(trace: Trace) -> Iterable[Request]:

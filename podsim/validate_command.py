@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,8 +56,8 @@ def validate_command(
     """Serve a trace with real forward passes on this machine's GPU, and compare the simulation.
 
     The engine runs the same scheduler on the same kernels, with random weights. It records every
-    step and token; the simulator then serves the same arrivals. Needs torch, triton and the GPU,
-    or a recorded run with --from.
+    step and token; the simulator then serves the same arrivals. With --tp it shares the model among
+    as many of the machine's GPUs. Needs torch, triton and the GPUs, or a recorded run with --from.
     """
     given = given_options(trace, config_file, options)
     if recording is not None and given:
@@ -120,11 +120,15 @@ def _record(given: dict[str, object]) -> Recorded:
             f"podsim validate needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine, "
             "or compare a recorded run with --from FOLDER"
         ) from None
-    with _progress() as told:
-        server = serving.Server(deployment, serving.longest(trace), told)
-    with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
-        served = server.serve(trace, latency_model.step_time, workload.seed)
+    with ExitStack() as stack:
+        with _progress() as told:
+            server = serving.server_for(deployment, serving.longest(trace), told)
+        stack.enter_context(closing(server))
+        with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
+            served = server.serve(trace, latency_model.step_time, workload.seed)
     name = f"{trace.name}, {trace.qps:.2f} req/s, {deployment.attention} attention"
+    if deployment.tensor_parallel_size > 1:
+        name += f", {deployment.tensor_parallel_size} GPUs"
     return Recorded.of(served.recording, deployment, served.engine(given), name, served.gpu_samples)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"errors", "workers", "ray_workers", "gpu_sampler", "gpu_power"},
+    {"errors", "ranks", "workers", "ray_workers", "gpu_sampler", "gpu_power"},
     {"request", "batch", "model", "model_config", "hardware", "config", "graph_sizes"},
     {"page_groups", "memory_costs", "kvpr", "offloaded_shapes"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
@@ -35,7 +35,8 @@ LAYERS = [
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure", "validation_figure"},
     {"report_charts", "report_html", "report", "capacity_report"},
     {"virtual_memory", "mapping_thread", "memory_view", "virtual_kv"},
-    {"measure", "measure_clock", "measure_ceilings", "measure_collectives", "llama", "serving"},
+    {"measure", "measure_clock", "measure_ceilings", "measure_collectives"},
+    {"llama_weights", "tensor_parallel", "llama", "serving"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
