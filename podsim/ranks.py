@@ -117,9 +117,11 @@ class Ranks:
 
     def _death(self) -> InputError | None:
         """A rank that has died: what others say then is only that it is gone."""
-        wait([process.sentinel for process in self._processes], timeout=GRACE)
+        dying = wait([process.sentinel for process in self._processes], timeout=GRACE)
         for number, process in enumerate(self._processes):
-            if (code := process.exitcode) is not None:
+            if process.sentinel in dying:
+                process.join(GRACE)
+                code = process.exitcode or 0
                 how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
                 return InputError(f"{self._name(number)} died ({how})")
         return None
