@@ -85,6 +85,10 @@ class AttentionModel:
         self._prefill_side = lru_cache(maxsize=100_000)(self._compute_prefill_side)
         self._unified_work = lru_cache(maxsize=100_000)(self._compute_unified_work)
 
+    def __reduce__(self) -> tuple[type[AttentionModel], tuple[object, ...]]:
+        """To another process: what is remembered stays behind."""
+        return type(self), (self.geometry, self.coefficients, self.overlaps)
+
     @classmethod
     def of(cls, model: Model, attention: Mapping[str, Mapping[str, Any]]) -> AttentionModel:
         """From what a profile holds of attention."""

@@ -27,40 +27,38 @@ DEPLOYMENT = Deployment(token_budget=48, max_num_seqs=4, max_model_len=128, atte
 PROMPTS, OUTPUTS = (40, 9, 60), (3, 4, 2)
 
 
-def tiny_llama(group: Group | None = None) -> Llama:
+def tiny_llama(dtype: torch.dtype, group: Group | None = None) -> Llama:
     """The model, or the share of a rank, of the same weights."""
     part = ModelPart(MODEL) if group is None else group.part
-    weights = random_weights(MODEL, 0, "cpu", part=part)
+    weights = random_weights(MODEL, 0, "cpu", dtype, part)
     return Llama(part.share, weights, attention="pod", group=group, **SIZES)
 
 
-def serve_questions(rank: Rank, meeting: str) -> None:
-    """The first rank answers what a function of a Llama gives; the others follow it."""
+def serve_questions(
+    rank: Rank, meeting: str, dtype: torch.dtype = torch.bfloat16, failing_step: int | None = None
+) -> None:
+    """The first rank answers what a function of a Llama gives; the others follow it, until their
+    step of the number `failing_step`.
+    """
     torch.set_num_threads(1)
     group = join_group(rank, MODEL, meeting, backend="gloo")
-    llama = tiny_llama(group)
+    llama = tiny_llama(dtype, group)
     if not group.is_first:
+        _fail_in_step(llama, failing_step)
         llama.follow()
     for question in rank.questions():
         rank.answer(question(llama))
 
 
-def fail_in_the_third_step(rank: Rank, meeting: str) -> None:
-    """Of the second rank, while the first waits for it in an all-reduce."""
-    group = join_group(rank, MODEL, meeting, backend="gloo")
-    llama = tiny_llama(group)
-    if group.is_first:
-        rank.answer(tokens_of_a_trace(llama))
-    steps = count(1)
-    layers = llama._queue
+def _fail_in_step(llama: Llama, number: int | None) -> None:
+    steps, queue = count(1), llama._queue
 
-    def queue(launch):
-        if next(steps) == 3:
+    def queue_or_fail(launch):
+        if next(steps) == number:
             raise RuntimeError("the GPU has fallen off the bus")
-        layers(launch)
+        queue(launch)
 
-    llama._queue = queue  # type: ignore[method-assign]
-    llama.follow()
+    llama._queue = queue_or_fail  # type: ignore[method-assign]
 
 
 def logits_of_steps(llama: Llama) -> list[torch.Tensor]:
@@ -108,8 +106,8 @@ class KeptTokens(Engine):
         super()._finish(request, end)
 
 
-def tokens_of_a_trace(llama: Llama) -> dict[int, list[int]]:
-    """Of each request, prompt and output, served in continuous batches."""
+def tokens_of_a_trace(llama: Llama) -> tuple[dict[int, list[int]], int]:
+    """Of each request, prompt and output, served in continuous batches; and the number of steps."""
     kv_cache = PagedKVCache(1000, DEPLOYMENT.block_size)
     engine = KeptTokens(
         llama,
@@ -131,7 +129,7 @@ def tokens_of_a_trace(llama: Llama) -> dict[int, list[int]]:
     if llama.group is not None:
         seconds = llama.group.least_seconds(recording.gpu_seconds)
         assert len(seconds) == len(recording.shapes)
-    return engine.tokens
+    return engine.tokens, len(recording.shapes)
 
 
 def tokens_of_many_chunks(llama: Llama) -> np.ndarray:

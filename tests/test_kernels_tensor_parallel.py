@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def alone():
-    return tensor_parallel_ranks.tiny_llama()
+    return tensor_parallel_ranks.tiny_llama(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +45,24 @@ def test_logits_are_those_of_one_process(alone, shared):
         assert (one - two).norm() <= TOLERANCE * one.norm()
 
 
-def test_served_tokens_are_those_of_one_process(alone, shared):
-    question = tensor_parallel_ranks.tokens_of_a_trace
-    of_one, of_two = question(alone), shared.ask(question)
-    assert of_one == of_two
-    lengths = zip(tensor_parallel_ranks.PROMPTS, tensor_parallel_ranks.OUTPUTS, strict=True)
-    assert {i: len(tokens) for i, tokens in of_one.items()} == dict(enumerate(map(sum, lengths)))
-
-
 def test_a_step_of_more_chunks_than_a_graph_has_room_for(alone, shared):
     question = tensor_parallel_ranks.tokens_of_many_chunks
     assert (question(alone) == shared.ask(question)).all()
 
 
-def test_a_rank_that_fails_ends_the_run(tmp_path):
-    arguments = ((tmp_path / "meeting").as_uri(),)
-    message = "^rank 1 of 2 failed: RuntimeError: the GPU has fallen off the bus$"
-    with (
-        pytest.raises(InputError, match=message),
-        Ranks(tensor_parallel_ranks.fail_in_the_third_step, 2, arguments) as ranks,
-    ):
-        ranks.answer()
+def test_served_tokens_are_those_of_one_process_until_a_rank_fails(tmp_path):
+    """In float16, whose rounding seldom makes another token the most likely one."""
+    question = tensor_parallel_ranks.tokens_of_a_trace
+    of_one, num_steps = question(tensor_parallel_ranks.tiny_llama(torch.float16))
+    lengths = zip(tensor_parallel_ranks.PROMPTS, tensor_parallel_ranks.OUTPUTS, strict=True)
+    assert {i: len(tokens) for i, tokens in of_one.items()} == dict(enumerate(map(sum, lengths)))
+    arguments = ((tmp_path / "meeting").as_uri(), torch.float16, num_steps + 3)
+    with Ranks(tensor_parallel_ranks.serve_questions, 2, arguments) as ranks:
+        assert ranks.ask(question) == (of_one, num_steps)
+        # The first rank waits for the second in an all-reduce then.
+        message = "^rank 1 of 2 failed: RuntimeError: the GPU has fallen off the bus$"
+        with pytest.raises(InputError, match=message):
+            ranks.ask(question)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
