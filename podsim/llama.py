@@ -17,7 +17,6 @@ the others, and gathers all logits.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -47,14 +46,25 @@ PREFILL, DECODE, MIXED, DECODE_HEAVY = KINDS = ("prefill", "decode", "mixed", "d
 
 
 class Inputs:
-    """The block of device memory that a step's inputs are copied to, and its twin on the host."""
+    """The block of device memory that a step's inputs are copied to, and its twin on the host.
+
+    The twin of all ranks of a `group` is one.
+    """
 
     def __init__(
-        self, max_tokens: int, max_requests: int, room: Room, device: torch.device
+        self,
+        max_tokens: int,
+        max_requests: int,
+        room: Room,
+        device: torch.device,
+        group: Group | None = None,
     ) -> None:
         sizes = [*[graph_size(max_tokens)] * 3, graph_size(max_requests), room.num_ints]
         on_gpu = device.type == "cuda"
-        self.host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
+        if group is None:
+            self.host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
+        else:
+            self.host = group.shared_block(sum(sizes))
         self.device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         self.token_ids, self.positions, self.slots, self.sample_rows, self.lists = (
             self.device.split(sizes)
@@ -89,26 +99,16 @@ class _Captured:
             self.graph.replay()
 
 
-_PACKED = "<4i"
-
-
 class _Launch(NamedTuple):
     """Which parts of a set-up model compute a step."""
 
-    kind: str
+    kind: int
+    """Of KINDS."""
     size: int
-    is_crowded: bool
-    """More chunks than a graph has room for."""
+    is_crowded: int
+    """1 if it has more chunks than a graph has room for."""
     num_sampled: int
     """Padded; 0 if no token comes out."""
-
-    def pack(self) -> bytes:
-        return struct.pack(_PACKED, KINDS.index(self.kind), *self[1:])
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> _Launch:
-        kind, size, is_crowded, num_sampled = struct.unpack(_PACKED, packed)
-        return cls(KINDS[kind], size, bool(is_crowded), num_sampled)
 
 
 class Llama:
@@ -153,7 +153,7 @@ class Llama:
         }
         self._allocate(caches)
         self._room = self._room_of_any_step()
-        self.inputs = Inputs(max_tokens, max_requests, self._room, self.device)
+        self.inputs = Inputs(max_tokens, max_requests, self._room, self.device, group)
         self._workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._steps = {
             (kind, size): self._step_of(kind, size, MAX_CHUNKS)
@@ -266,16 +266,15 @@ class Llama:
         plan, _ = self._parts(launch)
         self.inputs.fill(step, plan, launch.size, self.max_requests)
         if self.group is not None:
-            self.group.send_step(launch.pack(), self.inputs.host.numpy().data)
+            self.group.send_step(*launch)
         self._compute(launch)
         return self.sampled_host[: len(step.sample_rows)].numpy()
 
     def follow(self) -> None:
-        """Compute the steps of the group's first rank, until it has none any more."""
+        """Compute the steps of the group's first rank, until this process is ended."""
         assert self.group is not None
-        inputs = self.inputs.host.numpy().data
-        while (packed := self.group.receive_step(inputs)) is not None:
-            self._compute(_Launch.unpack(packed))
+        while True:
+            self._compute(_Launch(*self.group.receive_step(len(_Launch._fields))))
             self.group.took(self.gpu_seconds)
 
     def _compute(self, launch: _Launch) -> None:
@@ -300,14 +299,14 @@ class Llama:
 
     def _launch_of(self, step: StepInputs) -> _Launch:
         return _Launch(
-            self._kind(step),
+            KINDS.index(self._kind(step)),
             graph_size(len(step.token_ids)),
-            len(step.chunks) > MAX_CHUNKS,
+            int(len(step.chunks) > MAX_CHUNKS),
             graph_size(len(step.sample_rows)),
         )
 
     def _parts(self, launch: _Launch) -> tuple[CapturedPlan, _Captured]:
-        key = (launch.kind, launch.size)
+        key = (KINDS[launch.kind], launch.size)
         if not launch.is_crowded:
             return self._steps[key]
         if key not in self._crowded:

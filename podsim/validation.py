@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from podsim import config, metrics
 from podsim.batch import BatchShape, PrefillShape
+from podsim.collectives import COLLECTIVES_FILE
+from podsim.collectives import FOLDER as COLLECTIVES_FOLDER
 from podsim.config import Deployment
 from podsim.engine import Recording
 from podsim.errors import InputError
@@ -159,7 +161,7 @@ def read_recording(folder: Path) -> Recorded:
     """The recording in a folder. InputError, naming the file, if it is not one.
 
     A folder `profile` beside it holds the profile of the kernels that recordings were made with,
-    where those that are shipped now are others.
+    where those that are shipped now are others, and a folder `collectives` the times of those.
     """
     source = folder / ENGINE_FILE
     try:
@@ -172,6 +174,9 @@ def read_recording(folder: Path) -> Recorded:
         own_profile = folder.absolute().parent / "profile"
         if deployment.profile is None and (own_profile / PROFILE_FILE).exists():
             deployment = replace(deployment, profile=str(own_profile))
+        own_collectives = folder.absolute().parent / COLLECTIVES_FOLDER
+        if deployment.collectives is None and (own_collectives / COLLECTIVES_FILE).exists():
+            deployment = replace(deployment, collectives=str(own_collectives))
         tables = []
         for file in COLUMNS:
             source = folder / file

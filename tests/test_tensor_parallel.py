@@ -389,3 +389,35 @@ def test_the_commands_that_measure_refuse_what_they_cannot_do(tmp_path: Path) ->
     run = run_podsim("profile-collectives", "--gpus", "1", "--out", out)
     assert "gpus is '1', expected numbers of at least 2" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_validate_needs_the_profile_the_collectives_and_the_gpus(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="the engine needs torch and triton")
+    out = tmp_path / "out"
+    profile, collectives = str(deployment.profile), str(deployment.collectives)
+
+    def refusal(*options: str) -> str:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "podsim", "validate", "azure-conv-like", "--requests", "9"),
+                *("--tp", "2", "--out", str(out), *options),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert not out.exists()
+        return done.stderr
+
+    assert "`podsim profile --gpu h200 --model llama-3-8b --tp 2 --out FOLDER`" in refusal()
+    assert "podsim profile-collectives --gpu h200 --gpus 2" in refusal("--profile", profile)
+    both = ("--profile", profile, "--collectives", collectives)
+    assert refusal(*both) == "podsim: tensor_parallel_size is 2, but this machine has 0 GPU(s)\n"
+    assert "the engine serves with kv 'ideal' on several GPUs" in refusal(
+        *both, "--kv", "vattention"
+    )
