@@ -140,15 +140,20 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=messages) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=messages)
+    tasks: dict[str, Any] = {}
 
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+    def told(what: str, done: int, total: int) -> None:
+        progress.start()  # not before: an empty one leaves a line above what is refused at once
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
 
+    try:
         yield told
+    finally:
+        if tasks:
+            progress.stop()
 
 
 # --------------------------------------------------------------------------------- terminal

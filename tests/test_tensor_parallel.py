@@ -418,6 +418,17 @@ def test_validate_needs_the_profile_the_collectives_and_the_gpus(
     assert "podsim profile-collectives --gpu h200 --gpus 2" in refusal("--profile", profile)
     both = ("--profile", profile, "--collectives", collectives)
     assert refusal(*both) == "podsim: tensor_parallel_size is 2, but this machine has 0 GPU(s)\n"
-    assert "the engine serves with kv 'ideal' on several GPUs" in refusal(
-        *both, "--kv", "vattention"
-    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_engine_has_contiguous_slots_only_on_several_gpus(size: int) -> None:
+    pytest.importorskip("triton", reason="the engine needs torch and triton")
+    from podsim.serving import require_servable
+
+    require_servable(Deployment(tensor_parallel_size=size))
+    virtual = Deployment(tensor_parallel_size=size, kv="vattention")
+    if size == 1:
+        require_servable(virtual)
+    else:
+        with pytest.raises(InputError, match="kv 'ideal' on several GPUs, not 'vattention'"):
+            require_servable(virtual)
