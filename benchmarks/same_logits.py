@@ -67,7 +67,7 @@ def steps(model: Model, longest: int, budget: int) -> Iterator[StepInputs]:
 def compute(rank: Rank, meeting: str, options: argparse.Namespace) -> None:
     """In each process; the first one answers."""
     model = model_named(options.model)
-    device = torch.device("cpu" if options.backend == "gloo" else "cuda")
+    device = torch.device("cpu" if options.backend == "gloo" else "cuda:0")
     group: Group | None = None
     if rank.size > 1:
         group = join_group(rank, model, meeting, options.backend)
@@ -79,9 +79,7 @@ def compute(rank: Rank, meeting: str, options: argparse.Namespace) -> None:
         max_tokens=options.budget,
         max_requests=8,
         max_len=options.longest,
-        num_sms=torch.cuda.get_device_properties().multi_processor_count
-        if device.type == "cuda"
-        else 4,
+        num_sms=_num_sms(device),
         group=group,
     )
     if device.type == "cuda":
@@ -97,6 +95,12 @@ def compute(rank: Rank, meeting: str, options: argparse.Namespace) -> None:
     if group is not None:
         seconds = list(group.least_seconds(seconds))
     rank.answer((logits, seconds))
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def computed(num_gpus: int, options: argparse.Namespace) -> Computed:

@@ -258,12 +258,12 @@ def _llama(
     part = None if group is None else group.part
     return Llama(
         model if part is None else part.share,
-        random_weights(model, seed=0, device="cuda", part=part),
+        random_weights(model, 0, "cuda" if group is None else group.device, part=part),
         attention=deployment.attention,
         max_tokens=deployment.token_budget,
         max_requests=deployment.max_num_seqs,
         max_len=-(-max_len // KV_STEP) * KV_STEP,
-        num_sms=torch.cuda.get_device_properties().multi_processor_count,
+        num_sms=torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
         caches=caches,
         group=group,
     )
