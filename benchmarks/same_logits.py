@@ -86,7 +86,6 @@ def compute(rank: Rank, meeting: str, options: argparse.Namespace) -> None:
         llama.capture()
     if rank.number:
         llama.follow()
-        return
     logits, seconds = [], []
     for inputs in steps(model, options.longest, options.budget):
         num_sampled = len(llama.run(inputs))

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -270,7 +270,7 @@ class Llama:
         self._compute(launch)
         return self.sampled_host[: len(step.sample_rows)].numpy()
 
-    def follow(self) -> None:
+    def follow(self) -> NoReturn:
         """Compute the steps of the group's first rank, until this process is ended."""
         assert self.group is not None
         while True:

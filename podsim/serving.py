@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +27,9 @@ from podsim.measure import provenance, require_gpu
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
 from podsim.profile import kernels_hash
-from podsim.ranks import Rank, Ranks
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS, StepTime
-from podsim.tensor_parallel import Group, join_group, require_gpus
+from podsim.tensor_parallel import Group
 from podsim.vattention import Change, VAttentionCache
 from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
 from podsim.virtual_memory import CudaDriver
@@ -99,9 +96,9 @@ class Served:
 class Server:
     """A model on this machine's GPU, ready to serve traces under one deployment.
 
-    KV slots hold `max_len` tokens. Of a `group` of GPUs this is the first one, and `SharedServer`
-    is what others use. Raises InputError if the GPU is not the deployment's, if the deployment is
-    one that the engine cannot be, or if the KV cache does not fit.
+    KV slots hold `max_len` tokens. Of a `group` of GPUs this is the first one: see
+    `podsim.shared_server`. Raises InputError if the GPU is not the deployment's, if the deployment
+    is one that the engine cannot be, or if the KV cache does not fit.
     """
 
     def __init__(
@@ -126,7 +123,7 @@ class Server:
             max_len = self.virtual_kv.max_len
         self.max_model_len = deployment.max_model_len or self.model.max_model_len
         caches = None if self.virtual_kv is None else self.virtual_kv.caches
-        self.llama = _llama(deployment, max_len, group, caches)
+        self.llama = llama_of(deployment, max_len, group, caches)
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.host_time = self._measure_host_time(on_progress)
@@ -247,7 +244,7 @@ def _end_mapping(engine: Engine) -> None:
         engine.mapping.close()
 
 
-def _llama(
+def llama_of(
     deployment: Deployment,
     max_len: int,
     group: Group | None,
@@ -285,74 +282,6 @@ def require_servable(deployment: Deployment) -> None:
             raise InputError(
                 f"the engine serves with {name} {value!r}, not {getattr(deployment, name)!r}"
             )
-
-
-# ------------------------------------------------------------------------------ several GPUs
-
-
-class SharedServer:
-    """The same as `Server` on the GPUs of a deployment, in a process each; this one has none.
-
-    Raises InputError, here and later, also for whatever fails in one of the processes: then all of
-    them are ended.
-    """
-
-    def __init__(
-        self,
-        deployment: Deployment,
-        max_len: int,
-        on_progress: Progress = lambda what, done, total: None,
-    ) -> None:
-        require_servable(deployment)
-        require_gpus(deployment.tensor_parallel_size)
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            self._ranks = stack.enter_context(
-                Ranks(
-                    _serve_on_one_gpu,
-                    deployment.tensor_parallel_size,
-                    (deployment, max_len, Path(folder, "meeting").as_uri()),
-                    on_progress,
-                )
-            )
-            self.host_time: HostTime = self._ranks.answer()
-            self._stack = stack.pop_all()
-
-    def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
-        """Serve a trace from its first arrival to its last token, in real time."""
-        served: Served = self._ranks.ask((trace, step_time, seed))
-        return served
-
-    def close(self) -> None:
-        """End the processes."""
-        self._stack.close()
-
-
-def server_for(
-    deployment: Deployment,
-    max_len: int,
-    on_progress: Progress = lambda what, done, total: None,
-) -> Server | SharedServer:
-    """A server on as many GPUs as the deployment has."""
-    kind = Server if deployment.tensor_parallel_size == 1 else SharedServer
-    return kind(deployment, max_len, on_progress)
-
-
-def _serve_on_one_gpu(rank: Rank, deployment: Deployment, max_len: int, meeting: str) -> None:
-    """Life of the process of one of several GPUs."""
-    group = join_group(rank, model_named(deployment.model), meeting)
-    if not group.is_first:
-        require_gpu(gpu_named(deployment.gpu))
-        llama = _llama(deployment, slot_len(deployment, max_len), group)
-        llama.capture()
-        gc.collect()
-        gc.disable()  # a collection would hold up a step of all
-        llama.follow()
-        return
-    server = Server(deployment, max_len, rank.tell, group)
-    rank.answer(server.host_time)
-    for trace, step_time, seed in rank.questions():
-        rank.answer(server.serve(trace, step_time, seed))
 
 
 def slot_len(deployment: Deployment, max_len: int) -> int:

@@ -114,7 +114,7 @@ def _record(given: dict[str, object]) -> Recorded:
     require_memory_costs(deployment, model, latency_model)  # now, and not after serving
     trace = workload_trace(workload)
     try:
-        from podsim import serving
+        from podsim import serving, shared_server
     except ModuleNotFoundError as error:
         raise InputError(
             f"podsim validate needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine, "
@@ -122,7 +122,7 @@ def _record(given: dict[str, object]) -> Recorded:
         ) from None
     with ExitStack() as stack:
         with _progress() as told:
-            server = serving.server_for(deployment, serving.longest(trace), told)
+            server = shared_server.server_for(deployment, serving.longest(trace), told)
         stack.enter_context(closing(server))
         with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
             served = server.serve(trace, latency_model.step_time, workload.seed)

@@ -36,7 +36,7 @@ LAYERS = [
     {"report_charts", "report_html", "report", "capacity_report"},
     {"virtual_memory", "mapping_thread", "memory_view", "virtual_kv"},
     {"measure", "measure_clock", "measure_ceilings", "measure_collectives"},
-    {"llama_weights", "tensor_parallel", "llama", "serving"},
+    {"llama_weights", "tensor_parallel", "llama", "serving", "shared_server"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
