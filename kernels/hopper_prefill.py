@@ -31,6 +31,9 @@ from .hopper_rings import (
 ROWS = gl.constexpr(64)
 """Rows of a warpgroup, of which a tile has two."""
 
+LEAD = gl.constexpr(2)
+"""Blocks that are still to be loaded when the next ticket is taken."""
+
 MASKED = gl.constexpr(-(2.0**100))
 """A power of two: its product with the scale is exact, so that a row whose keys are all masked in
 a block gets the weights 2**0, which the next block's top shrinks to nothing."""
@@ -63,12 +66,12 @@ def load_prefill(
     """Take work items until none is left, tell the consumers, and load what they need."""
     TOKENS: gl.constexpr = 2 * ROWS // PACK
     num_tiles = gl.maximum(gl.load(counts), 1)
+    num_long = gl.load(counts + 5)
     num_items = gl.load(counts) * (KV_HEADS * (GROUP // PACK))
     loaded = 0
     sent = 0
     ticket, num_ctas = first_ticket(num_ctas, num_items)
-    # The next item's entry is on its way while the current item's keys are loaded.
-    kv_head, head, tile = _item(ticket, num_tiles, GROUP, PACK)
+    kv_head, head, tile = _item(ticket, num_tiles, num_long, KV_HEADS, GROUP, PACK)
     query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, tile)
     while ticket < num_items:
         column = kv_head * HEAD_DIM
@@ -96,32 +99,58 @@ def load_prefill(
             q, [query_row + ROWS // PACK, this_head, 0], q_ready, q_tiles.index(2 * buffer + 1)
         )
         sent += 1
+        # The next ticket is taken near the end of this item, so that no item waits for a long one.
+        late = gl.maximum(2 * num_blocks - LEAD, 1)
+        _load_blocks(
+            k, v, ring, loaded, 1, late, num_blocks, this_slot, end, column, block_table,
+            slot_rows, HEAD_DIM, BLOCK_N, PAGE,
+        )  # fmt: skip
         ticket = next_ticket(counters, PREFILL, num_ctas)
-        kv_head, head, tile = _item(ticket, num_tiles, GROUP, PACK)
+        _load_blocks(
+            k, v, ring, loaded, late, 2 * num_blocks, num_blocks, this_slot, end, column,
+            block_table, slot_rows, HEAD_DIM, BLOCK_N, PAGE,
+        )  # fmt: skip
+        kv_head, head, tile = _item(ticket, num_tiles, num_long, KV_HEADS, GROUP, PACK)
         query_start, num_tokens, context_len, slot, row_tile = _entry(tiles, tile)
-        for i in range(1, 2 * num_blocks):
-            is_key, order = tile_order(i, num_blocks)
-            first_key = (num_blocks - 1 - order) * BLOCK_N
-            rows = block_rows(block_table, this_slot, slot_rows, first_key, end, BLOCK_N, PAGE)
-            block, full = ring.claim(loaded + i)
-            mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
-            load_block(k, v, is_key, rows, column, full, block)
         loaded += 2 * num_blocks
     mailbox.send(sent, 0, 0, 0, 0, 0)
     reset_when_last(counters, PREFILL)
 
 
 @gluon.jit
-def _item(ticket, num_tiles, GROUP: gl.constexpr, PACK: gl.constexpr):
+def _load_blocks(
+    k, v, ring, loaded, first, last, num_blocks, slot, end, column, block_table, slot_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Load the first-th to the last-th but one of the blocks of keys and values, in tile_order."""
+    for i in range(first, last):
+        is_key, order = tile_order(i, num_blocks)
+        first_key = (num_blocks - 1 - order) * BLOCK_N
+        rows = block_rows(block_table, slot, slot_rows, first_key, end, BLOCK_N, PAGE)
+        block, full = ring.claim(loaded + i)
+        mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
+        load_block(k, v, is_key, rows, column, full, block)
+
+
+@gluon.jit
+def _item(
+    ticket, num_tiles, num_long, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr
+):
     """Return the KV head, the first query head and the tile of a ticket.
 
-    All tiles of a KV head follow one another: neighbouring SMs then read the same keys at the same
-    time, which an SM pair fetches once and the L2 holds.
+    The long tiles of all heads come first, so that none is left to the end. Of the others, those
+    of a KV head follow one another: neighbouring SMs then read the same keys at the same time,
+    which an SM pair fetches once and the L2 holds.
     """
     PACKS: gl.constexpr = GROUP // PACK
-    kv_head = ticket // (num_tiles * PACKS)
-    rest = ticket % (num_tiles * PACKS)
-    return kv_head, kv_head * GROUP + rest % PACKS * PACK, rest // PACKS
+    HEADS: gl.constexpr = KV_HEADS * PACKS
+    is_long = ticket < num_long * HEADS
+    short = gl.maximum((num_tiles - num_long) * PACKS, 1)
+    rest = ticket - num_long * HEADS
+    kv_head = gl.where(is_long, ticket % HEADS // PACKS, rest // short)
+    pack = gl.where(is_long, ticket % PACKS, rest % short % PACKS)
+    tile = gl.where(is_long, ticket // HEADS, num_long + rest % short // PACKS)
+    return kv_head, kv_head * GROUP + pack * PACK, gl.minimum(tile, num_tiles - 1)
 
 
 @gluon.jit
