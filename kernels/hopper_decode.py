@@ -21,7 +21,6 @@ from .gluon_api import tma_load, warps_barrier
 from .hopper_pages import block_rows, load_block
 from .hopper_rings import DECODE, NUM_FIELDS, first_ticket, next_ticket, reset_when_last, tile_order
 
-
 LEAD = gl.constexpr(2)
 """Blocks that are still to be loaded when the next ticket is taken."""
 
