@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from podsim.batch import BatchShape, PrefillShape
 from podsim.model import Model
 
-PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles", "loaded_makespan")
+PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles", "blocks", "loaded_makespan")
 DECODE_FEATURES = (
     *("launch", "keys", "longest_split", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
@@ -197,6 +197,7 @@ def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[f
         work.makespan,
         work.longest,
         work.tiles / geometry.num_sms,
+        work.blocks / geometry.num_sms,
         work.makespan * load,
     )
 

@@ -122,5 +122,5 @@ def write_figure(found: pd.DataFrame, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="time / serial time")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

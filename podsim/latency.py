@@ -218,9 +218,12 @@ class ProfiledLatency:
         """See `WarmsUp`. What is measured is a long row of steps, whose heat is their own load."""
         attention, layers, once, collectives = self._parts(shape)
         load = self.load(shape.num_tokens, attention + layers)
-        of_row = 1.0 + self._heating * load * load
-        kernels = (attention + layers) * ((1.0 + self._heating * load * heat) / of_row)
+        kernels = (attention + layers) * self.warmth(load, heat)
         return self._count(shape, (kernels + once + collectives) * self.scale), load
+
+    def warmth(self, load: float, heat: float) -> float:
+        """Time of a step's layers over their time in a long row of such steps."""
+        return (1.0 + self._heating * load * heat) / (1.0 + self._heating * load * load)
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds

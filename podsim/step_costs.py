@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -73,6 +74,9 @@ def kernel_table(
     if result.memory:
         parts["memory"] = _held_up(result, steps)
     total = steps["duration"].to_numpy()
+    in_layers = total - sum(seconds for name, seconds in parts.items() if name not in LAYER_OPS)
+    warmth = _warmth(model, steps, tokens, in_layers)
+    parts |= {name: parts[name] * warmth for name in LAYER_OPS}
     parts = {"attention": total - sum(parts.values(), np.zeros(len(total))), **parts}
     kinds = step_kinds(steps)
     table = pd.DataFrame(
@@ -83,6 +87,29 @@ def kernel_table(
         }
     )
     return table.groupby(lambda name: KERNELS[str(name)], sort=False).sum()
+
+
+def _warmth(
+    model: ProfiledLatency, steps: pd.DataFrame, tokens: NDArray[np.int64], in_layers: Floats
+) -> Floats:
+    """Of each step: time of its layers over their time in a long row of such steps (latency.Heat).
+
+    The log has neither the heat nor the load, but both follow from the times of the steps.
+    """
+    found = np.ones(len(steps))
+    replicas, starts = steps["replica"].to_numpy(), steps["start"].to_numpy()
+    prefills, durations = steps["num_prefills"].to_numpy() > 0, steps["duration"].to_numpy()
+    for replica in np.unique(replicas):
+        heat, time = 0.0, 0.0
+        for i in np.flatnonzero((replicas == replica) & prefills).tolist():
+            heat *= math.exp((time - starts[i]) / model.heat_seconds)
+            for _ in range(3):  # the load is that of the layers without the factor
+                load = model.load(int(tokens[i]), in_layers[i] / found[i])
+                found[i] = model.warmth(load, heat)
+            seconds = durations[i]
+            left = math.exp(-seconds / model.heat_seconds)
+            heat, time = heat * left + load * (1.0 - left), starts[i] + seconds
+    return found
 
 
 def _held_up(result: Result, steps: pd.DataFrame) -> Floats:

@@ -236,7 +236,8 @@ def test_a_side_that_vanishes_leaves_the_time_of_the_other() -> None:
     alone = model.seconds("serial", BatchShape.of(long_prefill))
     for strategy in STRATEGIES:
         both = model.seconds(strategy, BatchShape.of(long_prefill, one_decode))
-        assert both == pytest.approx(alone, rel=0.1)
+        # Streams keep an eighth of the SMs for the decode, and POD has less room for the prefill.
+        assert alone * 0.95 < both < alone * 1.2
 
 
 @given(chunks, contexts)

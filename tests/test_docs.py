@@ -104,7 +104,7 @@ def test_options_that_are_named_exist(page: Path) -> None:
         if not block.info.startswith("console"):
             continue
         for command in commands(block):
-            for words in re.findall(r"^podsim ((?:trace )?\S+)([^|#]*)", command):
+            for words in re.findall(r"^podsim ((?:trace |kernels )?\S+)([^|#]*)", command):
                 known = help_of(words[0])
                 for option in re.findall(r"(?<!\S)--[a-z-]+", words[1]):
                     assert option in known, f"{page.name}:{block.line}: {option}"
