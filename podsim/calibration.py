@@ -69,7 +69,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     assert isinstance(kernels, dict)
     ops = _op_tables(grid)
     kernels = kernels | {
-        "holds_next": provenance.get("kernels") == "hopper",
+        "long_first": provenance.get("kernels") == "hopper",
         "linear_token_seconds": _linear_token_seconds(ops),
     }
     geometry = Geometry.of(model, kernels)
