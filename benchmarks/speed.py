@@ -17,7 +17,7 @@ import time
 
 import podsim
 
-QPS_PER_REPLICA = 13.8  # about 80 % of what one replica serves of this workload
+QPS_PER_REPLICA = 15.0  # about 80 % of what one replica serves of this workload
 
 
 def run(num_requests: int, replicas: int, output_scale: int, qps: float) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 No autotuner: the same batch always gets the same kernels, so that a timing can be repeated. The
 numbers of the portable Triton kernels start from what was fastest on an H200 with 128-wide heads;
-those of the Hopper kernels come from `podsim kernels tune` (benchmarks/kernels/). 64-wide heads get
+those of the Hopper kernels from `podsim kernels tune` (benchmarks/kernels/), but for the three
+items of decode an SM, which its committed rows do not try yet. 64-wide heads get
 blocks of the same bytes. tests/test_kernels_compile.py checks that no kernel spills registers.
 """
 

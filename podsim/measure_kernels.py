@@ -135,7 +135,7 @@ class Problem:
             )
             tiles = "decode-heavy" if decode_heavy else "balanced"
             for policy in ("adaptive", "proportional"):
-                for items in (4, 6, 12):
+                for items in (3, 4, 6, 12):
                     config = replace(base, policy=policy, decode_items_per_sm=items)
                     found[f"{tiles} {policy} {items}"] = self.launch("pod", config)
         return found
