@@ -21,9 +21,6 @@ from .gluon_api import tma_load, warps_barrier
 from .hopper_pages import block_rows, load_block
 from .hopper_rings import DECODE, NUM_FIELDS, first_ticket, next_ticket, reset_when_last, tile_order
 
-LEAD = gl.constexpr(2)
-"""Blocks that are still to be loaded when the next ticket is taken."""
-
 
 @gluon.jit
 def load_decode(
@@ -53,6 +50,7 @@ def load_decode(
     loaded = 0
     sent = 0
     ticket, num_ctas = first_ticket(num_ctas, num_items)
+    # The next item's entry is on its way while the current item's keys are loaded.
     query_row, context_len, slot, low, high, partial = _entry(splits, ticket, num_items, KV_HEADS)
     while ticket < num_items:
         # The KV heads of a split are neighbours: the keys of a token lie side by side in the cache.
@@ -67,39 +65,21 @@ def load_decode(
         mbarrier.expect(q_full.index(0), HEADS * HEAD_DIM * 2)
         tma_load(q, [head, 0], q_full.index(0), q_tile)
         sent += 1
-        # The next ticket is taken near the end of this item, so that no item waits for a long one.
-        late = gl.maximum(2 * num_blocks - LEAD, 0)
-        column = kv_head * HEAD_DIM
-        _load_blocks(
-            k, v, ring, loaded, 0, late, num_blocks, first_key, this_slot, end, column,
-            block_table, slot_rows, HEAD_DIM, BLOCK_N, PAGE,
-        )  # fmt: skip
         ticket = next_ticket(counters, DECODE, num_ctas)
-        _load_blocks(
-            k, v, ring, loaded, late, 2 * num_blocks, num_blocks, first_key, this_slot, end,
-            column, block_table, slot_rows, HEAD_DIM, BLOCK_N, PAGE,
-        )  # fmt: skip
         query_row, context_len, slot, low, high, partial = _entry(
             splits, ticket, num_items, KV_HEADS
         )
-        loaded += 2 * num_blocks
+        for i in range(2 * num_blocks):
+            is_key, order = tile_order(i, num_blocks)
+            rows = block_rows(
+                block_table, this_slot, slot_rows, first_key + order * BLOCK_N, end, BLOCK_N, PAGE
+            )
+            block, full = ring.claim(loaded)
+            mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
+            load_block(k, v, is_key, rows, kv_head * HEAD_DIM, full, block)
+            loaded += 1
     mailbox.send(sent, 0, 0, 0, 0, 0)
     reset_when_last(counters, DECODE)
-
-
-@gluon.jit
-def _load_blocks(
-    k, v, ring, loaded, first, last, num_blocks, first_key, slot, end, column, block_table,
-    slot_rows, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
-):  # fmt: skip
-    """Load the first-th to the last-th but one of the blocks of keys and values, in tile_order."""
-    for i in range(first, last):
-        is_key, order = tile_order(i, num_blocks)
-        at = first_key + order * BLOCK_N
-        rows = block_rows(block_table, slot, slot_rows, at, end, BLOCK_N, PAGE)
-        block, full = ring.claim(loaded + i)
-        mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
-        load_block(k, v, is_key, rows, column, full, block)
 
 
 @gluon.jit
