@@ -173,6 +173,7 @@ def compute_prefill(
     q_tiles,
     q_full,
     q_empty,
+    turns,
     ring,
     mailbox,
     scale,
@@ -192,6 +193,7 @@ def compute_prefill(
     keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
     read = 0
     received = 0
+    turn = 0
     query_row, head, num_tokens, position, num_blocks = mailbox.receive(received)
     while num_blocks > 0:
         buffer = received % Q_BUFFERS
@@ -219,16 +221,17 @@ def compute_prefill(
         num_masked = gl.minimum(gl.maximum(num_blocks - num_seen, 1), num_blocks)
         for j in range(1, num_masked):
             p, acc, top, total = _attend_block(
-                q, ring, read + 2 * j - 1, p, acc, top, total, positions,
-                (num_blocks - 1 - j) * BLOCK_N + keys, scale, S, O, P, BLOCK_N, True,
+                WARPGROUP, q, turns, turn + j - 1, ring, read + 2 * j - 1, p, acc, top, total,
+                positions, (num_blocks - 1 - j) * BLOCK_N + keys, scale, S, O, P, BLOCK_N, True,
             )  # fmt: skip
         for j in range(num_masked, num_blocks):
             p, acc, top, total = _attend_block(
-                q, ring, read + 2 * j - 1, p, acc, top, total, positions,
-                keys, scale, S, O, P, BLOCK_N, False,
+                WARPGROUP, q, turns, turn + j - 1, ring, read + 2 * j - 1, p, acc, top, total,
+                positions, keys, scale, S, O, P, BLOCK_N, False,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(buffer), count=1)
         read += 2 * num_blocks
+        turn += num_blocks - 1
         acc = warpgroup_mma(p, ring.read(read - 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         ring.release(read - 1)
@@ -248,7 +251,10 @@ def compute_prefill(
 
 @gluon.jit
 def _attend_block(
+    WARPGROUP: gl.constexpr,
     q,
+    turns,
+    turn,
     ring,
     count,  # of the tiles before these keys
     p,  # [ROWS, BLOCK_N] the weights of the block before
@@ -264,11 +270,17 @@ def _attend_block(
     BLOCK_N: gl.constexpr,
     DIAGONAL: gl.constexpr,
 ):
-    """Score a block of keys while the values of the block before are added to acc."""
+    """Score a block of keys while the values of the block before are added to acc.
+
+    The warpgroups take turns at the tensor cores: one computes its weights while the other's
+    products run (FlashAttention-3, section 3.1).
+    """
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     block = ring.read(count)
+    mbarrier.wait(turns.index(WARPGROUP), (turn & 1) ^ (1 - WARPGROUP))
     scores = warpgroup_mma(q, block.permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, ring.read(count + 1), acc, is_async=True)
+    mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     ring.release(count)
     if DIAGONAL:
