@@ -29,6 +29,9 @@ TB/s in these kernels."""
 DECODE_HEAVY = 0.7
 """Balance below which POD gives decode the larger blocks."""
 
+RESIDENT_KEYS = 65536
+"""Keys, times KV heads, that stay in the L2: 32 MiB of K and V with 128-wide heads."""
+
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from .checks import require_heads, require_runnable, require_tensor
-from .config import AttentionConfig, balance, packed_heads, sm_shares
+from .config import RESIDENT_KEYS, AttentionConfig, balance, packed_heads, sm_shares
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -108,7 +108,12 @@ def work_lists(
         *map(_padded, (tiles, splits, combines)),
         num_tokens=int(num_tokens.sum()),
         sm_shares=sm_shares(config, ratio, num_sms),
-        num_long=_num_long(num_keys, group // pack * num_kv_heads, num_sms),
+        num_long=_num_long(
+            num_keys,
+            num_heads=group // pack * num_kv_heads,
+            num_sms=num_sms,
+            resident=int(tiled[:, 2].sum()) * num_kv_heads <= RESIDENT_KEYS,
+        ),
     )
 
 
@@ -123,11 +128,16 @@ def _row_tiles(requests: np.ndarray, pack: int, block_m: int) -> tuple[np.ndarra
     return tiles[longest_first], num_keys[longest_first]
 
 
-def _num_long(num_keys: np.ndarray, num_heads: int, num_sms: int) -> int:
-    """Tiles longer than an SM's share of all keys, where SMs get more than one tile."""
+def _num_long(num_keys: np.ndarray, *, num_heads: int, num_sms: int, resident: bool) -> int:
+    """How many tiles come first of all heads, so that no SM is left with a long one at the end.
+
+    All, if the L2 holds the keys of all heads; else those longer than half an SM's share.
+    """
     if len(num_keys) * num_heads <= num_sms:
         return 0
-    return int((num_keys > num_keys.sum() * num_heads / num_sms).sum())
+    if resident:
+        return len(num_keys)
+    return int((2 * num_keys > num_keys.sum() * num_heads / num_sms).sum())
 
 
 def _kv_splits(

@@ -68,8 +68,9 @@ class Geometry:
     """Keys of a block of decode."""
     decode_items_per_sm: int
     min_split_len: int
-    long_first: bool = False
-    """Whether the tiles longer than an SM's share come first of all heads, as on Hopper."""
+    resident_keys: int = 0
+    """Keys, times KV heads, that the L2 holds: then the longest tiles of all heads come first. 0:
+    the tiles of a head always follow those of another."""
     tile_overhead: float = 0.0
     """What a prefill tile costs beside its blocks, in blocks; fitted."""
     linear_token_seconds: float = 0.0
@@ -129,7 +130,7 @@ def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
 
 
 def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
-    """Hand out the tiles as the kernels do: head after head, within a head the longest first.
+    """Hand out the tiles as the kernels do (see num_long in kernels/plan.py), the longest first.
 
     `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
     """
@@ -141,13 +142,15 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
             max(last_blocks - i * blocks_per_tile, 1.0) + geometry.tile_overhead
             for i in range(num_tiles)
         ]
+    keys = geometry.block_n * (sum(blocks for _, blocks in chunks) + sum(decode_blocks))
     sizes.sort(reverse=True)
     packs = geometry.group // geometry.pack
     num_long = 0
     heads = geometry.num_kv_heads * packs
-    if geometry.long_first and len(sizes) * heads > geometry.num_sms:
+    if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
         share = sum(sizes) * heads / geometry.num_sms
-        num_long = sum(size > share for size in sizes)
+        resident = keys * geometry.num_kv_heads <= geometry.resident_keys
+        num_long = len(sizes) if resident else sum(2 * size > share for size in sizes)
     order = [size for size in sizes[:num_long] for _ in range(heads)]
     order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
     busy_until = order[: geometry.num_sms]

@@ -161,14 +161,23 @@ def test_tiles_go_to_the_sm_that_is_free() -> None:
 
 def test_long_tiles_come_first_of_all_heads() -> None:
     two_heads = replace(TWO_SMS, num_kv_heads=2, group=1)
-    long_first = replace(two_heads, long_first=True)
+    long_first = replace(two_heads, resident_keys=1)
     # One tile of 9 blocks and two of 1 for each head: 9 + 1 + 1 twice, or 9 late on top of 1 + 1.
     chunks = ((1, 9), (1, 1), (1, 1))
     assert tile_work(chunks, long_first).makespan == 11.0
     assert tile_work(chunks, two_heads).makespan == 11.0
     three_sms = replace(long_first, num_sms=3)
     assert tile_work(chunks, three_sms).makespan == 9.0
-    assert tile_work(chunks, replace(three_sms, long_first=False)).makespan == 10.0
+    assert tile_work(chunks, replace(three_sms, resident_keys=0)).makespan == 10.0
+
+
+def test_the_longest_tiles_come_first_where_the_l2_holds_the_keys() -> None:
+    heads = replace(TWO_SMS, num_kv_heads=3, group=1)
+    # Tiles of 2 and 1 blocks for each of three heads, on two SMs: 2 1 2 1 2 1, or 2 2 2 1 1 1.
+    assert tile_work(((2, 2),), heads).makespan == 5.0
+    assert tile_work(((2, 2),), replace(heads, resident_keys=10**6)).makespan == 5.0
+    assert tile_work(((1, 3), (1, 1)), heads).makespan == 7.0
+    assert tile_work(((1, 3), (1, 1)), replace(heads, resident_keys=10**6)).makespan == 6.0
 
 
 def test_heads_that_do_not_pack_are_tiles_of_their_own() -> None:
