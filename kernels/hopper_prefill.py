@@ -38,6 +38,12 @@ MASKED = gl.constexpr(-(2.0**100))
 """A power of two: its product with the scale is exact, so that a row whose keys are all masked in
 a block gets the weights 2**0, which the next block's top shrinks to nothing."""
 
+MASK = gl.constexpr(
+    "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; selp.f32 $0, $1, 0fF1800000, seen; }"
+)
+"""The score where the position is not before the key, else MASKED. For where, the compiler packs
+the comparisons of a whole block into bits; this takes half the code, but more registers."""
+
 
 @gluon.jit
 def load_prefill(
@@ -62,11 +68,12 @@ def load_prefill(
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     PAGE: gl.constexpr,
+    ALONE: gl.constexpr,
 ):
     """Take work items until none is left, tell the consumers, and load what they need."""
     TOKENS: gl.constexpr = 2 * ROWS // PACK
     num_tiles = gl.maximum(gl.load(counts), 1)
-    num_long = gl.load(counts + 5)
+    num_long = gl.load(counts + (6 if ALONE else 5))
     num_items = gl.load(counts) * (KV_HEADS * (GROUP // PACK))
     loaded = 0
     sent = 0
@@ -182,8 +189,13 @@ def compute_prefill(
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    ALONE: gl.constexpr,
 ):
-    """Compute this warpgroup's rows of every work item that the loader sends."""
+    """Compute this warpgroup's rows of every work item that the loader sends.
+
+    ALONE: without decode beside it, the warpgroups take turns at the tensor cores: one computes its
+    weights while the other's products run (FlashAttention-3, section 3.1).
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -209,7 +221,7 @@ def compute_prefill(
         scores = warpgroup_mma_wait(0, deps=[scores])
         ring.release(read)
         last_keys = (num_blocks - 1) * BLOCK_N + keys
-        scores = gl.where(positions[:, None] >= last_keys[None, :], scores, MASKED)
+        scores = _mask(scores, positions, last_keys, ALONE)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - top[:, None])
         total = gl.sum(weights, 1)
@@ -220,14 +232,15 @@ def compute_prefill(
         num_seen = (position + WARPGROUP * WG_TOKENS + 1) // BLOCK_N
         num_masked = gl.minimum(gl.maximum(num_blocks - num_seen, 1), num_blocks)
         for j in range(1, num_masked):
+            first_key = (num_blocks - 1 - j) * BLOCK_N
             p, acc, top, total = _attend_block(
                 WARPGROUP, q, turns, turn + j - 1, ring, read + 2 * j - 1, p, acc, top, total,
-                positions, (num_blocks - 1 - j) * BLOCK_N + keys, scale, S, O, P, BLOCK_N, True,
+                positions, first_key + keys, scale, S, O, P, BLOCK_N, True, ALONE,
             )  # fmt: skip
         for j in range(num_masked, num_blocks):
             p, acc, top, total = _attend_block(
                 WARPGROUP, q, turns, turn + j - 1, ring, read + 2 * j - 1, p, acc, top, total,
-                positions, keys, scale, S, O, P, BLOCK_N, False,
+                positions, keys, scale, S, O, P, BLOCK_N, False, ALONE,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(buffer), count=1)
         read += 2 * num_blocks
@@ -236,7 +249,7 @@ def compute_prefill(
         acc = warpgroup_mma_wait(0, deps=[acc])
         ring.release(read - 1)
 
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None]
+        acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O))[:, None]
         rows = gl.arange(0, ROWS, gl.SliceLayout(1, O))
         dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O))
         token = WARPGROUP * WG_TOKENS + rows // PACK
@@ -247,6 +260,17 @@ def compute_prefill(
             mask=(token < num_tokens)[:, None],
         )
         query_row, head, num_tokens, position, num_blocks = mailbox.receive(received)
+
+
+@gluon.jit
+def _mask(scores, positions, keys, ALONE: gl.constexpr):
+    if ALONE:
+        scores = gl.inline_asm_elementwise(
+            MASK, "=f,f,r,r", [scores, positions[:, None], keys[None, :]], gl.float32, True, 1
+        )
+    else:
+        scores = gl.where(positions[:, None] >= keys[None, :], scores, MASKED)
+    return scores
 
 
 @gluon.jit
@@ -269,22 +293,21 @@ def _attend_block(
     P: gl.constexpr,
     BLOCK_N: gl.constexpr,
     DIAGONAL: gl.constexpr,
+    ALONE: gl.constexpr,
 ):
-    """Score a block of keys while the values of the block before are added to acc.
-
-    The warpgroups take turns at the tensor cores: one computes its weights while the other's
-    products run (FlashAttention-3, section 3.1).
-    """
+    """Score a block of keys while the values of the block before are added to acc."""
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     block = ring.read(count)
-    mbarrier.wait(turns.index(WARPGROUP), (turn & 1) ^ (1 - WARPGROUP))
+    if ALONE:
+        mbarrier.wait(turns.index(WARPGROUP), (turn & 1) ^ (1 - WARPGROUP))
     scores = warpgroup_mma(q, block.permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, ring.read(count + 1), acc, is_async=True)
-    mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)
+    if ALONE:
+        mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     ring.release(count)
     if DIAGONAL:
-        scores = gl.where(positions[:, None] >= keys[None, :], scores, MASKED)
+        scores = _mask(scores, positions, keys, ALONE)
     new_top = gl.maximum(top, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new_top[:, None])
     shrink = gl.exp2(top - new_top)

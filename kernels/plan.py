@@ -13,7 +13,7 @@ for each KV head (entries are padded with zeros):
     combines  [C, 4]  query_start, first partial, number of partials: the decodes with several
                       splits
     counts    [8]     T, S, C, CTAs that take prefill and decode in POD on Hopper (0: all), long
-                      tiles, which come first of all heads, 0, 0
+                      tiles, which come first of all heads, beside decode and alone, 0
 
 The kernels read everything that depends on the batch from these lists, the counts included, and
 CTAs past a count leave: a captured launch of a large enough grid stays valid when the lists are
@@ -63,12 +63,12 @@ class WorkLists:
     combines: np.ndarray
     num_tokens: int
     sm_shares: tuple[int, int]
-    num_long: int
+    num_long: tuple[int, int]
 
     @property
     def counts(self) -> np.ndarray:
         sizes = [len(self.tiles), len(self.splits), len(self.combines)]
-        return np.array([*sizes, *self.sm_shares, self.num_long, 0, 0], np.int32)
+        return np.array([*sizes, *self.sm_shares, *self.num_long, 0], np.int32)
 
     @property
     def sections(self) -> tuple[np.ndarray, ...]:
@@ -128,16 +128,18 @@ def _row_tiles(requests: np.ndarray, pack: int, block_m: int) -> tuple[np.ndarra
     return tiles[longest_first], num_keys[longest_first]
 
 
-def _num_long(num_keys: np.ndarray, *, num_heads: int, num_sms: int, resident: bool) -> int:
+def _num_long(
+    num_keys: np.ndarray, *, num_heads: int, num_sms: int, resident: bool
+) -> tuple[int, int]:
     """How many tiles come first of all heads, so that no SM is left with a long one at the end.
 
-    All, if the L2 holds the keys of all heads; else those longer than half an SM's share.
+    Those longer than an SM's share of all keys, or, of a prefill that runs alone and whose keys of
+    all heads the L2 holds, all.
     """
     if len(num_keys) * num_heads <= num_sms:
-        return 0
-    if resident:
-        return len(num_keys)
-    return int((2 * num_keys > num_keys.sum() * num_heads / num_sms).sum())
+        return 0, 0
+    longer = int((num_keys > num_keys.sum() * num_heads / num_sms).sum())
+    return longer, len(num_keys) if resident else longer
 
 
 def _kv_splits(

@@ -150,7 +150,7 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
     if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
         share = sum(sizes) * heads / geometry.num_sms
         resident = keys * geometry.num_kv_heads <= geometry.resident_keys
-        num_long = len(sizes) if resident else sum(2 * size > share for size in sizes)
+        num_long = len(sizes) if resident else sum(size > share for size in sizes)
     order = [size for size in sizes[:num_long] for _ in range(heads)]
     order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
     busy_until = order[: geometry.num_sms]
