@@ -89,13 +89,14 @@ def load_prefill(
         query_row = query_start + first_token
         position = context_len - num_tokens + first_token
         num_blocks = gl.cdiv(gl.minimum(position + TOKENS, context_len), BLOCK_N)
-        mailbox.send(sent, query_row, this_head, num_tokens - first_token, position, num_blocks)
         rows = block_rows(
             block_table, this_slot, slot_rows, (num_blocks - 1) * BLOCK_N, end, BLOCK_N, PAGE
         )
         block, full = ring.claim(loaded)
         mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
         load_block(k, v, True, rows, column, full, block)
+        left = num_tokens - first_token
+        mailbox.send(sent, query_row, this_head, left, position, num_blocks)
 
         buffer = sent % Q_BUFFERS
         mbarrier.wait(q_empty.index(buffer), ((sent // Q_BUFFERS) & 1) ^ 1)
