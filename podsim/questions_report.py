@@ -238,7 +238,7 @@ def split_tables(rows: pd.DataFrame) -> Tables:
     found["value"] = found["value"].astype(int)
     tables = {}
     for side, part in found.groupby("side", sort=False):
-        table = part.pivot_table("over_usual", ["knob", "value"], "batch", sort=False)
+        table = part.pivot_table("over_usual", ["knob", "value"], "batch")[part["batch"].unique()]
         cells = table.map(lambda ratio: "-" if np.isnan(ratio) else f"{ratio:.2f}")
         tables[f"Time of {side} over that with its own splits"] = cells.reset_index()
     return tables
