@@ -1,4 +1,4 @@
-"""The commands `podsim kernels bench`, `check` and `tune`."""
+"""The commands `podsim kernels bench`, `check`, `paging` and `tune`."""
 
 from __future__ import annotations
 
