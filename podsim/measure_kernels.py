@@ -15,7 +15,7 @@ from podsim import flashinfer_kernels
 from podsim.gpu_power import GpuPower
 from podsim.kernel_workloads import KernelWorkload, reference_workloads
 from podsim.kernels.attention import attention
-from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy
+from podsim.kernels.config import AttentionConfig, config_for
 from podsim.kernels.plan import PAGE_SIZES, AttentionPlan, Decode, PrefillChunk
 from podsim.measure_clock import SmClock
 
@@ -50,16 +50,7 @@ class Problem:
         self.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
 
     def config(self, strategy: str, kernels: str) -> AttentionConfig:
-        workload, batch = self.workload, self.workload.batch
-        group = workload.num_q_heads // workload.num_kv_heads
-        return config_for(
-            strategy,
-            num_q_heads=workload.num_q_heads,
-            num_kv_heads=workload.num_kv_heads,
-            head_dim=workload.head_dim,
-            kernels=kernels,
-            decode_heavy=is_decode_heavy(batch.prefills, batch.decode_contexts, group),
-        )
+        return self.workload.config(strategy, kernels)
 
     def launch(
         self,
@@ -69,8 +60,12 @@ class Problem:
         prefill: bool = True,
         decode: bool = True,
         page_size: int = 0,
+        prefill_share: float = 0.0,
     ) -> Launch:
-        """Attention of the whole batch, or of one side of it, from pages in a random order."""
+        """Attention of the whole batch, or of one side of it, from pages in a random order.
+
+        `prefill_share` of the SMs take prefill in Hopper's POD; 0: as many as the policy says.
+        """
         chunks = self.chunks if prefill else []
         decodes = self.decodes if decode else []
         first = 0 if prefill else len(self.q) - len(decodes)
@@ -93,6 +88,8 @@ class Problem:
             block_table=table,
             device="cuda",
         )
+        if prefill_share:
+            plan.counts[3] = round(prefill_share * self.num_sms)
         return lambda: attention(strategy, q, k_cache, v_cache, out, plan)
 
     def _paged(self, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,7 +155,7 @@ class Contest:
         self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         self._clock = SmClock(torch.cuda.get_device_properties(0).multi_processor_count)
 
-    def rounds(self, count: int) -> Iterator[Row]:
+    def rounds(self, count: int, burst_seconds: float = BURST_SECONDS) -> Iterator[Row]:
         """Bursts of each launch, every round in another random order.
 
         What ran before decides how fast the card's clock is, so no launch is to follow the same
@@ -167,7 +164,7 @@ class Contest:
         names = list(self._runs)
         for number in range(count):
             for i in np.random.default_rng(number).permutation(len(names)):
-                seconds, hertz = self._burst(self._runs[names[i]])
+                seconds, hertz = self._burst(self._runs[names[i]], burst_seconds)
                 yield {
                     "kernel": names[i],
                     "mode": "burst",
@@ -176,10 +173,10 @@ class Contest:
                     "sm_clock_hz": hertz,
                 }
 
-    def _burst(self, run: Launch) -> tuple[float, float | None]:
+    def _burst(self, run: Launch, burst_seconds: float) -> tuple[float, float | None]:
         """Median seconds of a launch with a cold L2, and the mean clock of the SMs."""
         once = self._timed(run, 2)[-1]
-        repeats = max(3, int(BURST_SECONDS / once))
+        repeats = max(3, int(burst_seconds / once))
         self._clock.clear()
         self._clock.start()
         seconds = self._timed(run, repeats)

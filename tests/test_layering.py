@@ -37,9 +37,11 @@ LAYERS = [
     {"virtual_memory", "mapping_thread", "memory_view", "virtual_kv"},
     {"measure", "measure_clock", "measure_ceilings", "measure_collectives", "llama", "serving"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
+    {"kernel_questions", "measure_questions", "questions_report", "questions_figures"},
     {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
     {"kernels_command"},
+    {"questions_command"},
     {"trace_command", "search_command", "validate_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]
