@@ -20,6 +20,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from podsim import kernel_report, report
 from podsim.errors import InputError
+from podsim.gpu_sampler import current_gpu
 from podsim.kernel_workloads import (
     KernelWorkload,
     reference_workloads,
@@ -238,7 +239,7 @@ def provenance(command: str) -> dict[str, object]:
 
     query = "driver_version,power.limit"
     output = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={current_gpu()}"],
         capture_output=True,
         text=True,
         check=True,
