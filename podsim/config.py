@@ -7,7 +7,6 @@ import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -292,7 +291,6 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name} is '{value}', expected one of: {', '.join(choices)}")
 
 
-@cache
 def option_types(options: type[Deployment] | type[Workload]) -> dict[str, type]:
     """The plain type (int, float, str or bool) of each option."""
     hints = get_type_hints(options)
