@@ -30,7 +30,6 @@ from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
 from podsim.simulation import latency_model_for, workload_trace
 from podsim.validation import ENGINE_FILE, LATENCIES, Comparison, Recorded, compare, read_recording
-from podsim.validation_figure import plot_comparison
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
@@ -82,6 +81,8 @@ def validate_command(
 
 def save(comparison: Comparison, folder: Path) -> None:
     """Write the recording, and what it was compared with."""
+    from podsim.validation_figure import plot_comparison  # matplotlib takes half a second to load
+
     comparison.recorded.save(folder)
     comparison.headline().to_csv(folder / "comparison.csv", float_format="%.9g")
     comparison.steps().to_csv(folder / "step_errors.csv", float_format="%.6g")

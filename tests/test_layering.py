@@ -8,7 +8,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+
+SIMULATE = "simulate --arrivals poisson --qps 4 --prompt-tokens 300 --output-tokens 9 --requests 20"
 
 LAYERS = [
     {"errors", "workers", "ray_workers", "gpu_sampler", "gpu_power"},
@@ -95,6 +99,27 @@ def test_the_core_loads_without_torch_and_triton() -> None:
         "assert podsim.simulate"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import podsim",
+        "import podsim.cli",
+        "from podsim.sweep_point import run_point",  # what a worker of a sweep loads
+        f"from podsim.cli import app; app('{SIMULATE}'.split(), standalone_mode=False)",
+        f"from podsim.cli import app; app('{SIMULATE} --out x'.split(), standalone_mode=False)",
+    ],
+    ids=["library", "commands", "worker", "simulate", "simulate --out"],
+)
+def test_nothing_slow_is_loaded_before_it_is_used(code: str, tmp_path: Path) -> None:
+    """Every command and every worker of a sweep would wait for it: some half a second each."""
+    loaded = "import sys; print('loaded:', *sorted({m.split('.')[0] for m in sys.modules}))"
+    command = [sys.executable, "-c", f"{code}; {loaded}"]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    modules = set(done.stdout.splitlines()[-1].removeprefix("loaded: ").split())
+    assert {"podsim", "numpy"} <= modules
+    assert modules.isdisjoint({"scipy", "matplotlib", "torch", "triton", "ray"})
 
 
 def test_every_package_is_shipped() -> None:
