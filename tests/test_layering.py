@@ -25,7 +25,7 @@ LAYERS = [
     {"memory_calibration"},
     {"row_checks", "profile_plan", "profile_journal", "profile_run", "profile_checks"},
     {"vidur_export"},
-    {"prefix_cache", "swap_space", "kv_cache", "decode_group", "waiting"},
+    {"prefix_cache", "swap_space", "kv_cache", "block_tables", "decode_group", "waiting"},
     {"scheduler", "step_inputs"},
     {"vattention", "step_memory", "mapping_time", "offload_time", "memory_system"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation", "engine"},
