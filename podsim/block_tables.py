@@ -112,4 +112,5 @@ class BlockTable:
     def rows(self, slots: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
         """Of each token, its row in the cache as [num_blocks * block_size] rows."""
         block, within = np.divmod(positions, np.int32(self.block_size))
-        return self.entries[slots, block] * np.int32(self.block_size) + within
+        rows: NDArray[np.int32] = self.entries[slots, block] * np.int32(self.block_size) + within
+        return rows

@@ -206,6 +206,7 @@ class Llama:
         self.max_len = max_len
         self.device = weights.embedding.device
         self.gpu_seconds = 0.0
+        self.table_seconds = 0.0
         self.page_size = page_size
         self.num_blocks = num_blocks
         if page_size and not max_len <= num_blocks * page_size:
@@ -325,10 +326,6 @@ class Llama:
 
     # ---- a step
 
-    @property
-    def table_seconds(self) -> float:
-        return self.inputs.table_seconds
-
     def run(self, step: StepInputs) -> NDArray[np.int64]:
         """Compute a step; the token that follows each of its sample rows, once on the host."""
         if self.device.type != "cuda":
@@ -351,6 +348,7 @@ class Llama:
         size = graph_size(len(step.token_ids))
         plan, layers = self._step(step, size)
         self.inputs.fill(step, plan, size, self._padding_slot)
+        self.table_seconds = self.inputs.table_seconds
         before()
         self.inputs.copy()
         layers.run()

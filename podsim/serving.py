@@ -206,9 +206,9 @@ class Server:
 
     def _measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
-        most = self.deployment.max_num_seqs
-        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
+        most = self._most_at_once(prompt + HOST_STEPS)
+        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         rows = []
         for done, size in enumerate([most, *sizes]):
             on_progress("measuring host time", done, len(sizes) + 2)
@@ -228,6 +228,13 @@ class Server:
         ]
         on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
         return HostTime.fit(rows, prefill_rows)
+
+    def _most_at_once(self, num_tokens: int) -> int:
+        """Requests of so many tokens that are let in together."""
+        kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
+        room = kv_cache.num_blocks - int(self.deployment.watermark * kv_cache.num_blocks)
+        fit = room // kv_cache.blocks_for(num_tokens)
+        return max(1, min(self.deployment.max_num_seqs, fit))
 
     def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[tuple[BatchShape, float]]:
         """Serve requests of (prompt, output) tokens at once: of each step the host's seconds.
