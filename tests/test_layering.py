@@ -38,6 +38,7 @@ LAYERS = [
     {"measure", "measure_clock", "measure_ceilings", "measure_collectives", "llama", "serving"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
+    {"measure_paged"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
     {"kernels_command"},
     {"trace_command", "search_command", "validate_command", "doctor", "cli"},
