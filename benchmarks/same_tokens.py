@@ -75,7 +75,7 @@ class Kind:
         self.num_changed += differing(self.tokens, self.server.tokens)[1]
 
     def measured(self) -> pd.Series:
-        """Medians over the rounds: output tokens/s, seconds of a step, and the GPU's share of it."""
+        """Medians over the rounds: output tokens/s, seconds of a step, and of the GPU in it."""
         rounds = []
         for served in self.served:
             steps, gpu = served.recording.log.steps, served.recording.gpu_seconds

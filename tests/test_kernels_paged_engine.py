@@ -13,11 +13,13 @@ from podsim.block_tables import PagedBlocks  # noqa: E402
 from podsim.config import Deployment  # noqa: E402
 from podsim.decode_group import ListedDecodes  # noqa: E402
 from podsim.engine import Engine  # noqa: E402
+from podsim.errors import InputError  # noqa: E402
 from podsim.kv_cache import PagedKVCache  # noqa: E402
 from podsim.llama import Llama, random_weights  # noqa: E402
 from podsim.page_groups import PageGroups  # noqa: E402
 from podsim.request import Request  # noqa: E402
 from podsim.scheduler import SCHEDULERS  # noqa: E402
+from podsim.serving import Server  # noqa: E402
 from podsim.step_inputs import StepInputs  # noqa: E402
 from podsim.vattention import VAttentionCache  # noqa: E402
 from podsim.virtual_kv import StepMapping, VirtualKV  # noqa: E402
@@ -306,6 +308,11 @@ def test_plans_of_graphs_read_the_one_table_of_the_inputs(weights):
         blocks = stepped.cache.blocks_of(request)
         row = table[stepped.cache.slot_of(request), : len(blocks)]
         assert row.tolist() == list(blocks)
+
+
+def test_blocks_that_the_kernels_do_not_have_are_refused():
+    with pytest.raises(InputError, match=r"block_size is 24.* blocks of 16, 32, 64, 128, 256 "):
+        Server(Deployment(kv="paged", block_size=24), 100)
 
 
 def test_slots_longer_than_all_blocks_are_refused(weights):
