@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +135,7 @@ def deployment(kv: str, options: argparse.Namespace) -> Deployment:
     size = base.block_size
     if kv == "vattention":
         size = page_groups_for(base, model_named(base.model)).tokens_per_block
-    values = {name: getattr(base, name) for name in base.__slots__}
-    return Deployment(**values | {"num_blocks": MAX_NUM_SEQS * -(-options.longest // size)})
+    return replace(base, num_blocks=MAX_NUM_SEQS * -(-options.longest // size))
 
 
 def table(kinds: dict[str, Kind]) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import pytest
 
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine
+from podsim.engine import Engine, Recording
 from podsim.errors import InputError
 from podsim.latency import Heat, LatencyModel
 from podsim.memory_system import kv_cache_for
@@ -67,6 +67,10 @@ class SlowedForward:
 
 
 def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
+    return Recorded.of(recording(slowdown, deployment), deployment, ENGINE, "made up")
+
+
+def recording(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recording:
     """What an engine does whose steps take longer than the profile says."""
     trace = synthetic_trace(
         arrivals="poisson",
@@ -76,7 +80,7 @@ def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
         output_tokens="lognormal:60:0.6",
         seed=3,
     )
-    served = Recorded.of(_empty(), deployment, ENGINE, "").deployment
+    served = Recorded.of(Recording(), deployment, ENGINE, "").deployment
     model = model_named(served.model)
     kv_cache = kv_cache_for(served, model, ENGINE["num_blocks"])
     latency = latency_model_for(served, model)
@@ -93,14 +97,7 @@ def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
     )
     columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    recording = engine.serve(Request(i, *row) for i, row in enumerate(rows))
-    return Recorded.of(recording, deployment, ENGINE, "made up")
-
-
-def _empty():
-    from podsim.engine import Recording
-
-    return Recording()
+    return engine.serve(Request(i, *row) for i, row in enumerate(rows))
 
 
 def test_an_engine_that_keeps_to_the_profile_is_simulated_to_the_nanosecond(tmp_path):
