@@ -12,7 +12,6 @@ with 1 if a token differs.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,15 +73,18 @@ class Kind:
         self.tokens = self.tokens or self.server.tokens
         self.num_changed += differing(self.tokens, self.server.tokens)[1]
 
-    def measured(self) -> pd.Series:
-        """Medians over the rounds: output tokens/s, seconds of a step, and of the GPU in it."""
+    def rounds(self) -> pd.DataFrame:
+        """Of each round: output tokens/s, seconds of a step, and of the GPU in it."""
         rounds = []
         for served in self.served:
             steps, gpu = served.recording.log.steps, served.recording.gpu_seconds
             seconds = sum(steps["duration"])
             tokens = len(served.recording.token_request)
             rounds.append((tokens / seconds, seconds / len(gpu), sum(gpu) / len(gpu)))
-        return pd.Series(map(statistics.median, zip(*rounds, strict=True)), RATES)
+        return pd.DataFrame(rounds, columns=RATES)
+
+    def measured(self) -> pd.Series:
+        return self.rounds().median()
 
     def simulated(self) -> pd.Series:
         """The same of a simulation of what was served."""
@@ -191,11 +193,12 @@ def main() -> None:
     found = table(kinds)
     for kv, kind in kinds.items():
         speed, step, gpu = kind.measured()
+        every = kind.rounds()["tokens_per_s"]
         steps = len(kind.served[0].recording.shapes)
         print(
             f"{kv}: {len(kind.tokens)} requests, {steps} steps of {step * 1e3:.3f} ms ("
-            f"{gpu * 1e3:.3f} of the GPU), {speed:.1f} output tokens/s; {kind.num_changed} tokens "
-            "changed from round to round"
+            f"{gpu * 1e3:.3f} of the GPU), {speed:.1f} output tokens/s ({every.min():.1f} to "
+            f"{every.max():.1f}); {kind.num_changed} tokens changed from round to round"
         )
         kind.server.close()
     print(found.T.to_string(header=False, float_format="%.2f"))

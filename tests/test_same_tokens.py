@@ -45,14 +45,11 @@ def test_differences_of_times_and_tokens(same_tokens, tmp_path):
     rows = same_tokens.table({"ideal": base, "paged": equal, "slower": slower})
     first, second = rows.to_dict("records")
     assert first["kv"] == "paged over ideal"
-    assert first["throughput measured %"] < -1
+    assert first["throughput measured %"] < -0.2
     assert first["points off"] == pytest.approx(0, abs=0.1)
     assert first["step simulated %"] == pytest.approx(first["step measured %"], abs=0.1)
-    assert (first["same sign"], first["same tokens"], first["tokens differing"]) == (
-        "yes",
-        "yes",
-        0,
-    )
+    assert (first["same sign"], first["same tokens"]) == ("yes", "yes")
+    assert first["tokens differing"] == 0
     assert second["points off"] == pytest.approx(4.6, abs=0.5)
     assert second["gpu measured %"] - first["gpu measured %"] == pytest.approx(5.2, abs=0.3)
     assert (second["same tokens"], second["tokens differing"]) == ("no", 3)
