@@ -29,7 +29,9 @@ def same_tokens(monkeypatch):
 
 def kind(same_tokens, deployment, tokens, *slowdowns):
     served = [
-        SimpleNamespace(recording=recording(slowdown, deployment), engine=lambda options: ENGINE)
+        SimpleNamespace(
+            recording=recording(slowdown, deployment, qps=1e4), engine=lambda options: ENGINE
+        )
         for slowdown in slowdowns
     ]
     return same_tokens.Kind(deployment, None, tokens, served)

@@ -70,11 +70,11 @@ def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
     return Recorded.of(recording(slowdown, deployment), deployment, ENGINE, "made up")
 
 
-def recording(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recording:
+def recording(slowdown: float, deployment: Deployment = DEPLOYMENT, qps: float = 5.0) -> Recording:
     """What an engine does whose steps take longer than the profile says."""
     trace = synthetic_trace(
         arrivals="poisson",
-        qps=5.0,
+        qps=qps,
         num_requests=80,
         prompt_tokens="lognormal:600:0.8",
         output_tokens="lognormal:60:0.6",
