@@ -1,6 +1,8 @@
 """One small model served through contiguous slots, mapped slots and KV blocks: the same tokens."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the forward pass needs torch")
 pytest.importorskip("triton", reason="the kernels need triton")
 
+from podsim import serving  # noqa: E402
 from podsim.batch import Chunk  # noqa: E402
 from podsim.block_tables import PagedBlocks  # noqa: E402
 from podsim.config import Deployment  # noqa: E402
@@ -21,8 +24,10 @@ from podsim.request import Request  # noqa: E402
 from podsim.scheduler import SCHEDULERS  # noqa: E402
 from podsim.serving import Server  # noqa: E402
 from podsim.step_inputs import StepInputs  # noqa: E402
+from podsim.validation import Recorded, read_recording  # noqa: E402
 from podsim.vattention import VAttentionCache  # noqa: E402
 from podsim.virtual_kv import StepMapping, VirtualKV  # noqa: E402
+from podsim.workload import Trace  # noqa: E402
 from tests.checked_driver import PAGE, CheckedDriver  # noqa: E402
 from tests.test_kernels_llama import MODEL, TOLERANCE, reference_logits  # noqa: E402
 
@@ -318,3 +323,35 @@ def test_blocks_that_the_kernels_do_not_have_are_refused():
 def test_slots_longer_than_all_blocks_are_refused(weights):
     with pytest.raises(ValueError, match="max_len 96 is more than 5 blocks hold"):
         Llama(ONE_LAYER, weights, attention="serial", page_size=BLOCK, num_blocks=5, **SIZES)
+
+
+def test_a_server_over_blocks_records_what_the_simulator_takes(monkeypatch, tmp_path, device):
+    """Set-up, host time, serving and recording, as `podsim validate --kv paged` has them."""
+    if device == "cuda":
+        pytest.skip("`podsim validate` itself runs there")
+    monkeypatch.setattr(serving, "HOST_STEPS", 3)
+    monkeypatch.setattr(serving, "PREFILL_REQUESTS", 1)
+    monkeypatch.setattr(serving, "PREFILL_OUTPUTS", 1)
+    monkeypatch.setattr(serving, "require_gpu", lambda gpu: None)
+    monkeypatch.setattr(serving, "model_named", lambda name: ONE_LAYER)
+    monkeypatch.setattr(
+        serving, "random_weights", lambda *args, **named: random_weights(ONE_LAYER, 0, "cpu")
+    )
+    monkeypatch.setattr(serving, "provenance", lambda model: {})
+    monkeypatch.setattr(serving, "gpu_samples", lambda now: nullcontext([]))
+    monkeypatch.setattr(Llama, "capture", lambda self, told: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=4)
+    )
+    options = replace(deployment(num_blocks=5), kv="paged", max_num_seqs=2)
+    server = Server(options, 200)
+    assert server.llama.max_len == 5 * BLOCK, "no longer than all blocks together"
+    served = server.serve(Trace.of((0.0, 30, 4), (0.0, 40, 3), (0.0, 90, 3)), lambda shape: 0.0)
+    assert list(served.recording.log.refused) == [2]
+    recorded = Recorded.of(served.recording, options, served.engine({}), "made up")
+    recorded.save(tmp_path)
+    again = read_recording(tmp_path)
+    assert (again.steps["table_seconds"] > 0).all()
+    assert (again.steps["table_seconds"] < again.steps["duration"]).all()
+    assert again.deployment.num_blocks == 5
+    assert [size for size, _ in served.host_time.rows] == [1, 2]
