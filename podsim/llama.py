@@ -111,8 +111,9 @@ class Inputs:
         table_shape: tuple[int, int] = (0, 0),
     ) -> None:
         sizes = [*[graph_size(max_tokens)] * 3, graph_size(max_requests), room.num_ints]
-        self._copied = self._before_table = sum(sizes)
+        self._before_table = sum(sizes)
         sizes.append(table_shape[0] * table_shape[1])
+        self._copied = sum(sizes)
         on_gpu = device.type == "cuda"
         self.host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
         self.device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
