@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import Batch, BatchShape
+from podsim.block_tables import NewBlocks, PagedBlocks
 from podsim.cluster import reason_to_refuse
 from podsim.decode_group import Decodes
 from podsim.event_log import EventLog, TokenGaps
@@ -27,6 +28,9 @@ from podsim.request import Request
 from podsim.scheduler import Scheduler
 from podsim.step_inputs import StepInputs
 from podsim.vattention import VAttentionCache
+
+SLOTTED = (VAttentionCache, PagedBlocks)
+"""KV caches that choose the slot of a request themselves."""
 
 
 class Clock(Protocol):
@@ -61,6 +65,8 @@ class Forward(Protocol):
 
     gpu_seconds: float
     """Of the latest step: from its first to its last operation on the GPU."""
+    table_seconds: float
+    """Of the latest step: in which the host entered new KV blocks and looked up where tokens go."""
 
     def run(self, inputs: StepInputs) -> NDArray[np.int64]:
         """The token that follows each sample row, once it is on the host."""
@@ -75,6 +81,8 @@ class Recording:
     """Of each step of the log."""
     gpu_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Of each step: what the GPU took; the rest of its duration it waited for the host."""
+    table_seconds: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step: in which the host prepared the block table; 0 if there is none."""
     token_request: array[int] = field(default_factory=lambda: array("q"))
     token_step: array[int] = field(default_factory=lambda: array("q"))
     """Of each token that came out: whose it is, and at the end of which step."""
@@ -165,13 +173,13 @@ class Engine:
 
     def _take_slot(self, request: Request) -> int:
         """A free KV slot; where slots are the cache's own, the one that it chose."""
-        if isinstance(self.kv_cache, VAttentionCache):
+        if isinstance(self.kv_cache, SLOTTED):
             return self.kv_cache.slot_of(request)
         return self._free_slots.pop()
 
     def _give_back_slot(self, request: Request) -> None:
         slot = self._slot.pop(request)
-        if not isinstance(self.kv_cache, VAttentionCache):
+        if not isinstance(self.kv_cache, SLOTTED):
             self._free_slots.append(slot)
 
     # ---- a step
@@ -186,7 +194,8 @@ class Engine:
             elif request.num_preemptions:
                 self.recording.log.record_resumption(request, start)
         decodes = self.scheduler.decodes.requests() if batch.num_decodes else []
-        inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot)
+        new_blocks, allotting = self._allot(batch, decodes)
+        inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot, new_blocks)
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
         if self.mapping is not None:
             self.mapping.begin(batch, self.scheduler.decodes)
@@ -194,10 +203,20 @@ class Engine:
         end = self.clock.now()
         self._receive_until(end)
         self._record_step(inputs.shape, start, end)
+        is_paged = isinstance(self.kv_cache, PagedBlocks)
+        preparing = allotting + self.forward.table_seconds if is_paged else 0.0
+        self.recording.table_seconds.append(preparing)
         for request, token in zip(sampled_for, sampled.tolist(), strict=True):
             self._deliver(request, token)
         self._book(batch, end)
         return end
+
+    def _allot(self, batch: Batch, decodes: Sequence[Request]) -> tuple[Sequence[NewBlocks], float]:
+        """The KV blocks that are new with this step, and the seconds of choosing them."""
+        if not isinstance(self.kv_cache, PagedBlocks):
+            return (), 0.0
+        started = time.perf_counter()
+        return self.kv_cache.allot(batch.prefills, decodes), time.perf_counter() - started
 
     def _deliver(self, request: Request, token: int) -> None:
         self._tokens[request][request.num_known_tokens] = token

@@ -95,6 +95,25 @@ def reference_workloads() -> list[KernelWorkload]:
     return [*(uniform_workload(*size) for size in sizes), named]
 
 
+def serving_workloads() -> list[KernelWorkload]:
+    """Batches that an engine forms of Llama-3-8B's requests: chunks and decodes of many sizes."""
+    sizes = [
+        (512, 512, 8, 1024),
+        (512, 2048, 32, 1024),
+        (1024, 1024, 64, 1024),
+        (256, 4096, 128, 1024),
+        (512, 4096, 64, 4096),
+        (1024, 8192, 128, 2048),
+        (2048, 2048, 256, 1024),
+        (2048, 16384, 32, 8192),
+    ]
+    contexts = np.random.default_rng(5).lognormal(7.0, 0.8, size=96).clip(16, 8192).astype(int)
+    chunks = ((300, 300), (150, 150), (574, 2622))
+    uneven = AttentionPoint(chunks, tuple(contexts.tolist()), "serving")
+    named = KernelWorkload(f"32/8 {uneven.prefills_text} + 96 uneven", 32, 8, uneven)
+    return [*(_uniform((32, 8), *size) for size in sizes), named]
+
+
 def sweep_workloads(count: int, seed: int) -> list[KernelWorkload]:
     """Random points of the sweep of POD-Attention, Fig. 11, for four kinds of heads.
 

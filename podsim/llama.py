@@ -7,20 +7,24 @@ device memory, which the host fills and copies before the replay:
     token_ids, positions, slots  [max_tokens] int32: each token, and where its k and v go
     sample_rows                  [max_requests] int32: the tokens whose successor comes out
     the lists of the attention plan
+    the block table of a paged KV cache, as far as its rows are in use
 
-Padding tokens write to a KV slot that no request has.
+Padding tokens write to a KV slot, or block, that no request has.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from podsim.block_tables import BlockTable
 from podsim.errors import InputError
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kernels import rmsnorm, rope, silu_mul
@@ -92,32 +96,67 @@ def random_weights(
 
 
 class Inputs:
-    """The block of device memory that a step's inputs are copied to, and its twin on the host."""
+    """The block of device memory that a step's inputs are copied to, and its twin on the host.
+
+    `page_size` and `table_shape` (slots, blocks a slot) are those of a paged KV cache.
+    """
 
     def __init__(
-        self, max_tokens: int, max_requests: int, room: Room, device: torch.device
+        self,
+        max_tokens: int,
+        max_requests: int,
+        room: Room,
+        device: torch.device,
+        page_size: int = 0,
+        table_shape: tuple[int, int] = (0, 0),
     ) -> None:
         sizes = [*[graph_size(max_tokens)] * 3, graph_size(max_requests), room.num_ints]
+        self._before_table = sum(sizes)
+        sizes.append(table_shape[0] * table_shape[1])
+        self._copied = sum(sizes)
         on_gpu = device.type == "cuda"
         self.host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
         self.device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.token_ids, self.positions, self.slots, self.sample_rows, self.lists = (
-            self.device.split(sizes)
-        )
-        self._host_parts = [part.numpy() for part in self.host.split(sizes)]
+        *parts, table = self.device.split(sizes)
+        self.token_ids, self.positions, self.slots, self.sample_rows, self.lists = parts
+        self.block_table = table.view(table_shape) if page_size else None
+        *self._host_parts, entries = (part.numpy() for part in self.host.split(sizes))
+        self._table = BlockTable(entries.reshape(table_shape), page_size) if page_size else None
+        self.table_seconds = 0.0
 
     def fill(
         self, step: StepInputs, plan: CapturedPlan, num_tokens: int, padding_slot: int
     ) -> None:
-        """Put a step into the host's block, padded to `num_tokens`."""
+        """Put a step into the host's block, padded to `num_tokens`; padding goes to this slot."""
         token_ids, positions, slots, sample_rows, lists = self._host_parts
         n, m = len(step.token_ids), len(step.sample_rows)
         token_ids[:n], token_ids[n:num_tokens] = step.token_ids, 0
         positions[:n], positions[n:num_tokens] = step.positions, 0
-        slots[:n], slots[n:num_tokens] = step.slots, padding_slot
+        slots[:n], slots[n:num_tokens] = self.slots_of(step), padding_slot
         sample_rows[:m], sample_rows[m:] = step.sample_rows, 0
         chunks = [PrefillChunk(*chunk) for chunk in step.chunks]
         plan.write(lists, chunks, [Decode(*decode) for decode in step.decodes])
+
+    def slots_of(self, step: StepInputs) -> NDArray[np.int32]:
+        """Where k and v of each token go, after the step's new blocks are in the table.
+
+        In a paged cache the slots of one row each that begin at every row (`Llama._written`): there
+        a token is at its position in the slot that begins so many rows before its own.
+        """
+        if self._table is None:
+            return step.slots
+        started = time.perf_counter()
+        self._table.enter(step.new_blocks)
+        slots = self._table.rows(step.slots, step.positions) - step.positions
+        rows_in_use = int(step.slots.max()) + 1
+        self._copied = self._before_table + rows_in_use * self._table.entries.shape[1]
+        self.table_seconds = time.perf_counter() - started
+        return slots
+
+    def copy(self) -> None:
+        """Queue the copy of what a step reads to the device."""
+        used = self._copied
+        self.device[:used].copy_(self.host[:used], non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -139,8 +178,11 @@ class Llama:
 
     `max_tokens` bounds the tokens of a step, `max_requests` the requests that hold a KV slot of
     `max_len` tokens. `attention` is the strategy of mixed batches. `caches` are K and V of each
-    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. Raises
-    InputError if the KV cache does not fit into the memory that is free.
+    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. With a
+    `page_size`, K and V are in `num_blocks` blocks of so many tokens, which steps name in
+    `new_blocks`, and one more for padding; `max_len` is then a multiple of the page size and no
+    more than all blocks hold. Raises InputError if the KV cache does not fit into the memory that
+    is free.
     """
 
     def __init__(
@@ -154,6 +196,8 @@ class Llama:
         max_len: int,
         num_sms: int,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        page_size: int = 0,
+        num_blocks: int = 0,
     ) -> None:
         self.model = model
         self.weights = weights
@@ -163,7 +207,13 @@ class Llama:
         self.max_len = max_len
         self.device = weights.embedding.device
         self.gpu_seconds = 0.0
-        self._plan_sizes = {
+        self.table_seconds = 0.0
+        self.page_size = page_size
+        self.num_blocks = num_blocks
+        if page_size and not max_len <= num_blocks * page_size:
+            raise ValueError(f"max_len {max_len} is more than {num_blocks} blocks hold")
+        self._padding_slot = num_blocks * page_size if page_size else max_requests
+        self._plan_sizes: dict[str, Any] = {
             "num_q_heads": model.num_q_heads,
             "num_kv_heads": model.num_kv_heads,
             "head_dim": model.head_dim,
@@ -173,7 +223,10 @@ class Llama:
         }
         self._allocate(caches)
         self._room = self._room_of_any_step()
-        self.inputs = Inputs(max_tokens, max_requests, self._room, self.device)
+        table = (max_requests + 1, max_len // page_size) if page_size else (0, 0)
+        self.inputs = Inputs(max_tokens, max_requests, self._room, self.device, page_size, table)
+        if page_size:
+            self._plan_sizes |= {"page_size": page_size, "block_table": self.inputs.block_table}
         self._workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._steps = {
             (kind, size): self._step_of(kind, size, MAX_CHUNKS)
@@ -192,16 +245,22 @@ class Llama:
         def buffer(*shape: int) -> torch.Tensor:  # zeros: padding rows are computed too
             return torch.zeros(*shape, device=self.device, dtype=dtype)
 
-        cache = (self.max_requests + 1, self.max_len, model.num_kv_heads, model.head_dim)
+        slots = (self.max_requests + 1, self.max_len)
+        if self.page_size:
+            slots = (self.num_blocks + 1, self.page_size)
+        cache = (*slots, model.num_kv_heads, model.head_dim)
         try:
             if caches is None:
                 caches = [(buffer(*cache), buffer(*cache)) for _ in range(model.num_layers)]
         except torch.OutOfMemoryError:
             gigabytes = model.kv_bytes_per_token * cache[0] * cache[1] / 1e9
+            what = f"{self.max_requests} requests of up to {self.max_len} tokens"
+            remedy = "max_num_seqs or max_model_len"
+            if self.page_size:
+                what = f"{self.num_blocks} blocks of {self.page_size} tokens"
+                remedy = "num_blocks or gpu_memory_utilization"
             raise InputError(
-                f"{self.max_requests} requests of up to {self.max_len} tokens need "
-                f"{gigabytes:.0f} GB of KV cache, more than is free: lower max_num_seqs or "
-                "max_model_len"
+                f"{what} need {gigabytes:.0f} GB of KV cache, more than is free: lower {remedy}"
             ) from None
         self.caches = caches
         self.residual = buffer(tokens, model.hidden_size)
@@ -289,9 +348,10 @@ class Llama:
             )
         size = graph_size(len(step.token_ids))
         plan, layers = self._step(step, size)
-        self.inputs.fill(step, plan, size, self.max_requests)
+        self.inputs.fill(step, plan, size, self._padding_slot)
+        self.table_seconds = self.inputs.table_seconds
         before()
-        self.inputs.device.copy_(self.inputs.host, non_blocking=True)
+        self.inputs.copy()
         layers.run()
         num_sampled = graph_size(len(step.sample_rows))
         if num_sampled:
@@ -330,7 +390,8 @@ class Llama:
             rmsnorm.rmsnorm(source, layer.attention_norm, NORM_EPS, normed, carried)
             carried = residual
             torch.mm(normed, layer.qkv.t(), out=qkv)
-            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, k_cache, v_cache, q)
+            written = self._written(k_cache), self._written(v_cache)
+            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, *written, q)
             attention(strategy, q, k_cache, v_cache, attended, plan)
             torch.mm(attended.view(n, -1), layer.output.t(), out=hidden)
             rmsnorm.rmsnorm(hidden, layer.mlp_norm, NORM_EPS, normed, residual)
@@ -338,6 +399,13 @@ class Llama:
             silu_mul.silu_mul(gate_up, activated)
             torch.mm(activated, layer.down.t(), out=hidden)
         rmsnorm.rmsnorm(hidden, self.weights.norm, NORM_EPS, normed, residual)
+
+    def _written(self, cache: torch.Tensor) -> torch.Tensor:
+        """A cache as RoPE's kernel writes to it, at [slot, position]: see `Inputs.slots_of`."""
+        if not self.page_size:
+            return cache
+        row, *strides = cache.stride()[1:]
+        return cache.as_strided((1, self.max_len, *cache.shape[2:]), (row, row, *strides))
 
     def _head(self, size: int) -> None:
         """From the normed tokens to the most likely successors of the sampled ones."""

@@ -282,19 +282,20 @@ def paging(
     kernels: str,
     rounds: int,
     on_workload: Callable[[], None],
+    sides: Sequence[str] = ("prefill", "decode", "pod"),
 ) -> list[Row]:
-    """Time both sides and POD from contiguous keys and from pages of every size."""
+    """Time both sides and POD, or some of them, from contiguous keys and from pages of any size."""
     found: list[Row] = []
     for workload in workloads:
         problem = Problem(workload)
-        sides = {"prefill": {"decode": False}, "decode": {"prefill": False}, "pod": {}}
+        without = {"prefill": {"decode": False}, "decode": {"prefill": False}, "pod": {}}
         launches = {}
-        for side, without in sides.items():
+        for side in sides:
             strategy = "pod" if side == "pod" else "serial"
             config = problem.config(strategy, kernels)
             for size in (0, *PAGE_SIZES):
                 name = f"{side} {size or 'contiguous'}"
-                launches[name] = problem.launch(strategy, config, **without, page_size=size)
+                launches[name] = problem.launch(strategy, config, **without[side], page_size=size)
         contest = Contest(launches, {})
         found += [{"workload": workload.name} | row for row in contest.rounds(rounds)]
         del problem, contest, launches

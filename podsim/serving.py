@@ -20,6 +20,7 @@ from podsim.engine import Engine, Recording, WallClock
 from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
+from podsim.kernels.plan import PAGE_SIZES
 from podsim.kv_cache import num_blocks_for, page_groups_for
 from podsim.llama import Llama, random_weights
 from podsim.measure import provenance, require_gpu
@@ -46,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of a step in which the GPU waits for the host."""
+    """Seconds of a step in which the GPU waits for the host, but for those of a block table."""
 
     fixed: float
     per_request: float
@@ -113,9 +114,13 @@ class Server:
         require_gpu(gpu)
         self.num_blocks = num_blocks_for(deployment, self.model, gpu)
         max_len = min(max_len, deployment.max_model_len or self.model.max_model_len)
+        max_len = -(-max_len // KV_STEP) * KV_STEP
         self.virtual_kv = self._virtual_kv(max_len) if deployment.kv == "vattention" else None
+        page_size = deployment.block_size if deployment.kv == "paged" else 0
         if self.virtual_kv is not None:
             max_len = self.virtual_kv.max_len
+        elif page_size:
+            max_len = min(-(-max_len // page_size), self.num_blocks) * page_size
         self.max_model_len = deployment.max_model_len or self.model.max_model_len
         self.llama = Llama(
             self.model,
@@ -123,9 +128,11 @@ class Server:
             attention=deployment.attention,
             max_tokens=deployment.token_budget,
             max_requests=deployment.max_num_seqs,
-            max_len=-(-max_len // KV_STEP) * KV_STEP,
+            max_len=max_len,
             num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
             caches=None if self.virtual_kv is None else self.virtual_kv.caches,
+            page_size=page_size,
+            num_blocks=self.num_blocks,
         )
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
@@ -199,9 +206,9 @@ class Server:
 
     def _measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
-        most = self.deployment.max_num_seqs
-        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
+        most = self._most_at_once(prompt + HOST_STEPS)
+        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         rows = []
         for done, size in enumerate([most, *sizes]):
             on_progress("measuring host time", done, len(sizes) + 2)
@@ -222,14 +229,24 @@ class Server:
         on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
         return HostTime.fit(rows, prefill_rows)
 
+    def _most_at_once(self, num_tokens: int) -> int:
+        """Requests of so many tokens that are let in together."""
+        kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
+        room = kv_cache.num_blocks - int(self.deployment.watermark * kv_cache.num_blocks)
+        fit = room // kv_cache.blocks_for(num_tokens)
+        return max(1, min(self.deployment.max_num_seqs, fit))
+
     def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[tuple[BatchShape, float]]:
-        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds."""
+        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds.
+
+        Preparing a block table is not among them: `podsim.paged_latency` has it for itself.
+        """
         engine = self._engine(lambda shape: 0.0, seed=1)
         recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
         _end_mapping(engine)
-        durations, gpu_seconds = recording.log.steps["duration"], recording.gpu_seconds
-        for shape, seconds, gpu in zip(recording.shapes, durations, gpu_seconds, strict=True):
-            yield shape, seconds - gpu
+        durations = np.asarray(recording.log.steps["duration"])
+        others = np.asarray(recording.gpu_seconds) + np.asarray(recording.table_seconds)
+        yield from zip(recording.shapes, (durations - others).tolist(), strict=True)
 
 
 def _end_mapping(engine: Engine) -> None:
@@ -238,8 +255,12 @@ def _end_mapping(engine: Engine) -> None:
 
 
 def _require_servable(deployment: Deployment) -> None:
-    if deployment.kv == "paged":
-        raise InputError("the engine serves with kv 'ideal' (contiguous slots) or 'vattention'")
+    if deployment.kv == "paged" and deployment.block_size not in PAGE_SIZES:
+        sizes = ", ".join(map(str, PAGE_SIZES))
+        raise InputError(
+            f"block_size is {deployment.block_size}: the engine's paged kernels have blocks of "
+            f"{sizes} tokens"
+        )
     for name, value in (
         *(("replicas", 1), ("prefix_caching", False), ("tensor_parallel_size", 1)),
         *(("kv_offload", "none"), ("preemption", "recompute")),

@@ -29,7 +29,15 @@ from podsim.errors import InputError
 from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
 from podsim.simulation import latency_model_for, workload_trace
-from podsim.validation import ENGINE_FILE, LATENCIES, Comparison, Recorded, compare, read_recording
+from podsim.validation import (
+    ENGINE_FILE,
+    LATENCIES,
+    TABLE_COLUMN,
+    Comparison,
+    Recorded,
+    compare,
+    read_recording,
+)
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
@@ -201,12 +209,17 @@ def step_table(comparison: Comparison) -> Table:
 
 def _lines(comparison: Comparison) -> list[str]:
     engine = comparison.recorded.engine
-    host = engine["host_time"]
+    host, steps = engine["host_time"], comparison.recorded.steps
+    tables = []
+    if TABLE_COLUMN in steps:
+        mean = steps[TABLE_COLUMN].mean() * 1e6
+        tables = [f"Block table  {mean:.0f} us of the host a step, beside that"]
     return [
         f"Engine       {engine['device_name']}, driver {engine['driver']}, torch "
         f"{engine['torch']}, triton {engine['triton']}, {engine['date']}",
         f"Host time    {host['fixed'] * 1e6:.0f} us a step and "
         f"{host['per_request'] * 1e6:.2f} us a request, "
         f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
+        *tables,
         *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
     ]

@@ -43,6 +43,8 @@ COLUMNS = {
     TOKENS_FILE: ("request_id", "step"),
     GPU_FILE: ("time", "sm_clock_mhz", "power_w"),
 }
+TABLE_COLUMN = "table_seconds"
+"""Of the steps over a paged KV cache: in which the host prepared the block table."""
 
 STEP_KINDS = ("decode", "mixed", "prefill", "all")
 LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e_latency": "End-to-end latency"}
@@ -59,7 +61,8 @@ class Recorded:
     requests: pd.DataFrame
     """`metrics.request_table` of the engine."""
     steps: pd.DataFrame
-    """`metrics.step_table`, then prefills, decode_context_max, num_sampled and gpu_seconds."""
+    """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds, and
+    table_seconds where there was a block table."""
     tokens: pd.DataFrame
     """request_id of each token that came out, in order, and the index of the step it ended."""
     gpu: pd.DataFrame
@@ -92,6 +95,8 @@ class Recorded:
         steps["decode_context_max"] = [shape.decode_context_max for shape in shapes]
         steps["num_sampled"] = [shape.num_sampled for shape in shapes]
         steps["gpu_seconds"] = np.asarray(recording.gpu_seconds)
+        if deployment.kv == "paged":
+            steps[TABLE_COLUMN] = np.asarray(recording.table_seconds)
         tokens = pd.DataFrame(
             {
                 "request_id": np.asarray(recording.token_request),

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine
+from podsim.engine import Engine, Recording
 from podsim.errors import InputError
-from podsim.kv_cache import PagedKVCache
 from podsim.latency import Heat, LatencyModel
+from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
@@ -50,6 +51,7 @@ class SlowedForward:
     def __init__(self, latency: LatencyModel, slowdown: float) -> None:
         self.heat, self.slowdown = Heat(latency), slowdown
         self.gpu_seconds = 0.0
+        self.table_seconds = 5e-5
         self.time = 0.0
 
     def now(self) -> float:
@@ -64,19 +66,24 @@ class SlowedForward:
         return np.zeros(len(inputs.sample_rows), np.int64)
 
 
-def recorded(slowdown: float) -> Recorded:
+def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
+    return Recorded.of(recording(slowdown, deployment), deployment, ENGINE, "made up")
+
+
+def recording(slowdown: float, deployment: Deployment = DEPLOYMENT, qps: float = 5.0) -> Recording:
     """What an engine does whose steps take longer than the profile says."""
     trace = synthetic_trace(
         arrivals="poisson",
-        qps=5.0,
+        qps=qps,
         num_requests=80,
         prompt_tokens="lognormal:600:0.8",
         output_tokens="lognormal:60:0.6",
         seed=3,
     )
-    kv_cache = PagedKVCache(ENGINE["num_blocks"], DEPLOYMENT.block_size)
-    served = Recorded.of(_empty(), DEPLOYMENT, ENGINE, "").deployment
-    latency = latency_model_for(served, model_named(served.model))
+    served = Recorded.of(Recording(), deployment, ENGINE, "").deployment
+    model = model_named(served.model)
+    kv_cache = kv_cache_for(served, model, ENGINE["num_blocks"])
+    latency = latency_model_for(served, model)
     forward = SlowedForward(latency, slowdown)
     engine = Engine(
         forward,
@@ -90,14 +97,7 @@ def recorded(slowdown: float) -> Recorded:
     )
     columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    recording = engine.serve(Request(i, *row) for i, row in enumerate(rows))
-    return Recorded.of(recording, DEPLOYMENT, ENGINE, "made up")
-
-
-def _empty():
-    from podsim.engine import Recording
-
-    return Recording()
+    return engine.serve(Request(i, *row) for i, row in enumerate(rows))
 
 
 def test_an_engine_that_keeps_to_the_profile_is_simulated_to_the_nanosecond(tmp_path):
@@ -160,6 +160,33 @@ def test_validate_from_a_recording(tmp_path):
     printed = json.loads(again.stdout)
     assert printed == json.loads((out / "comparison.json").read_text())
     assert printed["steps"]["all"]["bias"] == pytest.approx(1 / 1.1 - 1)
+
+
+def paged_deployment(folder: Path) -> Deployment:
+    """Of costs that are made up: a table takes 40 us, 1 a request and 0.01 a block."""
+    costs = {"prefill": 1.1, "decode": 1.05}
+    costs |= {"table_step": 4e-5, "table_request": 1e-6, "table_block": 1e-8}
+    folder.mkdir()
+    content = {"schema": 1, "gpu": "h200", "provenance": {}, "paged": {"16": costs}}
+    (folder / "memory.json").write_text(json.dumps(content))
+    return replace(DEPLOYMENT, kv="paged", memory_costs=str(folder))
+
+
+def test_a_recording_over_blocks_is_compared_with_their_costs(tmp_path):
+    run, source = recorded(1.0, paged_deployment(tmp_path / "costs")), tmp_path / "run"
+    source.mkdir()
+    run.save(source)
+    comparison = compare(read_recording(source), error_bars=False)
+    assert comparison.headline()["error"].abs().max() < 2e-4
+    assert comparison.steps()["p90"].max() < 2e-4
+    assert (comparison.recorded.steps["table_seconds"] > 5e-5 - 1e-7).all()
+    done = podsim("--from", str(source))
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("Block table"))
+    assert line.endswith("us of the host a step, beside that")
+    ideal = compare(recorded(1.0), error_bars=False)
+    slower = comparison.headline()["simulated"] / ideal.headline()["simulated"]
+    assert slower["tbt_p50"] > 1.01
 
 
 def _spoiled(folder: Path, file: str, change) -> str:
