@@ -111,7 +111,7 @@ def serving_workloads() -> list[KernelWorkload]:
     chunks = ((300, 300), (150, 150), (574, 2622))
     uneven = AttentionPoint(chunks, tuple(contexts.tolist()), "serving")
     named = KernelWorkload(f"32/8 {uneven.prefills_text} + 96 uneven", 32, 8, uneven)
-    return [*(_uniform((32, 8), *size) for size in sizes), named]
+    return [*(uniform_workload((32, 8), *size) for size in sizes), named]
 
 
 def sweep_workloads(count: int, seed: int) -> list[KernelWorkload]:

@@ -12,7 +12,7 @@ import pandas as pd
 import typer
 from rich.console import Console
 
-from podsim import questions_figures, questions_report
+from podsim import questions_report
 from podsim.errors import InputError
 from podsim.kernel_questions import PARTS
 from podsim.kernels_command import (
@@ -151,6 +151,8 @@ def _read_provenance(folder: Path, part: str) -> dict[str, object]:
 
 def _report(source: Path, out: Path, parts: list[str]) -> None:
     """Tables and figures of the parts; all rows are read before anything is written."""
+    from podsim import questions_figures  # loads matplotlib, which takes a while
+
     rows = {part: questions_report.read_rows(_rows_file(source, part), part) for part in parts}
     texts = {}
     for part in parts:
