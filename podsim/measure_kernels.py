@@ -19,8 +19,9 @@ from podsim.kernels.config import AttentionConfig, config_for
 from podsim.kernels.plan import PAGE_SIZES, AttentionPlan, Decode, PrefillChunk
 from podsim.measure_clock import SmClock
 
-FLUSH_BYTES = 256 << 20
-"""Written between launches, so that none finds its keys in the L2."""
+FLUSH_BYTES = 1 << 30
+"""Read between launches, so that none finds its keys in the L2 and none has to write back what
+another left there; long enough for the host to queue the next."""
 BURST_SECONDS = 0.012
 """Of launches in one round of one kernel."""
 SUSTAINED_SECONDS = 0.6
@@ -152,7 +153,7 @@ class Contest:
         self._runs |= theirs
         for run in theirs.values():
             run()
-        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
         self._clock = SmClock(torch.cuda.get_device_properties(0).multi_processor_count)
 
     def rounds(self, count: int, burst_seconds: float = BURST_SECONDS) -> Iterator[Row]:
@@ -187,7 +188,7 @@ class Contest:
     def _timed(self, run: Launch, repeats: int) -> list[float]:
         marks = []
         for _ in range(repeats):
-            self._flushed.zero_()
+            self._flushed.max()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
