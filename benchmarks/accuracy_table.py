@@ -1,6 +1,7 @@
 """Simulated beside recorded: the tables and the figure of docs/accuracy.md, without a GPU.
 
     python benchmarks/accuracy_table.py [--runs validation/h200] [--docs docs] [--readme README.md]
+    python benchmarks/accuracy_table.py --own-host
 
 Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, leaves
 accuracy.csv, accuracy-contexts.csv and accuracy.png, and writes the tables between the markers
@@ -10,44 +11,28 @@ accuracy.csv, accuracy-contexts.csv and accuracy.png, and writes the tables betw
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from accuracy_pages import (
+    CONTEXTS,
+    CONTEXTS_FILE,
+    ERRORS_FILE,
+    METRICS,
+    MOST_BELOW,
+    TTFTS,
+    bars_table,
+    filled,
+    read_tables,
+    runs_table,
+)
 
 from podsim.latency import ProfiledLatency
 from podsim.validation import ENGINE_FILE, Comparison, Recorded, compare, read_recording
-
-ERRORS_FILE, CONTEXTS_FILE = "accuracy.csv", "accuracy-contexts.csv"
-METRICS = {
-    "request_throughput": "req/s",
-    "tbt_p50": "TBT P50",
-    "tbt_p90": "TBT P90",
-    "tbt_p99": "TBT P99",
-    "ttft_p50": "TTFT P50",
-    "ttft_p90": "TTFT P90",
-    "ttft_p99": "TTFT P99",
-}
-TTFTS = ("ttft_p50", "ttft_p90", "ttft_p99")
-STEPS = {"step_bias": "step bias", "step_median": "step median"}
-NAMES = METRICS | STEPS
-CONTEXTS = (0, 1024, 2048, 4096, 8192, 16384)
-"""Tokens: the longest context of a step is above one of these and not above the next."""
-
-MOST_BELOW = 0.85
-"""The load up to which the first bars hold; the second ones are for what is above."""
-BARS = {
-    **{"request_throughput": 0.02, "tbt_p50": 0.03, "tbt_p90": 0.03, "tbt_p99": 0.06},
-    **{"ttft_p50": 0.05, "ttft_p90": 0.08, "ttft_p99": 0.08},
-    **{"step_bias": 0.02, "step_median": 0.03},
-}
-BARS_ABOVE = {"request_throughput": 0.03, "tbt_p50": 0.05, "tbt_p90": 0.05, "tbt_p99": 0.05}
-BAR_OF_GAINS = 0.03
-README_LOADS = (0.3, 0.85, 1.2)
-
 
 # --------------------------------------------------------------------------- what is measured
 
@@ -113,15 +98,36 @@ def compared(recorded: Recorded) -> Comparison:
     return compare(recorded, error_bars=load is not None and load > MOST_BELOW)
 
 
+def with_own_host(recorded: Recorded) -> Recorded:
+    """The same, as if the host's time had been measured in this run and not before it.
+
+    Fitted to what the GPU waited between the run's own steps: it says what is off beside the host.
+    """
+    steps = recorded.steps
+    has_prefill = steps["num_prefills"] > 0
+    columns = [np.ones(len(steps)), steps["num_prefills"] + steps["num_decodes"], has_prefill]
+    waited = steps["duration"] - steps["gpu_seconds"]
+    found = np.linalg.lstsq(np.column_stack(columns).astype(float), waited, rcond=None)[0]
+    fixed, per_request, with_prefill = np.maximum(found, 0.0).tolist()
+    deployment = dataclasses.replace(
+        recorded.deployment,
+        host_overhead=fixed,
+        host_overhead_per_request=per_request,
+        host_overhead_with_prefill=with_prefill,
+    )
+    return dataclasses.replace(recorded, deployment=deployment)
+
+
 def recordings(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{ENGINE_FILE}"))
 
 
-def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(folders: list[Path], own_host: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of all runs, and of their contexts."""
     rows, by_context = [], []
     for folder in folders:
-        comparison = compared(read_recording(folder))
+        recorded = read_recording(folder)
+        comparison = compared(with_own_host(recorded) if own_host else recorded)
         model = comparison.simulated.latency_model
         assert isinstance(model, ProfiledLatency)
         shipped = model.profile.source.startswith("profiles/")
@@ -129,174 +135,6 @@ def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         rows.append({**row(comparison), "profile": source})
         by_context += contexts(comparison)
     return pd.DataFrame(rows), pd.DataFrame(by_context)
-
-
-# ---------------------------------------------------------------------------------- the tables
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
-
-
-def percent(value: float, name: str = "") -> str:
-    return f"{value:.1%}" if name == "step_median" else f"{value:+.1%}"
-
-
-def verdict(passed: bool) -> str:
-    return "pass" if passed else "**fail**"
-
-
-def machine_table(errors: pd.DataFrame) -> str:
-    """What the runs were made with."""
-    names = ["kernels", "profile", "driver", "torch", "triton", "date"]
-    rows = [
-        [*map(str, key), str(len(runs)), f"{runs['requests'].min()} to {runs['requests'].max()}"]
-        for key, runs in errors.groupby(names)
-    ]
-    return table([*names, "runs", "requests each"], rows)
-
-
-def bars_table(errors: pd.DataFrame) -> str:
-    """Each bar, in how many runs it is met, and the worst of them."""
-    online = errors[errors["load"].notna()]
-    below, above = online[online["load"] <= MOST_BELOW], online[online["load"] > MOST_BELOW]
-    rows = []
-    for where, runs, bars in ((f"to {MOST_BELOW}", below, BARS), ("above", above, BARS_ABOVE)):
-        for name, bar in bars.items():
-            size = runs[name].abs()
-            if size.empty:
-                rows.append([where, NAMES[name], f"{bar:.0%}", "not recorded", "", ""])
-                continue
-            worst = runs.loc[size.idxmax()]
-            met = int((size <= bar).sum())
-            worst_of = f"{percent(worst[name], name)} ({worst['run']})"
-            count = f"{met} of {len(runs)}"
-            passed = verdict(met == len(runs))
-            rows.append([where, NAMES[name], f"{bar:.0%}", count, worst_of, passed])
-    return table(["load", "error of", "bar", "runs that meet it", "worst", ""], rows)
-
-
-def runs_table(errors: pd.DataFrame, of: pd.DataFrame | None = None) -> str:
-    """One line a run; bold is what misses its bar."""
-    columns = [*METRICS, "step_median", "step_bias", "step_total"]
-    rows = []
-    for _, run in (errors if of is None else of).iterrows():
-        bars = {} if pd.isna(run["load"]) else BARS if run["load"] <= MOST_BELOW else BARS_ABOVE
-        cells = [
-            f"**{percent(run[name], name)}**"
-            if abs(run[name]) > bars.get(name, np.inf)
-            else percent(run[name], name)
-            for name in columns
-        ]
-        tail = [f"{run['host_share']:.1%}", f"{run['sm_clock_mhz']:.0f}"]
-        rows.append([run["run"], *cells, *tail])
-    names = [*METRICS.values(), "step median", "step bias", "all steps", "host", "clock"]
-    return table(["run", *names], rows)
-
-
-def budgets_table(errors: pd.DataFrame) -> str:
-    """Chat at one load under several budgets."""
-    chosen = errors[(errors["workload"] == "chat") & (errors["load"] == MOST_BELOW)]
-    chosen = chosen[chosen["attention"].isin(["serial", "pod"])]
-    return runs_table(errors, chosen.sort_values(["attention", "token_budget"]))
-
-
-def overload_table(errors: pd.DataFrame) -> str:
-    """TTFT with the interval of the simulation."""
-    rows = []
-    for _, run in errors[errors["load"] > MOST_BELOW].iterrows():
-        cells = [run["run"]]
-        for name in TTFTS:
-            measured, low, high = (run[f"{name}_{part}"] for part in ("measured", "low", "high"))
-            inside = "" if low <= measured <= high else " **outside**"
-            simulated = run[f"{name}_simulated"]
-            cells.append(f"{measured:.3f}: {simulated:.3f} ({low:.3f} to {high:.3f}){inside}")
-        rows.append(cells)
-    return table(["run", *(f"{METRICS[name]} (s)" for name in TTFTS)], rows)
-
-
-def contexts_table(by_context: pd.DataFrame) -> str:
-    """Errors of steps against the longest context, all runs of a strategy together."""
-    rows = []
-    ends = dict(zip(CONTEXTS, [*map(str, CONTEXTS[1:]), "more"], strict=True))
-    for (attention, above), runs in by_context.groupby(["attention", "above"]):
-        steps = runs["steps"]
-        bias, size = (float(np.average(runs[name], weights=steps)) for name in ("bias", "size"))
-        total = runs["predicted"].sum() / runs["measured"].sum() - 1
-        of = f"{above + 1} to {ends[above]}"
-        cells = [f"{steps.sum():,}", f"{size:.1%}", percent(bias), percent(total)]
-        rows.append([str(attention), of, *cells])
-    return table(["strategy", "context", "steps", "mean size", "bias", "all steps"], rows)
-
-
-def offline_table(errors: pd.DataFrame) -> str:
-    """Throughput of each strategy over that of serial, all requests there at the start."""
-    offline = errors[errors["load"].isna()]
-    return gains_table(offline, ["request_throughput"])
-
-
-def online_table(errors: pd.DataFrame) -> str:
-    """Latencies of each strategy over those of serial, under the same arrivals."""
-    return gains_table(errors[errors["load"].notna()], ["tbt_p99", "ttft_p50", "ttft_p90"])
-
-
-def gains_table(errors: pd.DataFrame, names: list[str]) -> str:
-    """By run: what a strategy changes of some metrics against serial, measured and simulated."""
-    by_run = errors.set_index("run")
-    rows = []
-    for run, other in by_run[by_run["attention"] != "serial"].iterrows():
-        serial_run = str(run).replace(f"-{other['attention']}-", "-serial-", 1)
-        if serial_run not in by_run.index:
-            continue
-        serial = by_run.loc[serial_run]
-        for name in names:
-            measured, simulated = (
-                other[f"{name}_{of}"] / serial[f"{name}_{of}"] - 1
-                for of in ("measured", "simulated")
-            )
-            same = np.sign(measured) == np.sign(simulated)
-            passed = bool(same and abs(simulated - measured) <= BAR_OF_GAINS)
-            cells = [percent(measured), percent(simulated), f"{(simulated - measured) * 100:+.1f}"]
-            rows.append([str(run), METRICS[name], *cells, verdict(passed)])
-    if not rows:
-        return "Not recorded yet."
-    return table(["run", "of", "measured", "simulated", "points between", ""], rows)
-
-
-def readme_table(errors: pd.DataFrame) -> str:
-    """Some runs of POD."""
-    chosen = errors[(errors["attention"] == "pod") & errors["load"].isin(README_LOADS)]
-    return runs_table(errors, chosen)
-
-
-TABLES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
-    "machine": lambda errors, _: machine_table(errors),
-    "bars": lambda errors, _: bars_table(errors),
-    "runs": lambda errors, _: runs_table(errors),
-    "budgets": lambda errors, _: budgets_table(errors),
-    "overload": lambda errors, _: overload_table(errors),
-    "contexts": lambda _, by_context: contexts_table(by_context),
-    "offline gains": lambda errors, _: offline_table(errors),
-    "online gains": lambda errors, _: online_table(errors),
-    "some runs": lambda errors, _: readme_table(errors),
-}
-
-
-def read_tables(docs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What `measure` found when the pages were written last."""
-    return pd.read_csv(docs / ERRORS_FILE), pd.read_csv(docs / CONTEXTS_FILE)
-
-
-def filled(page: str, errors: pd.DataFrame, by_context: pd.DataFrame) -> str:
-    """A page with the table between each pair of markers written anew."""
-
-    def between(match: re.Match[str]) -> str:
-        name = match[1]
-        written = TABLES[name](errors, by_context)
-        return f"<!-- {name} -->\n\n{written}\n\n<!-- end of {name} -->"
-
-    return re.sub(r"<!-- ([a-z ]+) -->\n.*?<!-- end of \1 -->", between, page, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------- the figure
@@ -327,11 +165,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("validation/h200"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument(
+        "--own-host",
+        action="store_true",
+        help="print what would be left with the host's time as each run had it; write nothing",
+    )
     arguments = parser.parse_args()
     folders = recordings(arguments.runs)
     if not folders:
         raise SystemExit(f"{arguments.runs}: no recordings")
-    errors, by_context = measure(folders)
+    errors, by_context = measure(folders, arguments.own_host)
+    if arguments.own_host:
+        print(runs_table(errors), bars_table(errors), sep="\n\n")
+        return
     errors.to_csv(arguments.docs / ERRORS_FILE, index=False, float_format="%.5f")
     by_context.to_csv(arguments.docs / CONTEXTS_FILE, index=False, float_format="%.5f")
     kept = read_tables(arguments.docs)
