@@ -1,4 +1,4 @@
-"""The tables of docs/accuracy.md and of the README, from the files that accuracy_table.py leaves."""
+"""The tables of docs/accuracy.md and the README, from the files that accuracy_table.py leaves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from record_runs import SETUPS
 
 ERRORS_FILE, CONTEXTS_FILE = "accuracy.csv", "accuracy-contexts.csv"
 METRICS = {
@@ -43,7 +44,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def percent(value: float, name: str = "") -> str:
-    return f"{value:.1%}" if name == "step_median" else f"{value:+.1%}"
+    return f"{value:.1%}" if name.endswith("_median") else f"{value:+.1%}"
 
 
 def verdict(passed: bool) -> str:
@@ -80,11 +81,11 @@ def bars_table(errors: pd.DataFrame) -> str:
     return table(["load", "error of", "bar", "runs that meet it", "worst", ""], rows)
 
 
-def runs_table(errors: pd.DataFrame, of: pd.DataFrame | None = None) -> str:
+def runs_table(errors: pd.DataFrame) -> str:
     """One line a run; bold is what misses its bar."""
     columns = [*METRICS, "step_median", "step_bias", "step_total"]
     rows = []
-    for _, run in (errors if of is None else of).iterrows():
+    for _, run in errors.iterrows():
         bars = {} if pd.isna(run["load"]) else BARS if run["load"] <= MOST_BELOW else BARS_ABOVE
         cells = [
             f"**{percent(run[name], name)}**"
@@ -98,11 +99,21 @@ def runs_table(errors: pd.DataFrame, of: pd.DataFrame | None = None) -> str:
     return table(["run", *names], rows)
 
 
+def gpu_table(errors: pd.DataFrame) -> str:
+    """Steps without the host."""
+    columns = [f"gpu_{kind}_{what}" for kind in ("decode", "mixed") for what in ("bias", "median")]
+    rows = [
+        [run["run"], *(percent(run[name], name) for name in columns)]
+        for _, run in errors.iterrows()
+    ]
+    return table(["run", "decode bias", "decode median", "mixed bias", "mixed median"], rows)
+
+
 def budgets_table(errors: pd.DataFrame) -> str:
     """Chat at one load under several budgets."""
     chosen = errors[(errors["workload"] == "chat") & (errors["load"] == MOST_BELOW)]
     chosen = chosen[chosen["attention"].isin(["serial", "pod"])]
-    return runs_table(errors, chosen.sort_values(["attention", "token_budget"]))
+    return runs_table(chosen.sort_values(["attention", "token_budget"]))
 
 
 def overload_table(errors: pd.DataFrame) -> str:
@@ -167,21 +178,35 @@ def gains_table(errors: pd.DataFrame, names: list[str]) -> str:
     return table(["run", "of", "measured", "simulated", "points between", ""], rows)
 
 
+def missing_table(errors: pd.DataFrame) -> str:
+    """Of each group of record_runs.py: how many runs are recorded, by the kernels they ran."""
+    kernels = sorted({*errors["kernels"], "hopper"})
+    rows = []
+    for group in dict.fromkeys(setup.group for setup in SETUPS):
+        names = [name for setup in SETUPS if setup.group == group for name in setup.run_names]
+        mine = errors[errors["run"].isin(names)]
+        counts = [str(int((mine["kernels"] == kind).sum())) for kind in kernels]
+        rows.append([group, str(len(names)), *counts])
+    return table(["group", "planned", *(f"recorded, {kind} kernels" for kind in kernels)], rows)
+
+
 def readme_table(errors: pd.DataFrame) -> str:
     """Some runs of POD."""
     chosen = errors[(errors["attention"] == "pod") & errors["load"].isin(README_LOADS)]
-    return runs_table(errors, chosen)
+    return runs_table(chosen)
 
 
 TABLES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
     "machine": lambda errors, _: machine_table(errors),
     "bars": lambda errors, _: bars_table(errors),
     "runs": lambda errors, _: runs_table(errors),
+    "steps on the gpu": lambda errors, _: gpu_table(errors),
     "budgets": lambda errors, _: budgets_table(errors),
     "overload": lambda errors, _: overload_table(errors),
     "contexts": lambda _, by_context: contexts_table(by_context),
     "offline gains": lambda errors, _: offline_table(errors),
     "online gains": lambda errors, _: online_table(errors),
+    "what is missing": lambda errors, _: missing_table(errors),
     "some runs": lambda errors, _: readme_table(errors),
 }
 

@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy_table.py [--runs validation/h200] [--docs docs] [--readme README.md]
     python benchmarks/accuracy_table.py --own-host
+    python benchmarks/accuracy_table.py --sizes
 
 Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, leaves
 accuracy.csv, accuracy-contexts.csv and accuracy.png, and writes the tables between the markers
@@ -30,8 +31,13 @@ from accuracy_pages import (
     read_tables,
     runs_table,
 )
+from numpy.typing import NDArray
 
-from podsim.latency import ProfiledLatency
+from podsim.graph_sizes import graph_size
+from podsim.latency import Heat, ProfiledLatency
+from podsim.metrics import STEP_KINDS, step_kinds
+from podsim.model import model_named
+from podsim.simulation import latency_model_for
 from podsim.validation import ENGINE_FILE, Comparison, Recorded, compare, read_recording
 
 # --------------------------------------------------------------------------- what is measured
@@ -54,6 +60,7 @@ def row(comparison: Comparison) -> dict[str, object]:
         "step_median": steps.loc["all", "median"],
         "step_bias": steps.loc["all", "bias"],
         "step_total": steps.loc["all", "total"],
+        **gpu_errors(recorded),
         **{
             f"{name}_{column}": headline.loc[name, column]
             for name in METRICS
@@ -66,6 +73,45 @@ def row(comparison: Comparison) -> dict[str, object]:
         "kernels": recorded.engine.get("kernels", "triton"),
         **{name: recorded.engine[name] for name in ("driver", "torch", "triton", "date")},
     }
+
+
+def gpu_errors(recorded: Recorded) -> dict[str, float]:
+    """Of steps with decodes alone, and with both: mean error on the GPU, and median size."""
+    error = errors_on_gpu(recorded)
+    kinds = step_kinds(recorded.steps)
+    found = {}
+    for kind in ("decode", "mixed"):
+        mine = error[kinds == STEP_KINDS.index(kind)]
+        found[f"gpu_{kind}_bias"] = float(mine.mean())
+        found[f"gpu_{kind}_median"] = float(np.median(np.abs(mine)))
+    return found
+
+
+def errors_on_gpu(recorded: Recorded) -> NDArray[np.float64]:
+    """Of each step: predicted over measured time without the host's, minus 1."""
+    without_host = dataclasses.replace(
+        recorded.deployment,
+        host_overhead=0.0,
+        host_overhead_per_request=0.0,
+        host_overhead_with_prefill=0.0,
+    )
+    heat = Heat(latency_model_for(without_host, model_named(without_host.model)))
+    timed = zip(recorded.shapes, recorded.steps["start"].tolist(), strict=True)
+    predicted = np.array([heat.step_time(shape, start) for shape, start in timed])
+    return predicted / recorded.steps["gpu_seconds"].to_numpy() - 1
+
+
+def by_size(folders: list[Path]) -> pd.DataFrame:
+    """Errors on the GPU of all steps with prefill, by the size of the graph they were padded to."""
+    parts = []
+    for folder in folders:
+        recorded = read_recording(folder)
+        steps = recorded.steps
+        tokens = steps["num_prefill_tokens"] + steps["num_decodes"]
+        part = pd.DataFrame({"size": tokens.map(graph_size), "error": errors_on_gpu(recorded)})
+        parts.append(part[steps["num_prefills"] > 0])
+    errors = pd.concat(parts).groupby("size")["error"]
+    return errors.agg(["size", "median", "mean"]).set_axis(["steps", "median", "mean"], axis=1)
 
 
 def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
@@ -170,10 +216,18 @@ def main() -> None:
         action="store_true",
         help="print what would be left with the host's time as each run had it; write nothing",
     )
+    parser.add_argument(
+        "--sizes",
+        action="store_true",
+        help="print errors of steps with prefill by graph size; write nothing",
+    )
     arguments = parser.parse_args()
     folders = recordings(arguments.runs)
     if not folders:
         raise SystemExit(f"{arguments.runs}: no recordings")
+    if arguments.sizes:
+        print(by_size(folders).to_string(float_format="{:+.3f}".format))
+        return
     errors, by_context = measure(folders, arguments.own_host)
     if arguments.own_host:
         print(runs_table(errors), bars_table(errors), sep="\n\n")

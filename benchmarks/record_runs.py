@@ -92,6 +92,12 @@ class Setup:
     def name(self) -> str:
         return f"{self.workload}-{self.attention}-{self.token_budget}"
 
+    @property
+    def run_names(self) -> list[str]:
+        ratios = OFFLINE_REQUESTS if self.workload == "offline" else ()
+        names = [*(f"pd{ratio}" for ratio in ratios), *(f"{load:.2f}" for load in self.loads)]
+        return [f"{self.name}-{name}" for name in names]
+
     def deployment(self) -> podsim.Deployment:
         if self.workload == "offline":
             served = ("llama-3.1-8b", max(OFFLINE_REQUESTS.values()), OFFLINE_TOKENS)
