@@ -187,7 +187,8 @@ def chosen(only: Sequence[str] | None) -> list[Setup]:
         return list(SETUPS)
     found = []
     for name in only:
-        mine = [s for s in SETUPS if s.group == name or s.name.startswith(name)]
+        mine = [setup for setup in SETUPS if setup.group == name]
+        mine = mine or [setup for setup in SETUPS if setup.name.startswith(name)]
         if not mine:
             groups = ", ".join(dict.fromkeys(setup.group for setup in SETUPS))
             raise SystemExit(f"--only: no group or set-up '{name}'; groups: {groups}")

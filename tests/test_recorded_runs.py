@@ -152,6 +152,7 @@ def test_groups_are_recorded_in_the_order_they_are_asked_for(
 ) -> None:
     names = [setup.name for setup in record_runs.chosen(["offline-pod", "chat-serial-512"])]
     assert names == ["offline-pod-1024", "chat-serial-512"]
+    assert {setup.token_budget for setup in record_runs.chosen(["chat"])} == {512}, "the group"
     with pytest.raises(SystemExit, match="no group or set-up 'chats'; groups: chat, code"):
         record_runs.chosen(["chats"])
     (tmp_path / "chat-serial-512-0.50").mkdir()
