@@ -32,6 +32,12 @@ from podsim.vattention import VAttentionCache
 SLOTTED = (VAttentionCache, PagedBlocks)
 """KV caches that choose the slot of a request themselves."""
 
+PROMPT_STARTS = 1 << 16
+"""Prompts are pieces of one random text, drawn before serving: the GPU would wait for the drawing.
+So many tokens of it begin one,"""
+PROMPT_STRIDE = 40503
+"""and two requests in a row begin so far apart: odd, so that no two of that many begin alike."""
+
 
 class Clock(Protocol):
     """Seconds since serving began."""
@@ -48,6 +54,10 @@ class WallClock:
     """Seconds before a moment from which on it is waited for awake: sleep is not that exact."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Now is 0."""
         self._start = time.perf_counter()
 
     def now(self) -> float:
@@ -120,8 +130,6 @@ class Engine:
         self.scheduler = scheduler
         self.kv_cache = kv_cache
         self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
-        self.seed = seed
         self.clock = clock
         self.recording = Recording()
         self.gaps = TokenGaps(self.recording.log)
@@ -129,6 +137,9 @@ class Engine:
         self._slot: dict[Request, int] = {}
         self._tokens: dict[Request, NDArray[np.int32]] = {}
         """Prompt and emitted tokens of the requests that are not finished."""
+        rng = np.random.default_rng(seed)
+        length = PROMPT_STARTS + max_model_len
+        self._text = rng.integers(vocab_size, size=length, dtype=np.int32)
         self._coming: deque[Request] = deque()
 
     def serve(self, requests: Iterable[Request]) -> Recording:
@@ -157,10 +168,10 @@ class Engine:
             self.recording.log.record_request(request, refused=reason)
             return
         request.replica = 0
-        rng = np.random.default_rng((self.seed, request.request_id))
-        tokens = np.zeros(request.num_prompt_tokens + request.num_output_tokens, np.int32)
-        prompt = rng.integers(self.vocab_size, size=request.num_prompt_tokens)
-        tokens[: request.num_prompt_tokens] = prompt
+        num_prompt = request.num_prompt_tokens
+        tokens = np.zeros(num_prompt + request.num_output_tokens, np.int32)
+        first = request.request_id * PROMPT_STRIDE % PROMPT_STARTS
+        tokens[:num_prompt] = self._text[first : first + num_prompt]
         self._tokens[request] = tokens
         self.scheduler.add(request)
 
@@ -206,8 +217,7 @@ class Engine:
         is_paged = isinstance(self.kv_cache, PagedBlocks)
         preparing = allotting + self.forward.table_seconds if is_paged else 0.0
         self.recording.table_seconds.append(preparing)
-        for request, token in zip(sampled_for, sampled.tolist(), strict=True):
-            self._deliver(request, token)
+        self._deliver(sampled_for, sampled.tolist())
         self._book(batch, end)
         return end
 
@@ -218,10 +228,12 @@ class Engine:
         started = time.perf_counter()
         return self.kv_cache.allot(batch.prefills, decodes), time.perf_counter() - started
 
-    def _deliver(self, request: Request, token: int) -> None:
-        self._tokens[request][request.num_known_tokens] = token
-        self.recording.token_request.append(request.request_id)
-        self.recording.token_step.append(len(self.recording.shapes) - 1)
+    def _deliver(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+        """Each request's next token, of the step that was recorded last."""
+        for request, token in zip(requests, tokens, strict=True):
+            self._tokens[request][request.num_known_tokens] = token
+        self.recording.token_request.extend([request.request_id for request in requests])
+        self.recording.token_step.extend([len(self.recording.shapes) - 1] * len(requests))
 
     def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
         self.recording.shapes.append(shape)

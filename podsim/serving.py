@@ -16,7 +16,7 @@ import torch
 from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine, Recording, WallClock
+from podsim.engine import Clock, Engine, Recording, WallClock
 from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
@@ -140,11 +140,13 @@ class Server:
 
     def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
         """Serve a trace from its first arrival to its last token, in real time."""
-        engine = self._engine(step_time, seed)
+        clock = WallClock()
+        engine = self._engine(step_time, seed, clock)
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
-            with gpu_samples(engine.clock.now) as samples:
+            with gpu_samples(clock.now) as samples:
+                clock.start()  # now that all is ready, so that the first request waits for nothing
                 recording = engine.serve(_requests(trace))
         finally:
             gc.enable()
@@ -159,7 +161,7 @@ class Server:
             self.llama.caches = []
             self.virtual_kv.close()
 
-    def _engine(self, step_time: StepTime, seed: int) -> Engine:
+    def _engine(self, step_time: StepTime, seed: int, clock: Clock | None = None) -> Engine:
         kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
         mapping = None
         if self.virtual_kv is not None:
@@ -176,7 +178,7 @@ class Server:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             seed=seed,
-            clock=WallClock(),
+            clock=clock or WallClock(),
             mapping=mapping,
         )
 

@@ -28,7 +28,7 @@ from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
 from podsim.latency import Heat, LatencyModel
 from podsim.points import AttentionPoint
-from podsim.profile import PROFILE_FILE
+from podsim.profile import PROFILE_FILE, read_profile
 from podsim.simulation import Result, simulate, simulate_with_error_bars
 from podsim.workload import Trace
 
@@ -163,8 +163,8 @@ def _chunks(text: str) -> tuple[PrefillShape, ...]:
 def read_recording(folder: Path) -> Recorded:
     """The recording in a folder. InputError, naming the file, if it is not one.
 
-    A folder `profile` beside it holds the profile of the kernels that recordings were made with,
-    where those that are shipped now are others.
+    A folder `profile` beside it is the profile of the recordings that were made with its kernels;
+    all others are compared with their deployment's own.
     """
     source = folder / ENGINE_FILE
     try:
@@ -174,9 +174,9 @@ def read_recording(folder: Path) -> Recorded:
         name = content.pop("name")
         source = folder / CONFIG_FILE
         deployment = config.options_from(Deployment, config.read_toml(source))
-        own_profile = folder.absolute().parent / "profile"
-        if deployment.profile is None and (own_profile / PROFILE_FILE).exists():
-            deployment = replace(deployment, profile=str(own_profile))
+        beside = folder.absolute().parent / "profile"
+        if deployment.profile is None and _same_kernels(beside, content):
+            deployment = replace(deployment, profile=str(beside))
         tables = []
         for file in COLUMNS:
             source = folder / file
@@ -197,6 +197,14 @@ def read_recording(folder: Path) -> Recorded:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: not a recording of podsim validate: {error}") from None
+
+
+def _same_kernels(profile: Path, engine: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the profile of the kernels that an engine ran."""
+    if not (profile / PROFILE_FILE).exists():
+        return False
+    measured = read_profile(profile, str(profile)).provenance
+    return bool(measured.get("kernels_sha256") == engine.get("kernels_sha256"))
 
 
 # ------------------------------------------------------------------------------- comparison

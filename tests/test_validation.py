@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,6 +140,24 @@ def test_a_recording_is_the_same_when_read_and_written_again(tmp_path):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
+def test_a_profile_beside_recordings_is_that_of_those_with_its_kernels(tmp_path):
+    shipped = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
+    shutil.copytree(shipped, tmp_path / "profile", ignore=shutil.ignore_patterns("*.csv"))
+    beside = json.loads((shipped / "profile.json").read_text())
+    run = recorded(slowdown=1.0)
+    profiles = {}
+    for name, kernels in (
+        ("old", beside["provenance"]["kernels_sha256"]),
+        ("new", "others"),
+    ):
+        (tmp_path / name).mkdir()
+        dataclasses.replace(run, engine={**run.engine, "kernels_sha256": kernels}).save(
+            tmp_path / name
+        )
+        profiles[name] = read_recording(tmp_path / name).deployment.profile
+    assert profiles == {"old": str(tmp_path / "profile"), "new": None}
+
+
 def podsim(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "podsim", "validate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -151,6 +171,7 @@ def test_validate_from_a_recording(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "made up: 80 requests" in done.stdout
     assert "-9.1%" in done.stdout
+    assert "llama-3-8b/profile.json, of other kernels than the engine's" in done.stdout
     files = {path.name for path in out.iterdir()}
     assert files >= {"comparison.csv", "comparison.json", "comparison.png", "step_errors.csv"}
     assert (out / STEPS_FILE).read_bytes() == (source / STEPS_FILE).read_bytes()
