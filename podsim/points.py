@@ -101,7 +101,7 @@ def attention_points(
     rng: Generator,
     model: Model,
     gpu: Gpu,
-    num_random: int = 300,
+    num_random: int = 240,
     num_held_out: int = 160,
 ) -> list[AttentionPoint]:
     """Points of a grid and random batches to fit on, then random batches to judge by.

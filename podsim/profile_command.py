@@ -233,9 +233,10 @@ def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float] | Non
     wall = profile.provenance.get("wall_seconds")
     if not isinstance(wall, dict):
         return None, first
-    quick = bool(profile.provenance.get("quick"))
-    counts = plan_profile(model, gpu, quick).counts()
-    each = {kind: wall[kind] / counts[kind]["sequences"] for kind in counts if kind in wall}
+    timed = profile.provenance.get("sequences")
+    if not isinstance(timed, dict):
+        return None, first
+    each = {kind: wall[kind] / timed[kind] for kind in timed if kind in wall}
     return each, f"{profile.source}, measured {profile.provenance.get('date', 'at some time')}"
 
 

@@ -208,6 +208,7 @@ def _finish(
         "ceilings": {name: float(f"{v:.6g}") for name, v in ceiling_rates(journal.rows).items()},
         "refused_rows": sum(bool(row["refused"]) for row in rows),
         "wall_seconds": {kind: round(sum(s), 1) for kind, s in journal.seconds.items()},
+        "sequences": {kind: len(s) for kind, s in journal.seconds.items()},
     }
     try:
         profile = calibration.write(scratch, rows, model, gpu, measured)
