@@ -7,7 +7,7 @@ Each run serves one workload at one load under one deployment with real forward 
 a folder as `podsim validate` does, as soon as it ends. A run whose folder is there is not made
 again. Loads are shares of the requests/s that the workload reaches offline, simulated with serial
 attention: every strategy is given the same arrivals. `--only` names groups, or how set-ups' names
-begin, or single runs, and their order; `--within` leaves out runs that would not end in so many seconds.
+begin, or single runs, and their order; `--within` leaves out what would not end in so many seconds.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def seconds(setup: Setup, trace: Trace) -> float:
 
 
 def chosen(only: Sequence[str] | None) -> list[Setup]:
-    """The set-ups of some groups, or whose names begin so, or of single runs, in the order asked."""
+    """The set-ups of groups, or whose names begin so, or of single runs, in the order asked for."""
     if not only:
         return list(SETUPS)
     found = []
