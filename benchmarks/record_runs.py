@@ -7,7 +7,7 @@ Each run serves one workload at one load under one deployment with real forward 
 a folder as `podsim validate` does, as soon as it ends. A run whose folder is there is not made
 again. Loads are shares of the requests/s that the workload reaches offline, simulated with serial
 attention: every strategy is given the same arrivals. `--only` names groups, or how set-ups' names
-begin, and their order; `--within` leaves out runs that would not end in so many seconds.
+begin, or single runs, and their order; `--within` leaves out what would not end in so many seconds.
 """
 
 from __future__ import annotations
@@ -182,37 +182,56 @@ def seconds(setup: Setup, trace: Trace) -> float:
 
 
 def chosen(only: Sequence[str] | None) -> list[Setup]:
-    """The set-ups of some groups, or whose names begin so, in the order they are asked for."""
+    """The set-ups of groups, or whose names begin so, or of single runs, in the order asked for."""
     if not only:
         return list(SETUPS)
     found = []
     for name in only:
         mine = [setup for setup in SETUPS if setup.group == name]
         mine = mine or [setup for setup in SETUPS if setup.name.startswith(name)]
+        mine = mine or [
+            replace(setup, loads=(load,))
+            for setup in SETUPS
+            for load in setup.loads
+            if name == f"{setup.name}-{load:.2f}"
+        ]
         if not mine:
             groups = ", ".join(dict.fromkeys(setup.group for setup in SETUPS))
-            raise SystemExit(f"--only: no group or set-up '{name}'; groups: {groups}")
+            raise SystemExit(f"--only: no group, set-up or run '{name}'; groups: {groups}")
         found += [setup for setup in mine if setup not in found]
     return found
 
 
-def show_plan(setups: Sequence[Setup], out: Path) -> None:
-    """Print every run that is missing, and how long it and each group will take."""
+def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
+    """Print every run that is missing, how long it and each group take, and what has no time."""
     groups: dict[str, float] = {}
+    spent = 0.0
     for setup in setups:
-        missing = [run for run in setup.runs() if not (out / run.name).exists()]
-        if not missing:
+        expected = missing_runs(setup, out)
+        if not fits(expected, within - spent - START_SECONDS):
             continue
         print(f"{setup.name}  ({setup.group}; {START_SECONDS:.0f} s to start)")
-        groups[setup.group] = groups.get(setup.group, 0.0) + START_SECONDS
-        for run in missing:
-            each = seconds(setup, run.trace)
-            groups[setup.group] += each
+        before, spent = spent, spent + START_SECONDS
+        for run, each in expected:
             rate = "all at once" if run.qps is None else f"{run.qps:.2f} req/s"
-            print(f"  {run.name:30}{len(run.trace):5} requests  {rate:>12}{each:7.0f} s")
+            left_out = "" if spent + each <= within else "  no time left"
+            spent += 0.0 if left_out else each
+            requests = f"{len(run.trace):5} requests  {rate:>12}"
+            print(f"  {run.name:30}{requests}{each:7.0f} s{left_out}")
+        groups[setup.group] = groups.get(setup.group, 0.0) + spent - before
     for group, total in groups.items():
         print(f"{group}: {total:.0f} s")
-    print(f"all: {sum(groups.values()):.0f} s")
+    print(f"all: {spent:.0f} s")
+
+
+def missing_runs(setup: Setup, out: Path) -> list[tuple[Run, float]]:
+    """The runs that are not there yet, and the seconds that each takes."""
+    missing = [run for run in setup.runs() if not (out / run.name).exists()]
+    return [(run, seconds(setup, run.trace)) for run in missing]
+
+
+def fits(expected: Sequence[tuple[Run, float]], time_left: float) -> bool:
+    return any(each <= time_left for _, each in expected)
 
 
 # -------------------------------------------------------------------------------- the recording
@@ -222,12 +241,9 @@ def record(setup: Setup, out: Path, deadline: float) -> Iterator[str]:
     """Make the runs of a set-up that are not there yet and end in time; a line on each."""
     from podsim.serving import Server
 
-    missing = [run for run in setup.runs() if not (out / run.name).exists()]
-    expected = {run.name: seconds(setup, run.trace) for run in missing}
-    time_left = deadline - time.monotonic() - START_SECONDS
-    if not any(each < time_left for each in expected.values()):
-        if missing:
-            yield f"{setup.name}: no time left for its {len(missing)} runs"
+    expected = missing_runs(setup, out)
+    if not fits(expected, deadline - time.monotonic() - START_SECONDS):
+        yield f"{setup.name}: recorded, or no time left for {len(expected)} runs"
         return
     deployment = setup.deployment()
     step_time = latency_model_for(deployment, model_named(deployment.model)).step_time
@@ -237,8 +253,8 @@ def record(setup: Setup, out: Path, deadline: float) -> Iterator[str]:
         f"{setup.name}: host {host.fixed * 1e6:.0f} us a step, {host.per_request * 1e6:.1f} us a "
         f"request, {host.with_prefill * 1e6:.0f} us with prefill"
     )
-    for run in missing:
-        if time.monotonic() + expected[run.name] > deadline:
+    for run, each in expected:
+        if time.monotonic() + each > deadline:
             yield f"{run.name}: no time left"
             continue
         served = server.serve(run.trace, step_time)
@@ -264,14 +280,14 @@ def _on_progress(what: str, done: int, total: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("validation/h200"))
-    parser.add_argument("--only", nargs="*", help="groups, or how names of set-ups begin")
+    parser.add_argument("--only", nargs="*", help="groups, how names of set-ups begin, or runs")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; needs no GPU")
     arguments = parser.parse_args()
     started = time.monotonic()
     setups = chosen(arguments.only)
     if arguments.dry_run:
-        show_plan(setups, arguments.out)
+        show_plan(setups, arguments.out, arguments.within)
         return
     for setup in setups:
         for line in record(setup, arguments.out, started + arguments.within):

@@ -153,7 +153,9 @@ def test_groups_are_recorded_in_the_order_they_are_asked_for(
     names = [setup.name for setup in record_runs.chosen(["offline-pod", "chat-serial-512"])]
     assert names == ["offline-pod-1024", "chat-serial-512"]
     assert {setup.token_budget for setup in record_runs.chosen(["chat"])} == {512}, "the group"
-    with pytest.raises(SystemExit, match="no group or set-up 'chats'; groups: chat, code"):
+    (single,) = record_runs.chosen(["summary-pod-1024-0.50"])
+    assert [run.name for run in single.runs()] == ["summary-pod-1024-0.50"]
+    with pytest.raises(SystemExit, match="no group, set-up or run 'chats'; groups: chat, code"):
         record_runs.chosen(["chats"])
     (tmp_path / "chat-serial-512-0.50").mkdir()
     arguments = ["record_runs.py", "--dry-run", "--only", "chat-serial-512", "--out", str(tmp_path)]
@@ -162,3 +164,9 @@ def test_groups_are_recorded_in_the_order_they_are_asked_for(
     plan = capsys.readouterr().out
     assert "chat-serial-512-0.85" in plan
     assert "chat-serial-512-0.50" not in plan, "it is recorded"
+    assert "no time left" not in plan
+    monkeypatch.setattr("sys.argv", [*arguments, "--within", "65"])
+    record_runs.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any("0.30" in line and line.endswith("no time left") for line in lines)
+    assert 35 < float(lines[-1].removeprefix("all: ").removesuffix(" s")) <= 65
