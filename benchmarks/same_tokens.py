@@ -49,8 +49,8 @@ class KeepingServer(Server):
 
     tokens: Tokens
 
-    def _engine(self, step_time, seed):
-        engine = super()._engine(step_time, seed)
+    def _engine(self, step_time, seed, clock=None):
+        engine = super()._engine(step_time, seed, clock)
         engine.__class__ = KeptTokens
         self.tokens = engine.tokens = {}
         return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -257,7 +258,7 @@ def bench(
             about: Row = {"workload": workload.name, "group": workload.batch.split}
             found += [about | row for row in rows]
             del problem, contest
-            torch.cuda.empty_cache()
+            free_memory()
             on_workload()
     return found
 
@@ -273,7 +274,7 @@ def tune(
         contest = Contest({"serial": serial, **problem.pod_variants()}, {})
         found += [{"workload": workload.name} | row for row in contest.rounds(rounds)]
         del problem, contest
-        torch.cuda.empty_cache()
+        free_memory()
         on_workload()
     return found
 
@@ -300,7 +301,7 @@ def paging(
         contest = Contest(launches, {})
         found += [{"workload": workload.name} | row for row in contest.rounds(rounds)]
         del problem, contest, launches
-        torch.cuda.empty_cache()
+        free_memory()
         on_workload()
     return found
 
@@ -338,6 +339,12 @@ def _captured(launch: Launch) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         launch()
     return graph
+
+
+def free_memory() -> None:
+    """Give memory back; launches that call each other are freed by the collector alone."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _random(*shape: int) -> torch.Tensor:

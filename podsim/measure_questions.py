@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 
 from podsim.gpu_power import GpuPower
 from podsim.kernel_questions import Case
-from podsim.measure_kernels import Contest, Problem, Row
+from podsim.measure_kernels import Contest, Problem, Row, free_memory
 
 BURST_SECONDS = 0.002
 """Of launches in one round of one variant: short, as there are hundreds of batches."""
@@ -28,7 +27,7 @@ def measure(cases: Sequence[Case], rounds: int, on_case: Callable[[], None]) -> 
                 state = {"throttled_by": power.throttle_reasons()}
                 found.append(columns[str(row["kernel"])] | row | state)
             on_case()
-    torch.cuda.empty_cache()
+    free_memory()
     return found
 
 
