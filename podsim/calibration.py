@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from podsim import fit_plots
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
@@ -68,10 +67,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
     ops = _op_tables(grid)
-    kernels = kernels | {
-        "holds_next": provenance.get("kernels") == "hopper",
-        "linear_token_seconds": _linear_token_seconds(ops),
-    }
+    kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
     geometry = Geometry.of(model, kernels)
     fitted_on = {name: rows_of(grid, name) for name in FEATURES}
     fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
@@ -107,6 +103,8 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
 
 def write_plots(folder: Path, profile: Profile) -> Path:
     """Leave figures of the rows of a profile folder against its models; where they are."""
+    from podsim import fit_plots  # matplotlib takes half a second to load
+
     rows, _ = _measured(folder)
     return fit_plots.write_plots(folder, predictions(profile, model_of(profile), rows))
 

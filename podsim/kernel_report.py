@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from podsim.kernel_workloads import KernelWorkload
@@ -107,6 +106,8 @@ def summary_table(found: pd.DataFrame) -> Table:
 
 def write_figure(found: pd.DataFrame, path: Path) -> None:
     """Times of the strategies over serial's, and the oracle max(prefill, decode), by workload."""
+    from matplotlib.figure import Figure  # takes half a second to load
+
     figure = Figure(figsize=(10, 0.32 * len(found) + 1.5), layout="constrained")
     axes = figure.subplots()
     ordered = found.iloc[::-1]

@@ -1,4 +1,4 @@
-"""The commands `podsim kernels bench`, `check` and `tune`."""
+"""The commands `podsim kernels bench`, `check`, `paging` and `tune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from podsim import kernel_report, report
 from podsim.errors import InputError
+from podsim.gpu_sampler import current_gpu
 from podsim.kernel_workloads import (
     KernelWorkload,
     reference_workloads,
@@ -65,14 +66,14 @@ def bench_command(
     and gains), launch_overhead.csv (time of the host), bench.png, and provenance.json. The kernels
     of a workload take turns, in a random order that changes from round to round.
     """
-    measure = _measuring()
+    measure = measuring()
     chosen = _chosen(workloads)
     if flashinfer is None:
         flashinfer = importlib.util.find_spec("flashinfer") is not None
     names = ("serial", "pod") if sustained else ()
     with report.result_folder(out, made_by=ROWS_FILE) as folder:
-        with _progress(chosen, "timing") as done:
-            rows = measure.bench(chosen, _kernels(kernels), rounds, names, flashinfer, done)
+        with progress_bar(chosen, "timing") as done:
+            rows = measure.bench(chosen, kernel_set(kernels), rounds, names, flashinfer, done)
         table = pd.DataFrame(rows)
         table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
         found = kernel_report.results(table, chosen)
@@ -81,7 +82,7 @@ def bench_command(
             folder / "summary.csv", index=False, float_format="%.4f"
         )
         kernel_report.write_figure(found, folder / "bench.png")
-        overhead = pd.DataFrame(measure.launch_overhead(_kernels(kernels)))
+        overhead = pd.DataFrame(measure.launch_overhead(kernel_set(kernels)))
         overhead.to_csv(folder / "launch_overhead.csv", index=False, float_format="%.3g")
         _write_provenance(folder, f"podsim kernels bench --workloads {workloads}")
     console.print(kernel_report.workloads_table(found))
@@ -99,11 +100,11 @@ def tune_command(
     The folder gets rows.csv, gains.csv (gain of every variant over serial, by workload) and
     provenance.json. The workloads are drawn apart from those of `podsim kernels bench`.
     """
-    measure = _measuring()
-    _kernels("hopper")
+    measure = measuring()
+    kernel_set("hopper")
     chosen = [*sweep_workloads(count, TUNE_SEED), *uneven_workloads(count // 4, TUNE_SEED)]
     with report.result_folder(out, made_by=ROWS_FILE) as folder:
-        with _progress(chosen, "tuning") as done:
+        with progress_bar(chosen, "tuning") as done:
             rows = measure.tune(chosen, rounds, done)
         table = pd.DataFrame(rows)
         table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
@@ -125,11 +126,11 @@ def paging_command(
     The folder gets rows.csv, overhead.csv (time from pages over contiguous, by workload) and
     provenance.json. The pages of a request lie in a random order.
     """
-    measure = _measuring()
+    measure = measuring()
     chosen = reference_workloads()[:4]
     with report.result_folder(out, made_by=ROWS_FILE) as folder:
-        with _progress(chosen, "timing") as done:
-            rows = measure.paging(chosen, _kernels(kernels), rounds, done)
+        with progress_bar(chosen, "timing") as done:
+            rows = measure.paging(chosen, kernel_set(kernels), rounds, done)
         table = pd.DataFrame(rows)
         table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
         found = kernel_report.paging_overhead(table)
@@ -151,7 +152,7 @@ def check_command(
     Lengths from one key to 131072, up to 4 chunks and 512 decodes, contiguous and paged caches with
     shuffled pages, and large numbers where no result may look. Exits with 1 if anything is wrong.
     """
-    _measuring()
+    measuring()
     checks = importlib.import_module("podsim.check_kernels")
     counts = {"batches": 0, "wrong": 0}
     seen = set()
@@ -163,7 +164,7 @@ def check_command(
             counts["wrong"] += 1
             console.print(f"{case}: {'; '.join(wrong[:3])}")
 
-    checks.check(_kernels(kernels), seconds, batches, seed, on_batch)
+    checks.check(kernel_set(kernels), seconds, batches, seed, on_batch)
     console.print(
         f"{counts['batches']} random batches of {len(seen)} kernels: {counts['wrong']} wrong"
     )
@@ -171,7 +172,8 @@ def check_command(
         raise typer.Exit(1)
 
 
-def _measuring() -> ModuleType:
+def measuring() -> ModuleType:
+    """podsim.measure_kernels; InputError on a machine where it cannot run."""
     try:
         import torch
 
@@ -186,7 +188,8 @@ def _measuring() -> ModuleType:
     return measure_kernels
 
 
-def _kernels(asked: str) -> str:
+def kernel_set(asked: str) -> str:
+    """hopper or triton, as asked or as this machine's GPU can."""
     import torch
 
     from podsim.kernels.config import KERNELS
@@ -217,7 +220,7 @@ def _chosen(text: str) -> list[KernelWorkload]:
 
 
 @contextmanager
-def _progress(workloads: list[KernelWorkload], verb: str) -> Iterator[Callable[[], None]]:
+def progress_bar(workloads: Sequence[object], verb: str) -> Iterator[Callable[[], None]]:
     """A bar; what is yielded is to be called when a workload is done."""
     columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -226,18 +229,23 @@ def _progress(workloads: list[KernelWorkload], verb: str) -> Iterator[Callable[[
 
 
 def _write_provenance(folder: Path, command: str) -> None:
+    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
+
+
+def provenance(command: str) -> dict[str, object]:
+    """The GPU, its driver and the software that a command measures with."""
     import torch
     import triton
 
     query = "driver_version,power.limit"
     output = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={current_gpu()}"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
     driver, power_limit = (part.strip() for part in output.split(","))
-    found = {
+    return {
         "device_name": torch.cuda.get_device_name(),
         "driver": driver,
         "power_limit": power_limit,
@@ -249,7 +257,6 @@ def _write_provenance(folder: Path, command: str) -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command,
     }
-    (folder / "provenance.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

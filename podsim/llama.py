@@ -2,13 +2,7 @@
 
 A step computes the tokens of a batch, the chunks' first, then one a decode, padded to the size of a
 graph (`podsim.graph_sizes`). Its graph reads everything that depends on the batch from one block of
-device memory, which the host fills and copies before the replay:
-
-    token_ids, positions, slots  [max_tokens] int32: each token, and where its k and v go
-    sample_rows                  [max_requests] int32: the tokens whose successor comes out
-    the lists of the attention plan
-
-Padding tokens write to a KV slot that no request has.
+device memory (`podsim.step_buffers`), which the host fills and copies before the replay.
 
 Under tensor parallelism a Llama is one GPU's share, and `podsim.tensor_parallel` tells the others
 what the first one computes. Each adds up the embedding and the outputs of attention and MLP with
@@ -18,22 +12,23 @@ the others, and gathers all logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from podsim.cuda_graphs import Captured, capture
 from podsim.errors import InputError
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kernels import rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
 from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy, kernels_for
-from podsim.kernels.plan import CapturedPlan, Decode, Plan, PrefillChunk, Room
+from podsim.kernels.plan import CapturedPlan, Plan, Room
 from podsim.llama_weights import Weights
 from podsim.model import Model
+from podsim.step_buffers import StepBuffers
 from podsim.step_inputs import StepInputs
 from podsim.tensor_parallel import Group
 
@@ -43,60 +38,6 @@ MAX_CHUNKS = 16
 """Prefill chunks that a captured step has room for; one with more is launched kernel by kernel."""
 
 PREFILL, DECODE, MIXED, DECODE_HEAVY = KINDS = ("prefill", "decode", "mixed", "decode-heavy")
-
-
-class Inputs:
-    """The block of device memory that a step's inputs are copied to, and its twin on the host.
-
-    The twin of all ranks of a `group` is one.
-    """
-
-    def __init__(
-        self,
-        max_tokens: int,
-        max_requests: int,
-        room: Room,
-        device: torch.device,
-        group: Group | None = None,
-    ) -> None:
-        sizes = [*[graph_size(max_tokens)] * 3, graph_size(max_requests), room.num_ints]
-        on_gpu = device.type == "cuda"
-        if group is None:
-            self.host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
-        else:
-            self.host = group.shared_block(sum(sizes))
-        self.device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.token_ids, self.positions, self.slots, self.sample_rows, self.lists = (
-            self.device.split(sizes)
-        )
-        self._host_parts = [part.numpy() for part in self.host.split(sizes)]
-
-    def fill(
-        self, step: StepInputs, plan: CapturedPlan, num_tokens: int, padding_slot: int
-    ) -> None:
-        """Put a step into the host's block, padded to `num_tokens`."""
-        token_ids, positions, slots, sample_rows, lists = self._host_parts
-        n, m = len(step.token_ids), len(step.sample_rows)
-        token_ids[:n], token_ids[n:num_tokens] = step.token_ids, 0
-        positions[:n], positions[n:num_tokens] = step.positions, 0
-        slots[:n], slots[n:num_tokens] = step.slots, padding_slot
-        sample_rows[:m], sample_rows[m:] = step.sample_rows, 0
-        chunks = [PrefillChunk(*chunk) for chunk in step.chunks]
-        plan.write(lists, chunks, [Decode(*decode) for decode in step.decodes])
-
-
-@dataclass(slots=True)
-class _Captured:
-    """A part of a step at one size: launched kernel by kernel, or as a graph."""
-
-    launch: Callable[[], None]
-    graph: torch.cuda.CUDAGraph | None = field(default=None)
-
-    def run(self) -> None:
-        if self.graph is None:
-            self.launch()
-        else:
-            self.graph.replay()
 
 
 class _Launch(NamedTuple):
@@ -117,8 +58,10 @@ class Llama:
     `max_tokens` bounds the tokens of a step, `max_requests` the requests that hold a KV slot of
     `max_len` tokens. `attention` is the strategy of mixed batches. `caches` are K and V of each
     layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. With a
-    `group`, `model` and `weights` are this GPU's share. Raises InputError if the KV cache does not
-    fit into the memory that is free.
+    `page_size`, K and V are in `num_blocks` blocks of so many tokens, which steps name in
+    `new_blocks`, and one more for padding; `max_len` is then a multiple of the page size and no
+    more than all blocks hold. With a `group`, `model` and `weights` are this GPU's share. Raises
+    InputError if the KV cache does not fit into the memory that is free.
     """
 
     def __init__(
@@ -132,6 +75,8 @@ class Llama:
         max_len: int,
         num_sms: int,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        page_size: int = 0,
+        num_blocks: int = 0,
         group: Group | None = None,
     ) -> None:
         self.model = model
@@ -143,7 +88,13 @@ class Llama:
         self.max_len = max_len
         self.device = weights.embedding.device
         self.gpu_seconds = 0.0
-        self._plan_sizes = {
+        self.table_seconds = 0.0
+        self.page_size = page_size
+        self.num_blocks = num_blocks
+        if page_size and not max_len <= num_blocks * page_size:
+            raise ValueError(f"max_len {max_len} is more than {num_blocks} blocks hold")
+        self._padding_slot = num_blocks * page_size if page_size else max_requests
+        self._plan_sizes: dict[str, Any] = {
             "num_q_heads": model.num_q_heads,
             "num_kv_heads": model.num_kv_heads,
             "head_dim": model.head_dim,
@@ -153,16 +104,21 @@ class Llama:
         }
         self._allocate(caches)
         self._room = self._room_of_any_step()
-        self.inputs = Inputs(max_tokens, max_requests, self._room, self.device, group)
+        table = (max_requests + 1, max_len // page_size) if page_size else (0, 0)
+        self.inputs = StepBuffers(
+            max_tokens, max_requests, self._room, self.device, page_size, table, group
+        )
+        if page_size:
+            self._plan_sizes |= {"page_size": page_size, "block_table": self.inputs.block_table}
         self._workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._steps = {
             (kind, size): self._step_of(kind, size, MAX_CHUNKS)
             for kind in self._kinds
             for size in graph_sizes(max_requests if kind == DECODE else max_tokens)
         }
-        self._crowded: dict[tuple[str, int], tuple[CapturedPlan, _Captured]] = {}
+        self._crowded: dict[tuple[str, int], tuple[CapturedPlan, Captured]] = {}
         self._heads = {
-            size: _Captured(partial(self._head, size)) for size in graph_sizes(max_requests)
+            size: Captured(partial(self._head, size)) for size in graph_sizes(max_requests)
         }
 
     def _allocate(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
@@ -172,16 +128,22 @@ class Llama:
         def buffer(*shape: int) -> torch.Tensor:  # zeros: padding rows are computed too
             return torch.zeros(*shape, device=self.device, dtype=dtype)
 
-        cache = (self.max_requests + 1, self.max_len, model.num_kv_heads, model.head_dim)
+        slots = (self.max_requests + 1, self.max_len)
+        if self.page_size:
+            slots = (self.num_blocks + 1, self.page_size)
+        cache = (*slots, model.num_kv_heads, model.head_dim)
         try:
             if caches is None:
                 caches = [(buffer(*cache), buffer(*cache)) for _ in range(model.num_layers)]
         except torch.OutOfMemoryError:
             gigabytes = model.kv_bytes_per_token * cache[0] * cache[1] / 1e9
+            what = f"{self.max_requests} requests of up to {self.max_len} tokens"
+            remedy = "max_num_seqs or max_model_len"
+            if self.page_size:
+                what = f"{self.num_blocks} blocks of {self.page_size} tokens"
+                remedy = "num_blocks or gpu_memory_utilization"
             raise InputError(
-                f"{self.max_requests} requests of up to {self.max_len} tokens need "
-                f"{gigabytes:.0f} GB of KV cache, more than is free: lower max_num_seqs or "
-                "max_model_len"
+                f"{what} need {gigabytes:.0f} GB of KV cache, more than is free: lower {remedy}"
             ) from None
         self.caches = caches
         self.residual = buffer(tokens, model.hidden_size)
@@ -236,7 +198,7 @@ class Llama:
         one = self._config(self.strategy) == self._config(self.strategy, decode_heavy=True)
         return (PREFILL, DECODE, MIXED) if one else KINDS
 
-    def _step_of(self, kind: str, size: int, max_chunks: int) -> tuple[CapturedPlan, _Captured]:
+    def _step_of(self, kind: str, size: int, max_chunks: int) -> tuple[CapturedPlan, Captured]:
         """A batch with one side only runs that side's own kernel, whatever the strategy."""
         strategy = self.strategy if kind in (MIXED, DECODE_HEAVY) else "serial"
         plan = CapturedPlan(
@@ -251,7 +213,7 @@ class Llama:
         if self._workspaces is None:
             self._workspaces = plan.workspaces()
         plan.use(*self._workspaces)
-        return plan, _Captured(partial(self._layers, size, strategy, plan))
+        return plan, Captured(partial(self._layers, size, strategy, plan))
 
     # ---- a step
 
@@ -264,7 +226,8 @@ class Llama:
             )
         launch = self._launch_of(step)
         plan, _ = self._parts(launch)
-        self.inputs.fill(step, plan, launch.size, self.max_requests)
+        self.inputs.fill(step, plan, launch.size, self._padding_slot)
+        self.table_seconds = self.inputs.table_seconds
         if self.group is not None:
             self.group.send_step(*launch)
         self._compute(launch)
@@ -290,7 +253,7 @@ class Llama:
         self.gpu_seconds = start.elapsed_time(end) / 1000
 
     def _queue(self, launch: _Launch) -> None:
-        self.inputs.device.copy_(self.inputs.host, non_blocking=True)
+        self.inputs.copy()
         _, layers = self._parts(launch)
         layers.run()
         if n := launch.num_sampled:
@@ -305,7 +268,7 @@ class Llama:
             graph_size(len(step.sample_rows)),
         )
 
-    def _parts(self, launch: _Launch) -> tuple[CapturedPlan, _Captured]:
+    def _parts(self, launch: _Launch) -> tuple[CapturedPlan, Captured]:
         key = (KINDS[launch.kind], launch.size)
         if not launch.is_crowded:
             return self._steps[key]
@@ -337,7 +300,8 @@ class Llama:
             rmsnorm.rmsnorm(source, layer.attention_norm, NORM_EPS, normed, carried)
             carried = residual
             torch.mm(normed, layer.qkv.t(), out=qkv)
-            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, k_cache, v_cache, q)
+            written = self._written(k_cache), self._written(v_cache)
+            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, *written, q)
             attention(strategy, q, k_cache, v_cache, attended, plan)
             torch.mm(attended.view(n, -1), layer.output.t(), out=hidden)
             self._add_up(hidden)
@@ -359,6 +323,13 @@ class Llama:
     def _add_up(self, partial_sums: torch.Tensor) -> None:
         if self.group is not None:
             self.group.all_reduce(partial_sums)
+
+    def _written(self, cache: torch.Tensor) -> torch.Tensor:
+        """A cache as RoPE's kernel writes to it, at [slot, position] of `StepBuffers.slots_of`."""
+        if not self.page_size:
+            return cache
+        row, *strides = cache.stride()[1:]
+        return cache.as_strided((1, self.max_len, *cache.shape[2:]), (row, row, *strides))
 
     def _head(self, size: int) -> None:
         """From the normed tokens to the most likely successors of the sampled ones."""
@@ -383,21 +354,5 @@ class Llama:
         """Capture a CUDA graph of every size; `on_progress` is told how many of how many."""
         parts = [captured for _, captured in self._steps.values()] + list(self._heads.values())
         self.inputs.device.zero_()  # no requests: the warm-up reads and writes nothing of theirs
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream())
         # NCCL's own threads may call CUDA meanwhile: only this thread is held to the rules then.
-        mode = "global" if self.group is None else "thread_local"
-        for done, part in enumerate(parts):
-            on_progress(done, len(parts))
-            graph = torch.cuda.CUDAGraph()
-            # All on one stream: operations of the same matrix library's workspace must not overlap.
-            with torch.cuda.stream(stream):
-                part.launch()  # compiles what it needs, which a capture must not do
-                stream.synchronize()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
-                    part.launch()
-                graph.replay()  # the first replay uploads the graph, which takes a while
-                stream.synchronize()
-            part.graph = graph
-        torch.cuda.synchronize()
-        on_progress(len(parts), len(parts))
+        capture(parts, "global" if self.group is None else "thread_local", on_progress)

@@ -20,10 +20,17 @@ import torch
 import triton
 
 from podsim.errors import InputError
+from podsim.gpu_sampler import current_gpu
 from podsim.hardware import Gpu
 from podsim.kernels import launch, rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
-from podsim.kernels.config import config_for, is_decode_heavy, kernels_for, packed_heads
+from podsim.kernels.config import (
+    RESIDENT_KEYS,
+    config_for,
+    is_decode_heavy,
+    kernels_for,
+    packed_heads,
+)
 from podsim.kernels.plan import AttentionPlan, Decode, PrefillChunk
 from podsim.measure_ceilings import CeilingSequence
 from podsim.measure_clock import SmClock
@@ -71,7 +78,7 @@ def provenance(model: Model) -> dict[str, object]:
     """What the measurements depend on, the kernels' tiles for the model's heads among it."""
     query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
     output = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={current_gpu()}"],
         capture_output=True,
         text=True,
         check=True,
@@ -115,6 +122,7 @@ def _geometry(model: Model) -> dict[str, int]:
         "decode_block_n": config.decode.block_n,
         "decode_items_per_sm": config.decode_items_per_sm,
         "min_split_len": config.min_split_len,
+        "resident_keys": RESIDENT_KEYS if config.kernels == "hopper" else 0,
     }
 
 

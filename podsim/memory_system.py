@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from podsim.batch import BatchShape
+from podsim.block_tables import PagedBlocks
 from podsim.config import Deployment
 from podsim.hardware import gpu_named
 from podsim.kv_cache import PagedKVCache, kv_sizes, page_groups_for
@@ -43,6 +44,9 @@ def kv_cache_for(
     if deployment.preemption == "swap":
         share = model.shard(deployment.tensor_parallel_size)
         swap = SwapSpace(int(deployment.host_memory * 1e9) // share.kv_bytes_per_token)
+    if deployment.kv == "paged":
+        slots = deployment.max_num_seqs
+        return PagedBlocks(num_blocks, deployment.block_size, slots, prefixes, swap)
     return PagedKVCache(num_blocks, deployment.block_size, prefixes, swap)
 
 

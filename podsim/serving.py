@@ -16,10 +16,11 @@ import torch
 from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine, Recording, WallClock
+from podsim.engine import Clock, Engine, Recording, WallClock
 from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
+from podsim.kernels.plan import PAGE_SIZES
 from podsim.kv_cache import num_blocks_for, page_groups_for
 from podsim.llama import Llama
 from podsim.llama_weights import random_weights
@@ -48,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of a step in which the GPU waits for the host."""
+    """Seconds of a step in which the GPU waits for the host, but for those of a block table."""
 
     fixed: float
     per_request: float
@@ -117,24 +118,26 @@ class Server:
         gpu = gpu_named(deployment.gpu)
         require_gpu(gpu)
         self.num_blocks = num_blocks_for(deployment, self.model, gpu)
-        max_len = slot_len(deployment, max_len)
+        max_len = slot_len(deployment, max_len, self.num_blocks)
         self.virtual_kv = self._virtual_kv(max_len) if deployment.kv == "vattention" else None
         if self.virtual_kv is not None:
             max_len = self.virtual_kv.max_len
         self.max_model_len = deployment.max_model_len or self.model.max_model_len
         caches = None if self.virtual_kv is None else self.virtual_kv.caches
-        self.llama = llama_of(deployment, max_len, group, caches)
+        self.llama = llama_of(deployment, max_len, self.num_blocks, group, caches)
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.host_time = self._measure_host_time(on_progress)
 
     def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
         """Serve a trace from its first arrival to its last token, in real time."""
-        engine = self._engine(step_time, seed)
+        clock = WallClock()
+        engine = self._engine(step_time, seed, clock)
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
-            with gpu_samples(engine.clock.now) as samples:
+            with gpu_samples(clock.now) as samples:
+                clock.start()  # now that all is ready, so that the first request waits for nothing
                 recording = engine.serve(_requests(trace))
         finally:
             gc.enable()
@@ -158,7 +161,7 @@ class Server:
             self.llama.caches = []
             self.virtual_kv.close()
 
-    def _engine(self, step_time: StepTime, seed: int) -> Engine:
+    def _engine(self, step_time: StepTime, seed: int, clock: Clock | None = None) -> Engine:
         kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
         mapping = None
         if self.virtual_kv is not None:
@@ -175,7 +178,7 @@ class Server:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             seed=seed,
-            clock=WallClock(),
+            clock=clock or WallClock(),
             mapping=mapping,
         )
 
@@ -205,9 +208,9 @@ class Server:
 
     def _measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
-        most = self.deployment.max_num_seqs
-        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
+        most = self._most_at_once(prompt + HOST_STEPS)
+        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         rows = []
         for done, size in enumerate([most, *sizes]):
             on_progress("measuring host time", done, len(sizes) + 2)
@@ -228,15 +231,25 @@ class Server:
         on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
         return HostTime.fit(rows, prefill_rows)
 
+    def _most_at_once(self, num_tokens: int) -> int:
+        """Requests of so many tokens that are let in together."""
+        kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
+        room = kv_cache.num_blocks - int(self.deployment.watermark * kv_cache.num_blocks)
+        fit = room // kv_cache.blocks_for(num_tokens)
+        return max(1, min(self.deployment.max_num_seqs, fit))
+
     def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[tuple[BatchShape, float]]:
-        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds."""
+        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds.
+
+        Preparing a block table is not among them: `podsim.paged_latency` has it for itself.
+        """
         engine = self._engine(lambda shape: 0.0, seed=1)
         recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
         _end_mapping(engine)
         self._count_from_the_last_start(recording)
-        durations, gpu_seconds = recording.log.steps["duration"], recording.gpu_seconds
-        for shape, seconds, gpu in zip(recording.shapes, durations, gpu_seconds, strict=True):
-            yield shape, seconds - gpu
+        durations = np.asarray(recording.log.steps["duration"])
+        others = np.asarray(recording.gpu_seconds) + np.asarray(recording.table_seconds)
+        yield from zip(recording.shapes, (durations - others).tolist(), strict=True)
 
 
 def _end_mapping(engine: Engine) -> None:
@@ -247,10 +260,11 @@ def _end_mapping(engine: Engine) -> None:
 def llama_of(
     deployment: Deployment,
     max_len: int,
+    num_blocks: int,
     group: Group | None,
     caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Llama:
-    """A deployment's model, or this GPU's share of it."""
+    """A deployment's model, or this GPU's share of it; `max_len` is a `slot_len`, or longer."""
     model = model_named(deployment.model)
     part = None if group is None else group.part
     return Llama(
@@ -259,20 +273,26 @@ def llama_of(
         attention=deployment.attention,
         max_tokens=deployment.token_budget,
         max_requests=deployment.max_num_seqs,
-        max_len=-(-max_len // KV_STEP) * KV_STEP,
+        max_len=max_len,
         num_sms=torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
         caches=caches,
+        page_size=deployment.block_size if deployment.kv == "paged" else 0,
+        num_blocks=num_blocks,
         group=group,
     )
 
 
 def require_servable(deployment: Deployment) -> None:
     """Raise InputError for a deployment that the engine cannot be."""
-    if deployment.kv == "paged":
-        raise InputError("the engine serves with kv 'ideal' (contiguous slots) or 'vattention'")
-    if deployment.kv != "ideal" and deployment.tensor_parallel_size > 1:
+    if deployment.kv == "paged" and deployment.block_size not in PAGE_SIZES:
+        sizes = ", ".join(map(str, PAGE_SIZES))
         raise InputError(
-            f"the engine serves with kv 'ideal' on several GPUs, not {deployment.kv!r}"
+            f"block_size is {deployment.block_size}: the engine's paged kernels have blocks of "
+            f"{sizes} tokens"
+        )
+    if deployment.kv == "vattention" and deployment.tensor_parallel_size > 1:
+        raise InputError(
+            "the engine serves with kv 'ideal' or 'paged' on several GPUs, not 'vattention'"
         )
     for name, value in (
         *(("replicas", 1), ("prefix_caching", False)),
@@ -284,9 +304,14 @@ def require_servable(deployment: Deployment) -> None:
             )
 
 
-def slot_len(deployment: Deployment, max_len: int) -> int:
-    """Tokens that a KV slot is asked to hold for requests of up to `max_len`."""
-    return min(max_len, deployment.max_model_len or model_named(deployment.model).max_model_len)
+def slot_len(deployment: Deployment, max_len: int, num_blocks: int) -> int:
+    """Tokens that a KV slot holds for requests of up to `max_len`; of blocks, whole ones."""
+    model = model_named(deployment.model)
+    max_len = min(max_len, deployment.max_model_len or model.max_model_len)
+    max_len = -(-max_len // KV_STEP) * KV_STEP
+    if deployment.kv != "paged":
+        return max_len
+    return min(-(-max_len // deployment.block_size), num_blocks) * deployment.block_size
 
 
 def _requests(trace: Trace) -> Iterable[Request]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from podsim.config import Deployment
 from podsim.hardware import gpu_named
+from podsim.kv_cache import num_blocks_for
 from podsim.measure import require_gpu
 from podsim.model import model_named
 from podsim.ranks import Rank, Ranks
@@ -76,10 +77,13 @@ def server_for(
 
 def _serve_on_one_gpu(rank: Rank, deployment: Deployment, max_len: int, meeting: str) -> None:
     """Life of the process of one of several GPUs."""
-    group = join_group(rank, model_named(deployment.model), meeting)
+    model = model_named(deployment.model)
+    group = join_group(rank, model, meeting)
     if not group.is_first:
-        require_gpu(gpu_named(deployment.gpu))
-        llama = llama_of(deployment, slot_len(deployment, max_len), group)
+        gpu = gpu_named(deployment.gpu)
+        require_gpu(gpu)
+        num_blocks = num_blocks_for(deployment, model, gpu)
+        llama = llama_of(deployment, slot_len(deployment, max_len, num_blocks), num_blocks, group)
         llama.capture()
         gc.collect()
         gc.disable()  # a collection would hold up a step of all

@@ -26,11 +26,19 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
+from podsim.latency import ProfiledLatency
 from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
 from podsim.simulation import latency_model_for, workload_trace
-from podsim.validation import ENGINE_FILE, LATENCIES, Comparison, Recorded, compare, read_recording
-from podsim.validation_figure import plot_comparison
+from podsim.validation import (
+    ENGINE_FILE,
+    LATENCIES,
+    TABLE_COLUMN,
+    Comparison,
+    Recorded,
+    compare,
+    read_recording,
+)
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
@@ -82,6 +90,8 @@ def validate_command(
 
 def save(comparison: Comparison, folder: Path) -> None:
     """Write the recording, and what it was compared with."""
+    from podsim.validation_figure import plot_comparison  # matplotlib takes half a second to load
+
     comparison.recorded.save(folder)
     comparison.headline().to_csv(folder / "comparison.csv", float_format="%.9g")
     comparison.steps().to_csv(folder / "step_errors.csv", float_format="%.6g")
@@ -207,14 +217,32 @@ def step_table(comparison: Comparison) -> Table:
     return table
 
 
+def _profile_lines(comparison: Comparison) -> list[str]:
+    model = comparison.simulated.latency_model
+    if not isinstance(model, ProfiledLatency):
+        return []
+    same = model.profile.provenance.get("kernels_sha256") == comparison.recorded.engine.get(
+        "kernels_sha256"
+    )
+    other = "" if same else ", of other kernels than the engine's"
+    return [f"Profile      {model.profile.source}{other}"]
+
+
 def _lines(comparison: Comparison) -> list[str]:
     engine = comparison.recorded.engine
-    host = engine["host_time"]
+    host, steps = engine["host_time"], comparison.recorded.steps
+    tables = []
+    if TABLE_COLUMN in steps:
+        mean = steps[TABLE_COLUMN].mean() * 1e6
+        tables = [f"Block table  {mean:.0f} us of the host a step, beside that"]
+    kernels = f", {engine['kernels']} kernels" if "kernels" in engine else ""
     return [
         f"Engine       {engine['device_name']}, driver {engine['driver']}, torch "
-        f"{engine['torch']}, triton {engine['triton']}, {engine['date']}",
+        f"{engine['torch']}, triton {engine['triton']}, {engine['date']}{kernels}",
+        *_profile_lines(comparison),
         f"Host time    {host['fixed'] * 1e6:.0f} us a step and "
         f"{host['per_request'] * 1e6:.2f} us a request, "
         f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
+        *tables,
         *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
     ]

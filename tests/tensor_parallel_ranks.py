@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from podsim.block_tables import PagedBlocks
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine
@@ -27,22 +28,27 @@ DEPLOYMENT = Deployment(token_budget=48, max_num_seqs=4, max_model_len=128, atte
 PROMPTS, OUTPUTS = (40, 9, 60), (3, 4, 2)
 
 
-def tiny_llama(dtype: torch.dtype, group: Group | None = None) -> Llama:
-    """The model, or the share of a rank, of the same weights."""
+def tiny_llama(dtype: torch.dtype, group: Group | None = None, num_blocks: int = 0) -> Llama:
+    """The model, or the share of a rank, of the same weights; with `num_blocks`, KV is paged."""
     part = ModelPart(MODEL) if group is None else group.part
     weights = random_weights(MODEL, 0, "cpu", dtype, part)
-    return Llama(part.share, weights, attention="pod", group=group, **SIZES)
+    paged = {"page_size": DEPLOYMENT.block_size, "num_blocks": num_blocks} if num_blocks else {}
+    return Llama(part.share, weights, attention="pod", group=group, **SIZES, **paged)
 
 
 def serve_questions(
-    rank: Rank, meeting: str, dtype: torch.dtype = torch.bfloat16, failing_step: int | None = None
+    rank: Rank,
+    meeting: str,
+    dtype: torch.dtype = torch.bfloat16,
+    failing_step: int | None = None,
+    num_blocks: int = 0,
 ) -> None:
     """The first rank answers what a function of a Llama gives; the others follow it, until their
     step of the number `failing_step`.
     """
     torch.set_num_threads(1)
     group = join_group(rank, MODEL, meeting, backend="gloo")
-    llama = tiny_llama(dtype, group)
+    llama = tiny_llama(dtype, group, num_blocks)
     if not group.is_first:
         _fail_in_step(llama, failing_step)
         llama.follow()
@@ -109,6 +115,8 @@ class KeptTokens(Engine):
 def tokens_of_a_trace(llama: Llama) -> tuple[dict[int, list[int]], int]:
     """Of each request, prompt and output, served in continuous batches; and the number of steps."""
     kv_cache = PagedKVCache(1000, DEPLOYMENT.block_size)
+    if llama.page_size:
+        kv_cache = _shuffled_blocks(llama)
     engine = KeptTokens(
         llama,
         SCHEDULERS[DEPLOYMENT.scheduler](
@@ -130,6 +138,14 @@ def tokens_of_a_trace(llama: Llama) -> tuple[dict[int, list[int]], int]:
         seconds = llama.group.least_seconds(recording.gpu_seconds)
         assert len(seconds) == len(recording.shapes)
     return engine.tokens, len(recording.shapes)
+
+
+def _shuffled_blocks(llama: Llama) -> PagedBlocks:
+    kv_cache = PagedBlocks(llama.num_blocks, llama.page_size, DEPLOYMENT.max_num_seqs)
+    kv_cache._num_used_once = llama.num_blocks
+    order = np.random.default_rng(3).permutation(llama.num_blocks)
+    kv_cache._freed.extend(order.tolist())
+    return kv_cache
 
 
 def tokens_of_many_chunks(llama: Llama) -> np.ndarray:

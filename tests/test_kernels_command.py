@@ -112,7 +112,10 @@ def test_the_figure_is_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [["bench", "--out"], ["tune", "--out"], ["paging", "--out"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["bench", "--out"], ["tune", "--out"], ["paging", "--out"], ["questions", "--out"]],
+)
 def test_without_a_gpu_nothing_is_left(arguments: list[str], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -22,6 +22,10 @@ pytestmark = [
 ]
 
 
+NUM_BLOCKS = 12
+"""Of 16 tokens: all requests of the trace fit, and none is preempted."""
+
+
 @pytest.fixture(scope="module")
 def alone():
     return tensor_parallel_ranks.tiny_llama(torch.bfloat16)
@@ -63,6 +67,15 @@ def test_served_tokens_are_those_of_one_process_until_a_rank_fails(tmp_path):
         message = "^rank 1 of 2 failed: RuntimeError: the GPU has fallen off the bus$"
         with pytest.raises(InputError, match=message):
             ranks.ask(question)
+
+
+def test_kv_blocks_are_shared_among_ranks(tmp_path):
+    """Each rank has its heads' part of a block; the first one's table is that of all."""
+    question = tensor_parallel_ranks.tokens_of_a_trace
+    of_one = question(tensor_parallel_ranks.tiny_llama(torch.float16))
+    arguments = ((tmp_path / "meeting").as_uri(), torch.float16, None, NUM_BLOCKS)
+    with Ranks(tensor_parallel_ranks.serve_questions, 2, arguments) as ranks:
+        assert ranks.ask(question) == of_one
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -30,6 +30,7 @@ from podsim.simulation import latency_model_for
 from podsim.step_costs import kernel_table, kind_table
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "profiles/h200/collectives"
 H200 = gpu_named("h200")
 LLAMA, LARGE = model_named("llama-3-8b"), model_named("llama-3-70b")
 LATENCY, RATE = 10e-6, 2e-12
@@ -243,6 +244,21 @@ def test_a_step_is_the_kernels_of_a_gpu_and_the_collectives(
     assert parts.total == pytest.approx(latency.step_time(shape))
 
 
+@pytest.mark.parametrize("num_gpus", [2, 4])
+def test_shipped_collectives_are_taken_where_none_are_given(
+    num_gpus: int, profile_of: Callable[[Model], Path]
+) -> None:
+    """All-reduces of two tokens, 16 KiB: a size that is in the file."""
+    tables = json.loads((SHIPPED / "collectives.json").read_text())["tables"]
+    table = tables["all_reduce"][str(num_gpus)]
+    seconds = dict(zip(table["bytes"], table["seconds"], strict=True))
+    profile = profile_of(LLAMA.shard(num_gpus))
+    deployment = Deployment(tensor_parallel_size=num_gpus, profile=str(profile))
+    shape = BatchShape.of([(2, 2)])._replace(num_sampled=0)
+    parts = latency_model_for(deployment, LLAMA).breakdown(shape)
+    assert parts.collectives == pytest.approx(65 * seconds[2**14])
+
+
 def test_a_chunk_that_brings_out_no_token_gathers_no_logits(deployment: Deployment) -> None:
     latency = latency_model_for(deployment, LLAMA)
     last = BatchShape.of([(512, 512)])
@@ -355,6 +371,16 @@ def test_the_command_line_shares_a_model(deployment: Deployment, tmp_path: Path)
     assert (out / "summary.json").read_bytes() == (again / "summary.json").read_bytes()
 
 
+def test_the_command_line_takes_shipped_collectives(deployment: Deployment, tmp_path: Path) -> None:
+    simulate = ("simulate", "azure-conv-like", "--requests", 30, "--tp", 2)
+    for name, files in (("own", ()), ("given", ("--collectives", SHIPPED))):
+        out = tmp_path / name
+        run = run_podsim(*simulate, "--profile", deployment.profile, *files, "--out", out)
+        assert run.returncode == 0, run.stderr
+    own, given = (tmp_path / name / "requests.csv" for name in ("own", "given"))
+    assert own.read_bytes() == given.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "refusal"),
     [
@@ -415,20 +441,24 @@ def test_validate_needs_the_profile_the_collectives_and_the_gpus(
         return done.stderr
 
     assert "`podsim profile --gpu h200 --model llama-3-8b --tp 2 --out FOLDER`" in refusal()
-    assert "podsim profile-collectives --gpu h200 --gpus 2" in refusal("--profile", profile)
+    assert refusal("--profile", profile, "--collectives", str(tmp_path)) == (
+        f"podsim: {tmp_path}/collectives.json: No such file or directory\n"
+    )
     both = ("--profile", profile, "--collectives", collectives)
-    assert refusal(*both) == "podsim: tensor_parallel_size is 2, but this machine has 0 GPU(s)\n"
+    no_gpus = "podsim: tensor_parallel_size is 2, but this machine has 0 GPU(s)\n"
+    assert refusal(*both) == refusal("--profile", profile) == no_gpus
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_engine_has_contiguous_slots_only_on_several_gpus(size: int) -> None:
+def test_the_engine_maps_slots_on_one_gpu_only(size: int) -> None:
     pytest.importorskip("triton", reason="the engine needs torch and triton")
     from podsim.serving import require_servable
 
-    require_servable(Deployment(tensor_parallel_size=size))
+    for kv in ("ideal", "paged"):
+        require_servable(Deployment(tensor_parallel_size=size, kv=kv))
     virtual = Deployment(tensor_parallel_size=size, kv="vattention")
     if size == 1:
         require_servable(virtual)
     else:
-        with pytest.raises(InputError, match="kv 'ideal' on several GPUs, not 'vattention'"):
+        with pytest.raises(InputError, match="'paged' on several GPUs, not 'vattention'"):
             require_servable(virtual)
