@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -70,6 +71,7 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         links = [context.Pipe() for _ in range(1, size)]
         ends = [[first for first, _ in links], *([other] for _, other in links)]
+        resource_tracker.ensure_running()  # its start would let Ctrl-C through again
         # The children inherit that Ctrl-C is not for them: the main process ends them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
