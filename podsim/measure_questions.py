@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-
 from podsim.gpu_power import GpuPower
 from podsim.kernel_questions import Case
 from podsim.measure_kernels import Contest, Problem, Row, free_memory
