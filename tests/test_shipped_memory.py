@@ -30,8 +30,13 @@ def test_shipped_costs_are_the_fit_of_their_rows(folder: Path, tmp_path: Path) -
     for part in COLUMNS:
         (tmp_path / f"{part}.csv").write_bytes((folder / f"{part}.csv").read_bytes())
     fit_folder(tmp_path, shipped["gpu"], shipped["provenance"])
-    again = json.loads((tmp_path / "memory.json").read_text())
-    assert dict(leaves(again)) == pytest.approx(dict(leaves(shipped)), rel=1e-9)
+    again = dict(leaves(json.loads((tmp_path / "memory.json").read_text())))
+    expected = dict(leaves(shipped))
+    assert again.keys() == expected.keys()
+    for path, value in expected.items():
+        # The last digits of a fit are those of the machine's LAPACK.
+        wanted = pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
+        assert again[path] == wanted, path
 
 
 def leaves(content: object, path: str = "") -> Iterator[tuple[str, object]]:
@@ -75,8 +80,8 @@ def test_the_rows_are_possible(folder: Path) -> None:
 
 
 def test_the_bars_on_layers_and_splits() -> None:
-    """docs/memory.md states them: times within 5 %, and the predicted split within 3 % of the
-    best time that was measured.
+    """docs/memory.md states them, and where they are missed: times of full transfer within 5 %,
+    and with recomputation nine of ten; the predicted split within 3 % of the best time measured.
     """
     errors = find_memory_costs("h200").errors
     for schedule in ("row", "column"):
