@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import memory_figure
 import pandas as pd
 import pytest
 from memory_table import judged, layers_summary, tables
@@ -32,6 +33,14 @@ def test_the_page_names_what_one_growth_takes() -> None:
     of_one = costs.mapping_costs(2 * 2**20, "idle").map_seconds(1, 1)
     assert of_one == pytest.approx(33.4e-6, abs=5e-8)
     assert costs.interference[str(2 * 2**20)] == pytest.approx(0.002, abs=5e-4)
+
+
+def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "memory.png"
+    costs = ROOT / "profiles" / "h200" / "memory"
+    monkeypatch.setattr("sys.argv", ["figure", "--costs", str(costs), "--out", str(path)])
+    memory_figure.main()
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_predictions_that_come_true_are_judged_so() -> None:
