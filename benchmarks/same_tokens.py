@@ -169,6 +169,14 @@ def table(kinds: dict[str, Kind]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def report(found: pd.DataFrame, out: Path | None) -> None:
+    """Leave the table as CSV, if so asked, and print it with the kinds as columns."""
+    if out:
+        found.to_csv(out, index=False, float_format="%.6f")
+    # Columns of text and numbers: pandas calls the format of these, and refuses "%.2f".
+    print(found.T.to_string(header=False, float_format="{:.2f}".format))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kv", default="vattention,paged", help="the first is the base")
@@ -201,9 +209,7 @@ def main() -> None:
             f"{every.max():.1f}); {kind.num_changed} tokens changed from round to round"
         )
         kind.server.close()
-    print(found.T.to_string(header=False, float_format="%.2f"))
-    if options.out:
-        found.to_csv(options.out, index=False, float_format="%.6f")
+    report(found, options.out)
     if found["tokens differing"].sum():
         sys.exit(1)
 

@@ -112,7 +112,7 @@ def tune_command(
         gains = times.rdiv(times["serial"], axis=0)
         gains.to_csv(folder / "gains.csv", float_format="%.4f")
         _write_provenance(folder, f"podsim kernels tune --count {count}")
-    console.print(gains.mean().sort_values(ascending=False).to_string(float_format="%.3f"))
+    console.print(gains.mean().sort_values(ascending=False).to_string(float_format="{:.3f}".format))
 
 
 @kernels_app.command("paging")
@@ -137,7 +137,7 @@ def paging_command(
         found.to_csv(folder / "overhead.csv", index=False, float_format="%.4f")
         _write_provenance(folder, "podsim kernels paging")
     mean = found.groupby(["kernel", "page_size"])["overhead"].agg(["mean", "max"])
-    console.print(mean.to_string(float_format="%.3f"))
+    console.print(mean.to_string(float_format="{:.3f}".format))
 
 
 @kernels_app.command("check")

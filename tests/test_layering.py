@@ -39,7 +39,7 @@ LAYERS = [
     {"vidur_export"},
     {"prefix_cache", "swap_space", "kv_cache", "block_tables", "decode_group", "waiting"},
     {"scheduler", "step_inputs"},
-    {"vattention", "step_memory", "mapping_time", "offload_time", "memory_system"},
+    {"vattention", "step_memory", "swap_time", "mapping_time", "offload_time", "memory_system"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation", "engine"},
     {"latency_provider"},
     {"variants", "slo", "result_row", "capacity_search", "capacity", "validation"},

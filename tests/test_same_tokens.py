@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 pytest.importorskip("torch", reason="the engine needs torch")
@@ -54,6 +56,26 @@ def test_differences_of_times_and_tokens(same_tokens, tmp_path):
     assert second["gpu measured %"] - first["gpu measured %"] == pytest.approx(5.0, abs=0.4)
     assert (second["same tokens"], second["tokens differing"]) == ("no", 3)
     assert second["requests differing"] == 2
+
+
+def test_the_table_is_left_as_csv_and_printed(same_tokens, tmp_path, capsys, monkeypatch):
+    """Its columns hold text beside numbers, whose format pandas calls. The file comes first."""
+    paged = paged_deployment(tmp_path / "costs")
+    tokens = {0: [1, 2, 3]}
+    kinds = {"ideal": kind(same_tokens, DEPLOYMENT, tokens, 1.0)}
+    kinds["paged"] = kind(same_tokens, paged, tokens, 1.0)
+    rows = same_tokens.table(kinds)
+    same_tokens.report(rows, tmp_path / "tokens.csv")
+    printed = capsys.readouterr().out
+    assert re.search(rf"throughput measured % +{rows['throughput measured %'][0]:.2f}\n", printed)
+    assert re.search(r"same tokens +yes\n", printed)
+    left = pd.read_csv(tmp_path / "tokens.csv")
+    assert left["points off"][0] == pytest.approx(rows["points off"][0], abs=1e-6)
+
+    monkeypatch.setattr(pd.DataFrame, "to_string", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        same_tokens.report(rows, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "tokens.csv").read_bytes()
 
 
 def test_every_kind_has_room_for_the_same_requests(same_tokens):
