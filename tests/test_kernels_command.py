@@ -280,3 +280,13 @@ def test_a_check_of_nothing(checked: list[Any], option: str, text: str) -> None:
     run = podsim("check", "--kernels", "triton", option, text)
     assert f"{option} has '{text}', expected some of" in str(run.exception)
     assert not checked
+
+
+def test_the_committed_paging_and_tuning_are_of_their_rows() -> None:
+    folder = ROOT / "benchmarks/kernels/h200"
+    overhead = kernel_report.paging_overhead(pd.read_csv(folder / "paging/rows.csv"))
+    text = overhead.to_csv(index=False, float_format="%.4f")
+    assert text == (folder / "paging/overhead.csv").read_text()
+    times = kernel_report.medians(pd.read_csv(folder / "tune/rows.csv"))
+    text = times.rdiv(times["serial"], axis=0).to_csv(float_format="%.4f")
+    assert text == (folder / "tune/gains.csv").read_text()
