@@ -142,7 +142,7 @@ def quantization_results(rows: pd.DataFrame) -> pd.DataFrame:
     """Median seconds: one row for each number of decodes, one column a kernel."""
     times = medians(rows)
     times.index = pd.Index(_batches(rows, ("decodes",))["decodes"].astype(int), name="decodes")
-    return times.sort_index()[sorted(times)]
+    return times.sort_index().sort_index(axis="columns")
 
 
 def quantization_tables(rows: pd.DataFrame) -> Tables:
