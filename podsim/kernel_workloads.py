@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
@@ -139,7 +139,7 @@ def _sweep_point(rng: Generator, heads: tuple[int, int]) -> KernelWorkload:
         workload = uniform_workload(heads, chunk, prompt, decodes, context)
         prefill, decode = workload.flops / 600e12, workload.kv_bytes / 4.35e12
         if min(prefill, decode) >= LEAST_SHARE * (prefill + decode):
-            return workload
+            return replace(workload, batch=replace(workload.batch, split="sweep"))
 
 
 def uneven_workloads(count: int, seed: int) -> list[KernelWorkload]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,17 @@ from podsim.kernel_workloads import (
 from podsim.profile import kernels_hash
 
 ROWS_FILE = "rows.csv"
+OVERHEAD_FILE = "launch_overhead.csv"
+PROVENANCE_FILE = "provenance.json"
+PROGRESS_SECONDS = 10.0
 BENCH_SEED, TUNE_SEED = 7, 11
 """Random workloads are tuned on and judged by different draws."""
+KINDS: dict[str, Callable[[], list[KernelWorkload]]] = {
+    "reference": reference_workloads,
+    "sweep": lambda: sweep_workloads(24, BENCH_SEED),
+    "uneven": lambda: uneven_workloads(12, BENCH_SEED),
+}
+"""What `bench` times."""
 
 kernels_app = typer.Typer(
     no_args_is_help=True, help="Time, check and tune the attention kernels on this machine's GPU."
@@ -47,6 +57,13 @@ SecondsOption = Annotated[float, typer.Option(help="For how long.", min=1)]
 @kernels_app.command("bench")
 def bench_command(
     out: Annotated[Path, typer.Option(help="Folder to leave the results in.")],
+    sources: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            help="Results again from this folder's rows, or from several folders'; needs no GPU.",
+        ),
+    ] = None,
     kernels: KernelsOption = "auto",
     workloads: Annotated[
         str, typer.Option(help="Comma list of reference, sweep and uneven.")
@@ -66,27 +83,46 @@ def bench_command(
     and gains), launch_overhead.csv (time of the host), bench.png, and provenance.json. The kernels
     of a workload take turns, in a random order that changes from round to round.
     """
-    measure = measuring()
     chosen = _chosen(workloads)
-    if flashinfer is None:
-        flashinfer = importlib.util.find_spec("flashinfer") is not None
-    names = ("serial", "pod") if sustained else ()
-    with report.result_folder(out, made_by=ROWS_FILE) as folder:
-        with progress_bar(chosen, "timing") as done:
-            rows = measure.bench(chosen, kernel_set(kernels), rounds, names, flashinfer, done)
-        table = pd.DataFrame(rows)
-        table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
-        found = kernel_report.results(table, chosen)
-        found.to_csv(folder / "results.csv", float_format="%.5g")
-        kernel_report.summary(found).to_csv(
-            folder / "summary.csv", index=False, float_format="%.4f"
-        )
-        kernel_report.write_figure(found, folder / "bench.png")
-        overhead = pd.DataFrame(measure.launch_overhead(kernel_set(kernels)))
-        overhead.to_csv(folder / "launch_overhead.csv", index=False, float_format="%.3g")
-        _write_provenance(folder, f"podsim kernels bench --workloads {workloads}")
+    if sources:
+        known = {workload.name for kind in KINDS.values() for workload in kind()}
+        table = pd.concat(kernel_report.read_rows(path / ROWS_FILE, known) for path in sources)
+        table = table[table["workload"].isin([workload.name for workload in chosen])]
+        if table.empty:
+            raise InputError(f"{sources[0]}: has no rows of --workloads {workloads}")
+        overhead = pd.concat(kernel_report.read_overhead(path / OVERHEAD_FILE) for path in sources)
+        machine = kernel_report.one_machine([path / PROVENANCE_FILE for path in sources])
+        with report.result_folder(out, made_by=ROWS_FILE) as folder:
+            found = _leave_bench(folder, table, overhead, machine)
+    else:
+        measure = measuring()
+        if flashinfer is None:
+            flashinfer = importlib.util.find_spec("flashinfer") is not None
+        names = ("serial", "pod") if sustained else ()
+        with report.result_folder(out, made_by=ROWS_FILE) as folder:
+            with progress_bar(chosen, "timing") as done:
+                rows = measure.bench(chosen, kernel_set(kernels), rounds, names, flashinfer, done)
+            overhead = pd.DataFrame(measure.launch_overhead(kernel_set(kernels)))
+            machine = provenance(f"podsim kernels bench --workloads {workloads}")
+            found = _leave_bench(folder, pd.DataFrame(rows), overhead, machine)
     console.print(kernel_report.workloads_table(found))
     console.print(kernel_report.summary_table(found))
+
+
+def _leave_bench(
+    folder: Path, table: pd.DataFrame, overhead: pd.DataFrame, machine: dict[str, object]
+) -> pd.DataFrame:
+    """Write all files of `bench`, most of them from its rows, and return its results."""
+    workloads = [workload for kind in KINDS.values() for workload in kind()]
+    found = kernel_report.results(table, workloads)
+    table = table.assign(group=found["group"].loc[table["workload"]].to_numpy())
+    table.to_csv(folder / ROWS_FILE, index=False, float_format="%.6g")
+    found.to_csv(folder / "results.csv", float_format="%.5g")
+    kernel_report.summary(found).to_csv(folder / "summary.csv", index=False, float_format="%.4f")
+    kernel_report.write_figure(found, folder / "bench.png")
+    overhead.to_csv(folder / OVERHEAD_FILE, index=False, float_format="%.3g")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(machine, indent=2) + "\n")
+    return found
 
 
 @kernels_app.command("tune")
@@ -146,30 +182,74 @@ def check_command(
     kernels: KernelsOption = "auto",
     batches: Annotated[int, typer.Option(help="Random batches of each kernel in turn.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Of the batches.")] = 0,
+    strategy: Annotated[
+        str | None, typer.Option(help="Comma list of strategies. Default: all.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Comma list such as 32/8,28/4. Default: all.")
+    ] = None,
+    page_size: Annotated[
+        str | None, typer.Option(help="Comma list; 0: contiguous. Default: all.")
+    ] = None,
 ) -> None:
     """Compare every kernel with float64 on random batches, one kernel after another.
 
     Lengths from one key to 131072, up to 4 chunks and 512 decodes, contiguous and paged caches with
-    shuffled pages, and large numbers where no result may look. Exits with 1 if anything is wrong.
+    shuffled pages, and large numbers where no result may look. Exits with 1 if anything is wrong,
+    and with 130 if it was interrupted before it found anything; says in both cases how far it came.
     """
     measuring()
     checks = importlib.import_module("podsim.check_kernels")
-    counts = {"batches": 0, "wrong": 0}
-    seen = set()
+    chosen = _kept(checks.cases(seed), "--strategy", strategy, lambda case: case.strategy)
+    chosen = _kept(chosen, "--heads", heads, lambda case: "{}/{}".format(*case.heads))
+    chosen = _kept(chosen, "--page-size", page_size, lambda case: str(case.page_size))
+    counts = CheckCounts()
+    interrupted = False
+    try:
+        checks.check(kernel_set(kernels), chosen, seconds, batches, seed, counts.add)
+    except KeyboardInterrupt:
+        interrupted = True
+    console.print(("interrupted: " if interrupted else "") + counts.text())
+    if counts.wrong or interrupted:
+        raise typer.Exit(1 if counts.wrong else 130)
 
-    def on_batch(case: Any, wrong: list[str]) -> None:
-        counts["batches"] += 1
-        seen.add(case)
+
+class CheckCounts:
+    """What `check` has done; says so on stderr every PROGRESS_SECONDS."""
+
+    def __init__(self) -> None:
+        self.batches = self.wrong = 0
+        self._seen: set[object] = set()
+        self._started = self._said = time.monotonic()
+
+    def add(self, case: object, wrong: list[str]) -> None:
+        self.batches += 1
+        self._seen.add(case)
         if wrong:
-            counts["wrong"] += 1
+            self.wrong += 1
             console.print(f"{case}: {'; '.join(wrong[:3])}")
+        if time.monotonic() - self._said >= PROGRESS_SECONDS:
+            self._said = time.monotonic()
+            Console(stderr=True).print(self.text())
 
-    checks.check(kernel_set(kernels), seconds, batches, seed, on_batch)
-    console.print(
-        f"{counts['batches']} random batches of {len(seen)} kernels: {counts['wrong']} wrong"
-    )
-    if counts["wrong"]:
-        raise typer.Exit(1)
+    def text(self) -> str:
+        return (
+            f"{self.batches} random batches of {len(self._seen)} kernels in "
+            f"{time.monotonic() - self._started:.0f} s: {self.wrong} wrong"
+        )
+
+
+def _kept(
+    cases: list[Any], option: str, text: str | None, value_of: Callable[[Any], str]
+) -> list[Any]:
+    """The cases with one of the values that an option lists; all if it lists none."""
+    if text is None:
+        return cases
+    known = sorted({value_of(case) for case in cases})
+    for name in text.split(","):
+        if name not in known:
+            raise InputError(f"{option} has '{name}', expected some of {', '.join(known)}")
+    return [case for case in cases if value_of(case) in text.split(",")]
 
 
 def measuring() -> ModuleType:
@@ -207,16 +287,11 @@ def kernel_set(asked: str) -> str:
 
 
 def _chosen(text: str) -> list[KernelWorkload]:
-    kinds = {
-        "reference": reference_workloads,
-        "sweep": lambda: sweep_workloads(24, BENCH_SEED),
-        "uneven": lambda: uneven_workloads(12, BENCH_SEED),
-    }
     names = text.split(",")
     for name in names:
-        if name not in kinds:
-            raise InputError(f"--workloads has '{name}', expected some of {', '.join(kinds)}")
-    return [workload for name in names for workload in kinds[name]()]
+        if name not in KINDS:
+            raise InputError(f"--workloads has '{name}', expected some of {', '.join(KINDS)}")
+    return [workload for name in names for workload in KINDS[name]()]
 
 
 @contextmanager
@@ -229,7 +304,7 @@ def progress_bar(workloads: Sequence[object], verb: str) -> Iterator[Callable[[]
 
 
 def _write_provenance(folder: Path, command: str) -> None:
-    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance(command), indent=2) + "\n")
 
 
 def provenance(command: str) -> dict[str, object]:

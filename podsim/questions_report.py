@@ -25,7 +25,7 @@ NEEDED = {
     "sweep": ("prefill", "decode", "serial", "streams", "unified", "pod"),
     "quantization": ("decode",),
     "tiles": ("serial",),
-    "policies": ("serial", "pod"),
+    "policies": ("prefill", "decode", "serial", "unified", "pod"),
     "split": ("decode", "pod"),
 }
 """Kernels that every batch of a part must have."""
@@ -142,7 +142,7 @@ def quantization_results(rows: pd.DataFrame) -> pd.DataFrame:
     """Median seconds: one row for each number of decodes, one column a kernel."""
     times = medians(rows)
     times.index = pd.Index(_batches(rows, ("decodes",))["decodes"].astype(int), name="decodes")
-    return times.sort_index()
+    return times.sort_index().sort_index(axis="columns")
 
 
 def quantization_tables(rows: pd.DataFrame) -> Tables:
@@ -174,7 +174,7 @@ def tiles_results(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each variant and batch: seconds over those of the fastest of the same family."""
     timed = rows[rows["family"] != ""]
     keys = ["family", "tile", "context", "decodes"]
-    found = timed.groupby(keys, sort=False)["seconds"].median().reset_index()
+    found = timed.groupby(keys)["seconds"].median().reset_index()
     best = found.groupby(["family", "context", "decodes"])["seconds"].transform("min")
     return found.assign(over_best=found["seconds"] / best)
 
@@ -194,10 +194,11 @@ def tiles_tables(rows: pd.DataFrame) -> Tables:
 
 
 def policies_results(rows: pd.DataFrame) -> pd.DataFrame:
-    """Speedups over serial: one row a batch, one column a way to share the SMs."""
+    """Speedups over serial: one row a batch, one column a way to share the SMs, best first."""
     times = medians(rows)
     gains = times.rdiv(times["serial"], axis=0)
-    return gains[[n for n in gains if n not in ("prefill", "decode", "serial", "unified")]]
+    gains = gains.drop(columns=["prefill", "decode", "serial", "unified"])
+    return gains[gains.mean().sort_values(ascending=False, kind="stable").index]
 
 
 def policies_tables(rows: pd.DataFrame) -> Tables:
@@ -229,7 +230,8 @@ def split_results(rows: pd.DataFrame) -> pd.DataFrame:
     usual = found[found["knob"] == ""].set_index(batch)["seconds"]
     changed = found[found["knob"] != ""].astype({"value": float})
     base = usual.loc[list(changed[batch].itertuples(index=False, name=None))].to_numpy()
-    return changed.assign(over_usual=changed["seconds"] / base)
+    changed = changed.assign(over_usual=changed["seconds"] / base)
+    return changed.sort_values("value", kind="stable")
 
 
 def split_tables(rows: pd.DataFrame) -> Tables:

@@ -27,6 +27,7 @@ pytest.importorskip("pynvml", reason="the command needs nvidia-ml-py")
 # The interpreter of Triton before 3.9 converts arrays in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
+ROOT = Path(__file__).parent.parent
 MACHINE = {"device_name": "Fake GPU", "driver": "1.2", "kernels_sha256": "abc", "date": "today"}
 
 # ---- the batches
@@ -230,11 +231,11 @@ def policies_rows() -> pd.DataFrame:
 def test_policies_are_compared_with_serial_and_with_pod() -> None:
     summary, each = questions_report.policies_tables(policies_rows()).values()
     assert summary.to_numpy().tolist() == [
-        ["pod", "1.25 (1.25 to 1.25)", "1.00 (1.00 to 1.00)", 0],
         ["pod, 50:50", "2.00 (2.00 to 2.00)", "1.60 (1.60 to 1.60)", 1],
+        ["pod", "1.25 (1.25 to 1.25)", "1.00 (1.00 to 1.00)", 0],
         ["streams", "1.00 (1.00 to 1.00)", "0.80 (0.80 to 0.80)", 0],
     ]
-    assert each.to_numpy().tolist() == [["batch", "1.25", "2.00", "1.00"]]
+    assert each.to_numpy().tolist() == [["batch", "2.00", "1.25", "1.00"]]
 
 
 def split_rows() -> pd.DataFrame:
@@ -429,3 +430,18 @@ def test_another_folder_is_left_alone(tiny: None, tmp_path: Path) -> None:
     said = podsim("--out", tmp_path, "--kernels", "triton")
     assert "not empty, and nothing of this command; name another --out" in said
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+# ---- what is committed
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_page_shows_the_tables_of_the_committed_rows(part: str) -> None:
+    folder = ROOT / "benchmarks/kernels/h200/questions"
+    page = (ROOT / "docs/pod.md").read_text()
+    tables = questions_report.TABLES[part](questions_report.read_rows(folder / f"{part}.csv", part))
+    text = (folder / f"{part}.txt").read_text()
+    assert text.endswith("\n\n" + questions_report.markdown(tables)), "made from these rows"
+    for title, table in tables.items():
+        lines = questions_report.markdown({title: table}).split("\n\n", 1)[1]
+        assert lines in page or title == "The same, batch by batch", title
