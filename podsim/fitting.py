@@ -174,7 +174,7 @@ def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None
 
 
 def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> Warming:
-    """What the heats add to a step's seconds, and their time constants: least squares of logarithms.
+    """What the heats add to a step, and their time constants: least squares of logarithms.
 
     `seconds` [batches, windows] are mean steps of rows of equal steps from rest, in windows that
     end at `ends` [windows] seconds; `loads` [batches] are the batches' loads. At the time t a heat
@@ -185,9 +185,7 @@ def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> Warming:
     starts = np.concatenate([[0.0], ends[:-1]])
 
     def reached(tau: float) -> Floats:
-        return np.asarray(
-            1 - tau * (np.exp(-starts / tau) - np.exp(-ends / tau)) / (ends - starts)
-        )
+        return np.asarray(1 - tau * (np.exp(-starts / tau) - np.exp(-ends / tau)) / (ends - starts))
 
     def slower(heating: float, tau: float, slow_heating: float, slow_tau: float) -> Floats:
         added = heating * reached(tau) + slow_heating * reached(slow_tau)
