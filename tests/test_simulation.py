@@ -319,8 +319,10 @@ def test_error_bars_span_the_runs_that_the_profiles_error_allows() -> None:
         "ttft_p50": slow.requests["ttft"].median(),
         "tpot_p99": slow.requests["tpot"].quantile(0.99),
     }
-    for name, value in headline.items():
-        assert result.intervals[name][1] == pytest.approx(value)
+    for name, value in headline.items():  # its own end, unless other batches made a run worse
+        least, most = result.intervals[name]
+        assert least < value <= most * (1 + 1e-9)
+    assert result.intervals["ttft_p50"][1] == pytest.approx(headline["ttft_p50"])
     own = result.summary()["podsim"]
     for name, (least, most) in result.intervals.items():
         if name.startswith(("ttft", "tbt", "tpot")):
