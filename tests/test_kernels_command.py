@@ -217,6 +217,19 @@ def test_the_committed_results_are_of_the_committed_rows(tmp_path: Path) -> None
         assert (tmp_path / "out" / name).read_text() == (folder / name).read_text(), name
 
 
+def test_the_page_shows_the_committed_summary() -> None:
+    """Mean, least and most of each ratio, by kind of workload."""
+    summary = pd.read_csv(ROOT / "benchmarks/kernels/h200/bench/summary.csv")
+    page = (ROOT / "docs/pod.md").read_text()
+    for ratio, part in summary.groupby("ratio"):
+        of = part.set_index("group")
+        cells = [
+            f"{of['mean'][g]:.2f} ({of['least'][g]:.2f} to {of['most'][g]:.2f})"
+            for g in ("reference", "sweep", "uneven")
+        ]
+        assert f" | {' | '.join(cells)} |\n" in page, ratio
+
+
 # ---- check
 
 

@@ -430,3 +430,18 @@ def test_another_folder_is_left_alone(tiny: None, tmp_path: Path) -> None:
     said = podsim("--out", tmp_path, "--kernels", "triton")
     assert "not empty, and nothing of this command; name another --out" in said
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+# ---- what is committed
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_page_shows_the_tables_of_the_committed_rows(part: str) -> None:
+    folder = ROOT / "benchmarks/kernels/h200/questions"
+    page = (ROOT / "docs/pod.md").read_text()
+    tables = questions_report.TABLES[part](questions_report.read_rows(folder / f"{part}.csv", part))
+    text = (folder / f"{part}.txt").read_text()
+    assert text.endswith("\n\n" + questions_report.markdown(tables)), "made from these rows"
+    for title, table in tables.items():
+        lines = questions_report.markdown({title: table}).split("\n\n", 1)[1]
+        assert lines in page or title == "The same, batch by batch", title

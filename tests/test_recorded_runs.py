@@ -39,10 +39,13 @@ def comparison(request: pytest.FixtureRequest) -> Comparison:
     return accuracy_table.compared(read_recording(request.param))
 
 
-def test_every_recording_is_whole(comparison: Comparison) -> None:
-    recorded = comparison.recorded
-    assert isinstance(comparison.simulated.latency_model, ProfiledLatency)
-    assert len(recorded.engine["kernels_sha256"]) == 64
+def test_every_recording_is_whole_and_compared_with_its_own_kernels(
+    comparison: Comparison,
+) -> None:
+    recorded, model = comparison.recorded, comparison.simulated.latency_model
+    assert isinstance(model, ProfiledLatency)
+    kernels = model.profile.provenance["kernels_sha256"]
+    assert recorded.engine["kernels_sha256"] == kernels
     if recorded.engine["options"]["load"] is not None:
         assert len(recorded.requests) >= 300
     served = recorded.requests[recorded.requests["refused"] == ""]

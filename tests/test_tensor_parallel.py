@@ -171,8 +171,9 @@ def test_a_share_has_a_shape_and_a_profile_of_its_own() -> None:
     assert replace(share, tensor_parallel_size=1).shape != share.shape
     assert share.command_options == "--model llama-3-70b --tp 4"
     assert LARGE.command_options == "--model llama-3-70b"
-    with pytest.raises(InputError, match="`podsim profile --gpu a100 --model llama-3-70b --tp 4"):
-        find_profile("a100", share)
+    with pytest.raises(InputError, match="`podsim profile --gpu a100 --model llama-3-70b --tp 8"):
+        find_profile("a100", LARGE.shard(8))
+    assert find_profile("h200", share).shape == share.shape
 
 
 def test_a_profile_of_a_share_is_refitted_as_one(
@@ -379,6 +380,16 @@ def test_the_command_line_takes_shipped_collectives(deployment: Deployment, tmp_
         assert run.returncode == 0, run.stderr
     own, given = (tmp_path / name / "requests.csv" for name in ("own", "given"))
     assert own.read_bytes() == given.read_bytes()
+
+
+def test_the_command_line_takes_the_shipped_share_and_collectives() -> None:
+    simulate = ("simulate", "azure-conv-like", "--requests", 30, "--model", "llama-3-70b")
+    run = run_podsim(*simulate, "--tp", 4)
+    assert run.returncode == 0, run.stderr
+    assert "llama-3-70b on h200 (tensor parallel over 4)" in run.stdout
+    run = run_podsim(*simulate, "--tp", 4, "--gpu", "a100")
+    assert run.returncode == 2
+    assert "no times of collectives on a100 are shipped" in run.stderr
 
 
 @pytest.mark.parametrize(
