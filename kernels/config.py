@@ -29,6 +29,9 @@ TB/s in these kernels."""
 DECODE_HEAVY = 0.7
 """Balance below which POD gives decode the larger blocks."""
 
+RESIDENT_KEYS = 65536
+"""Keys, times KV heads, that stay in the L2: 32 MiB of K and V with 128-wide heads."""
+
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
@@ -70,12 +73,16 @@ class AttentionConfig:
     make 512, the share of four warpgroups in an SM's 65536."""
     query_buffers: int = 1
     """Tiles of queries that a Hopper prefill keeps in shared memory."""
+    sm_caps: tuple[int, int] = (0, 0)
+    """The most SMs that take prefill and decode in POD on Hopper; 0: as the policy says."""
 
     def __post_init__(self) -> None:
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels must be one of {KERNELS}, got {self.kernels!r}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {POLICIES}, got {self.policy!r}")
+        if any(self.sm_caps) and self.kernels != "hopper":
+            raise ValueError(f"only Hopper's kernels have SM caps, got {self.sm_caps}")
 
 
 def config_for(
@@ -178,11 +185,12 @@ def sm_shares(config: AttentionConfig, ratio: float, num_sms: int) -> tuple[int,
 
     `ratio` is the batch's balance. Proportional, which two streams need, leaves prefill as many SMs
     as let both end together, when decode does not gain from more than SATURATING_SHARE of them.
-    50:50 has both on every SM to the end. Adaptive is what was fastest when tuned: that too.
+    50:50 has both on every SM to the end; so has adaptive, whose tiles follow the balance.
     """
-    if config.policy == "proportional":
-        return _prefill_sms(ratio, num_sms), 0
-    return 0, 0
+    prefill, decode = config.sm_caps
+    if config.policy == "proportional" and not prefill:
+        prefill = _prefill_sms(ratio, num_sms)
+    return prefill, decode
 
 
 def _prefill_sms(ratio: float, num_sms: int) -> int:

@@ -47,19 +47,20 @@ def prefill_kernel(
     mailbox = make_mailbox(2)
     q_full = _barriers(Q_BUFFERS, 1)
     q_empty = _barriers(Q_BUFFERS, 2)
+    turns = _barriers(2, 1)
     fence_async_shared()
     warps_barrier()
     num_ctas = gl.load(counts + 3) if SHARED else 0
     Q_HEADS: gl.constexpr = KV_HEADS * GROUP
     gl.warp_specialize(
         [
-            (compute_prefill, (0, out, q_tiles, q_full, q_empty, ring, mailbox, scale,
-                               Q_BUFFERS, Q_HEADS, PACK, HEAD_DIM, BLOCK_N)),
-            (compute_prefill, (1, out, q_tiles, q_full, q_empty, ring, mailbox, scale,
-                               Q_BUFFERS, Q_HEADS, PACK, HEAD_DIM, BLOCK_N)),
+            (compute_prefill, (0, out, q_tiles, q_full, q_empty, turns, ring, mailbox, scale,
+                               Q_BUFFERS, Q_HEADS, PACK, HEAD_DIM, BLOCK_N, True)),
+            (compute_prefill, (1, out, q_tiles, q_full, q_empty, turns, ring, mailbox, scale,
+                               Q_BUFFERS, Q_HEADS, PACK, HEAD_DIM, BLOCK_N, True)),
             (load_prefill, (q, k, v, q_tiles, q_full, q_empty, ring, mailbox, counts, tiles,
                             counters, block_table, slot_rows, num_ctas, Q_BUFFERS, KV_HEADS, GROUP,
-                            PACK, HEAD_DIM, BLOCK_N, PAGE)),
+                            PACK, HEAD_DIM, BLOCK_N, PAGE, not SHARED)),
         ],
         [4, 1],
         [232, 40],
@@ -123,6 +124,7 @@ def pod_kernel(
     decode_mail = make_mailbox(1)
     qp_full = _barriers(1, 1)
     qp_empty = _barriers(1, 2)
+    turns = _barriers(2, 1)
     qd_full = _barriers(1, 1)
     qd_empty = _barriers(1, 1)
     fence_async_shared()
@@ -132,16 +134,18 @@ def pod_kernel(
     Q_HEADS: gl.constexpr = KV_HEADS * GROUP
     gl.warp_specialize(
         [
-            (compute_prefill, (0, out, qp_tiles, qp_full, qp_empty, prefill_ring, prefill_mail,
-                               scale, 1, Q_HEADS, PACK, HEAD_DIM, PREFILL_BLOCK_N)),
-            (compute_prefill, (1, out, qp_tiles, qp_full, qp_empty, prefill_ring, prefill_mail,
-                               scale, 1, Q_HEADS, PACK, HEAD_DIM, PREFILL_BLOCK_N)),
+            (compute_prefill, (0, out, qp_tiles, qp_full, qp_empty, turns, prefill_ring,
+                               prefill_mail, scale, 1, Q_HEADS, PACK, HEAD_DIM, PREFILL_BLOCK_N,
+                               False)),
+            (compute_prefill, (1, out, qp_tiles, qp_full, qp_empty, turns, prefill_ring,
+                               prefill_mail, scale, 1, Q_HEADS, PACK, HEAD_DIM, PREFILL_BLOCK_N,
+                               False)),
             (compute_decode, (out, partial_out, partial_lse, qd_tile, qd_full, qd_empty, p_tile,
                               decode_ring, decode_mail, scale, KV_HEADS, GROUP, HEADS, HEAD_DIM,
                               DECODE_BLOCK_N)),
             (load_prefill, (qp, kp, vp, qp_tiles, qp_full, qp_empty, prefill_ring, prefill_mail,
                             counts, tiles, counters, block_table, slot_rows, prefill_ctas, 1,
-                            KV_HEADS, GROUP, PACK, HEAD_DIM, PREFILL_BLOCK_N, PAGE)),
+                            KV_HEADS, GROUP, PACK, HEAD_DIM, PREFILL_BLOCK_N, PAGE, False)),
             (load_decode, (qd, kd, vd, qd_tile, qd_full, qd_empty, decode_ring, decode_mail,
                            counts, splits, counters, block_table, slot_rows, decode_ctas, KV_HEADS,
                            GROUP, HEADS, HEAD_DIM, DECODE_BLOCK_N, PAGE)),

@@ -12,7 +12,8 @@ for each KV head (entries are padded with zeros):
                       only split, which writes its result), the longest first
     combines  [C, 4]  query_start, first partial, number of partials: the decodes with several
                       splits
-    counts    [8]     T, S, C, CTAs that take prefill and decode in POD on Hopper (0: all), 0, 0, 0
+    counts    [8]     T, S, C, CTAs that take prefill and decode in POD on Hopper (0: all), long
+                      tiles, which come first of all heads, beside decode and alone, 0
 
 The kernels read everything that depends on the batch from these lists, the counts included, and
 CTAs past a count leave: a captured launch of a large enough grid stays valid when the lists are
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from .checks import require_heads, require_runnable, require_tensor
-from .config import AttentionConfig, balance, packed_heads, sm_shares
+from .config import RESIDENT_KEYS, AttentionConfig, balance, packed_heads, sm_shares
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -62,11 +63,12 @@ class WorkLists:
     combines: np.ndarray
     num_tokens: int
     sm_shares: tuple[int, int]
+    num_long: tuple[int, int]
 
     @property
     def counts(self) -> np.ndarray:
         sizes = [len(self.tiles), len(self.splits), len(self.combines)]
-        return np.array([*sizes, *self.sm_shares, 0, 0, 0], np.int32)
+        return np.array([*sizes, *self.sm_shares, *self.num_long, 0], np.int32)
 
     @property
     def sections(self) -> tuple[np.ndarray, ...]:
@@ -96,7 +98,7 @@ def work_lists(
 
     tiled, split = np.split(requests, [len(chunks) if config.decode else len(requests)])
     splits, combines = _kv_splits(split, num_kv_heads, num_sms, config)
-    tiles = _row_tiles(tiled, pack, config.prefill.block_m)
+    tiles, num_keys = _row_tiles(tiled, pack, config.prefill.block_m)
     ratio = balance(
         [(chunk.num_tokens, chunk.context_len) for chunk in chunks],
         [decode.context_len for decode in decodes],
@@ -106,17 +108,38 @@ def work_lists(
         *map(_padded, (tiles, splits, combines)),
         num_tokens=int(num_tokens.sum()),
         sm_shares=sm_shares(config, ratio, num_sms),
+        num_long=_num_long(
+            num_keys,
+            num_heads=group // pack * num_kv_heads,
+            num_sms=num_sms,
+            resident=int(tiled[:, 2].sum()) * num_kv_heads <= RESIDENT_KEYS,
+        ),
     )
 
 
-def _row_tiles(requests: np.ndarray, pack: int, block_m: int) -> np.ndarray:
-    """Return (request, row tile) of all packed rows; the tiles with the most keys come first."""
+def _row_tiles(requests: np.ndarray, pack: int, block_m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row tiles of all packed rows and their keys; those with the most come first."""
     num_rows = requests[:, 1] * pack
     request, tile = _enumerate_parts(-(-num_rows // block_m))
     last_row = np.minimum((tile + 1) * block_m, num_rows[request]) - 1
     num_keys = (requests[:, 2] - requests[:, 1])[request] + last_row // pack + 1
     tiles = np.column_stack([requests[request], tile])
-    return tiles[np.argsort(-num_keys, kind="stable")]
+    longest_first = np.argsort(-num_keys, kind="stable")
+    return tiles[longest_first], num_keys[longest_first]
+
+
+def _num_long(
+    num_keys: np.ndarray, *, num_heads: int, num_sms: int, resident: bool
+) -> tuple[int, int]:
+    """How many tiles come first of all heads, so that no SM is left with a long one at the end.
+
+    Those longer than an SM's share of all keys, or, of a prefill that runs alone and whose keys of
+    all heads the L2 holds, all.
+    """
+    if len(num_keys) * num_heads <= num_sms:
+        return 0, 0
+    longer = int((num_keys > num_keys.sum() * num_heads / num_sms).sum())
+    return longer, len(num_keys) if resident else longer
 
 
 def _kv_splits(

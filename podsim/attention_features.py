@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from heapq import heapify, heappop, heapreplace
-from math import ceil, gcd
+from heapq import heapify, heapreplace
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,8 +68,9 @@ class Geometry:
     """Keys of a block of decode."""
     decode_items_per_sm: int
     min_split_len: int
-    holds_next: bool = False
-    """Whether a CTA takes its next tile when it starts one, as the Hopper kernels do."""
+    resident_keys: int = 0
+    """Keys, times KV heads, that the L2 holds: then the longest tiles of all heads come first. 0:
+    the tiles of a head always follow those of another."""
     tile_overhead: float = 0.0
     """What a prefill tile costs beside its blocks, in blocks; fitted."""
     linear_token_seconds: float = 0.0
@@ -130,7 +130,7 @@ def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
 
 
 def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
-    """Hand out the tiles as the kernels do: head after head, within a head the longest first.
+    """Hand out the tiles as the kernels do (see num_long in kernels/plan.py), the longest first.
 
     `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
     """
@@ -142,52 +142,22 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
             max(last_blocks - i * blocks_per_tile, 1.0) + geometry.tile_overhead
             for i in range(num_tiles)
         ]
+    keys = geometry.block_n * (sum(blocks for _, blocks in chunks) + sum(decode_blocks))
     sizes.sort(reverse=True)
     packs = geometry.group // geometry.pack
-    order = [size for size in sizes for _ in range(packs)] * geometry.num_kv_heads
-    makespan = (_makespan_held if geometry.holds_next else _makespan)(order, geometry.num_sms)
-    return TileWork(makespan, sum(order), sizes[0], len(order))
-
-
-def _makespan(sizes: Sequence[float], num_sms: int) -> float:
-    """When the last SM is done if each takes the next tile when it is free."""
-    busy_until = list(sizes[:num_sms])
+    num_long = 0
+    heads = geometry.num_kv_heads * packs
+    if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
+        share = sum(sizes) * heads / geometry.num_sms
+        resident = keys * geometry.num_kv_heads <= geometry.resident_keys
+        num_long = len(sizes) if resident else sum(size > share for size in sizes)
+    order = [size for size in sizes[:num_long] for _ in range(heads)]
+    order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
+    busy_until = order[: geometry.num_sms]
     heapify(busy_until)
-    for size in sizes[num_sms:]:
+    for size in order[geometry.num_sms :]:
         heapreplace(busy_until, busy_until[0] + size)
-    return max(busy_until)
-
-
-def _makespan_held(sizes: Sequence[float], num_sms: int) -> float:
-    """The same if each takes its next tile as soon as it starts one: it may wait there.
-
-    Which SM is the first to ask when all of them start together is chance: here the first tiles to
-    be held are spread evenly over the SMs.
-    """
-    started = [(size, sm) for sm, size in enumerate(sizes[:num_sms])]
-    heapify(started)
-    held = [0.0] * num_sms
-    step = _spreading_step(num_sms)
-    for i, size in enumerate(sizes[num_sms : 2 * num_sms]):
-        held[i * step % num_sms] = size
-    waiting = iter(sizes[2 * num_sms :])
-    makespan = max(sizes[:num_sms])
-    while started:
-        free, sm = started[0]
-        if not held[sm]:
-            heappop(started)
-            continue
-        end = free + held[sm]
-        heapreplace(started, (end, sm))
-        held[sm] = next(waiting, 0.0)
-        makespan = max(makespan, end)
-    return makespan
-
-
-@lru_cache(maxsize=16)
-def _spreading_step(count: int) -> int:
-    """A number without common factors with count, at about the golden section of it."""
-    return next(n for n in range(max(int(count * 0.618), 1), 0, -1) if gcd(n, count) == 1)
+    return TileWork(max(busy_until), sum(order), sizes[0], len(order))
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:

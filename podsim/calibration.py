@@ -67,10 +67,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
     ops = _op_tables(grid)
-    kernels = kernels | {
-        "holds_next": provenance.get("kernels") == "hopper",
-        "linear_token_seconds": _linear_token_seconds(ops),
-    }
+    kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
     geometry = Geometry.of(model, kernels)
     fitted_on = {name: rows_of(grid, name) for name in FEATURES}
     fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)

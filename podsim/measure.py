@@ -24,7 +24,13 @@ from podsim.gpu_sampler import current_gpu
 from podsim.hardware import Gpu
 from podsim.kernels import launch, rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
-from podsim.kernels.config import config_for, is_decode_heavy, kernels_for, packed_heads
+from podsim.kernels.config import (
+    RESIDENT_KEYS,
+    config_for,
+    is_decode_heavy,
+    kernels_for,
+    packed_heads,
+)
 from podsim.kernels.plan import AttentionPlan, Decode, PrefillChunk
 from podsim.measure_ceilings import CeilingSequence
 from podsim.measure_clock import SmClock
@@ -118,6 +124,7 @@ def _geometry(model: Model) -> dict[str, int]:
         "decode_block_n": config.decode.block_n,
         "decode_items_per_sm": config.decode_items_per_sm,
         "min_split_len": config.min_split_len,
+        "resident_keys": RESIDENT_KEYS if config.kernels == "hopper" else 0,
     }
 
 

@@ -160,14 +160,25 @@ def test_tiles_go_to_the_sm_that_is_free() -> None:
     assert tile_work(((1, 4), (1, 4), (1, 4)), geometry).makespan == 8.0
 
 
-def test_a_tile_that_is_held_waits_for_the_sm_that_took_it() -> None:
-    held = replace(TWO_SMS, holds_next=True)
-    # 4 and 3 start, 2 and 1 are held at once: 4 + 2 and 3 + 1, where 3 + 2 would have been sooner.
-    assert tile_work(((4, 4),), held).makespan == 6.0
-    assert tile_work(((4, 4),), held).blocks == 10.0
-    # 5 and 4 start and hold 3 and 2; the 1 goes to the first that starts what it holds: 4 + 2 + 1.
-    assert tile_work(((5, 5),), held).makespan == 8.0
-    assert tile_work(((2, 4),), held).makespan == 4.0, "nothing to hold"
+def test_long_tiles_come_first_of_all_heads() -> None:
+    two_heads = replace(TWO_SMS, num_kv_heads=2, group=1)
+    long_first = replace(two_heads, resident_keys=1)
+    # One tile of 9 blocks and two of 1 for each head: 9 + 1 + 1 twice, or 9 late on top of 1 + 1.
+    chunks = ((1, 9), (1, 1), (1, 1))
+    assert tile_work(chunks, long_first).makespan == 11.0
+    assert tile_work(chunks, two_heads).makespan == 11.0
+    three_sms = replace(long_first, num_sms=3)
+    assert tile_work(chunks, three_sms).makespan == 9.0
+    assert tile_work(chunks, replace(three_sms, resident_keys=0)).makespan == 10.0
+
+
+def test_the_longest_tiles_come_first_where_the_l2_holds_the_keys() -> None:
+    heads = replace(TWO_SMS, num_kv_heads=3, group=1)
+    # Tiles of 2 and 1 blocks for each of three heads, on two SMs: 2 1 2 1 2 1, or 2 2 2 1 1 1.
+    assert tile_work(((2, 2),), heads).makespan == 5.0
+    assert tile_work(((2, 2),), replace(heads, resident_keys=10**6)).makespan == 5.0
+    assert tile_work(((1, 3), (1, 1)), heads).makespan == 7.0
+    assert tile_work(((1, 3), (1, 1)), replace(heads, resident_keys=10**6)).makespan == 6.0
 
 
 def test_heads_that_do_not_pack_are_tiles_of_their_own() -> None:

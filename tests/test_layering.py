@@ -31,6 +31,7 @@ LAYERS = [
         "row_checks",
         "profile_plan",
         "profile_journal",
+        "clock_state",
         "profile_run",
         "profile_extend",
         "profile_checks",
