@@ -1,97 +1,244 @@
 """Simulated beside recorded: the tables and the figure of docs/accuracy.md, without a GPU.
 
-    python benchmarks/accuracy_table.py [--runs validation/h200] [--out docs]
+    python benchmarks/accuracy_table.py [--runs validation/h200] [--docs docs] [--readme README.md]
+    python benchmarks/accuracy_table.py --own-host
+    python benchmarks/accuracy_table.py --sizes
 
-Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, prints the errors
-and leaves accuracy.csv and accuracy.png.
+Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, leaves
+accuracy.csv, accuracy-contexts.csv and accuracy.png, and writes the tables between the markers
+`<!-- NAME -->` and `<!-- end of NAME -->` of both pages. The tables depend on the two files alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
+from accuracy_pages import (
+    CONTEXTS,
+    CONTEXTS_FILE,
+    ERRORS_FILE,
+    METRICS,
+    MOST_BELOW,
+    TTFTS,
+    bars_table,
+    filled,
+    read_tables,
+    runs_table,
+)
+from numpy.typing import NDArray
 
-from podsim.validation import ENGINE_FILE, Comparison, compare, read_recording
+from podsim.graph_sizes import graph_size
+from podsim.latency import Heat, ProfiledLatency
+from podsim.metrics import STEP_KINDS, step_kinds
+from podsim.model import model_named
+from podsim.simulation import latency_model_for
+from podsim.validation import ENGINE_FILE, Comparison, Recorded, compare, read_recording
 
-METRICS = {
-    "request_throughput": "req/s",
-    "tbt_p50": "TBT P50",
-    "tbt_p90": "TBT P90",
-    "tbt_p99": "TBT P99",
-    "ttft_p50": "TTFT P50",
-    "ttft_p90": "TTFT P90",
-    "ttft_p99": "TTFT P99",
-}
+# --------------------------------------------------------------------------- what is measured
 
 
 def row(comparison: Comparison) -> dict[str, object]:
-    """Errors of one run: simulated over recorded, minus 1."""
-    recorded, steps = comparison.recorded, comparison.steps()
-    error = comparison.headline()["error"]
+    """Errors of one run (simulated over recorded, minus 1), and what they are errors of."""
+    recorded, steps, headline = comparison.recorded, comparison.steps(), comparison.headline()
+    options, deployment = recorded.engine["options"], recorded.deployment
     gpu = recorded.steps["gpu_seconds"].to_numpy()
     host = recorded.steps["duration"].to_numpy() - gpu
     return {
         "run": recorded.name,
-        "qps": round(recorded.trace.qps, 2),
-        **{name: error[name] for name in METRICS},
+        "workload": options["workload"],
+        "attention": deployment.attention,
+        "token_budget": deployment.token_budget,
+        "load": options["load"],
+        "requests": len(recorded.requests),
+        **{name: headline.loc[name, "error"] for name in METRICS},
         "step_median": steps.loc["all", "median"],
         "step_bias": steps.loc["all", "bias"],
         "step_total": steps.loc["all", "total"],
+        **gpu_errors(recorded),
+        **{
+            f"{name}_{column}": headline.loc[name, column]
+            for name in METRICS
+            for column in ("measured", "simulated")
+        },
+        **{f"{name}_{end}": headline.loc[name, end] for name in TTFTS for end in ("low", "high")},
         "host_share": host.sum() / (host.sum() + gpu.sum()),
-        "sm_clock_mhz": round(recorded.gpu["sm_clock_mhz"].mean()),
-        "power_w": round(recorded.gpu["power_w"].mean()),
+        "sm_clock_mhz": recorded.gpu["sm_clock_mhz"].mean(),
+        "power_w": recorded.gpu["power_w"].mean(),
+        "kernels": recorded.engine.get("kernels", "triton"),
+        **{name: recorded.engine[name] for name in ("driver", "torch", "triton", "date")},
     }
 
 
-def plot(table: pd.DataFrame, path: Path) -> None:
-    """Error against load, a line for each workload and strategy."""
+def gpu_errors(recorded: Recorded) -> dict[str, float]:
+    """Of steps with decodes alone, and with both: mean error on the GPU, and median size."""
+    error = errors_on_gpu(recorded)
+    kinds = step_kinds(recorded.steps)
+    found = {}
+    for kind in ("decode", "mixed"):
+        mine = error[kinds == STEP_KINDS.index(kind)]
+        found[f"gpu_{kind}_bias"] = float(mine.mean())
+        found[f"gpu_{kind}_median"] = float(np.median(np.abs(mine)))
+    return found
+
+
+def errors_on_gpu(recorded: Recorded) -> NDArray[np.float64]:
+    """Of each step: predicted over measured time without the host's, minus 1."""
+    without_host = dataclasses.replace(
+        recorded.deployment,
+        host_overhead=0.0,
+        host_overhead_per_request=0.0,
+        host_overhead_with_prefill=0.0,
+    )
+    heat = Heat(latency_model_for(without_host, model_named(without_host.model)))
+    timed = zip(recorded.shapes, recorded.steps["start"].tolist(), strict=True)
+    predicted = np.array([heat.step_time(shape, start) for shape, start in timed])
+    return predicted / recorded.steps["gpu_seconds"].to_numpy() - 1
+
+
+def by_size(folders: list[Path]) -> pd.DataFrame:
+    """Errors on the GPU of all steps with prefill, by the size of the graph they were padded to."""
+    parts = []
+    for folder in folders:
+        recorded = read_recording(folder)
+        steps = recorded.steps
+        tokens = steps["num_prefill_tokens"] + steps["num_decodes"]
+        part = pd.DataFrame({"size": tokens.map(graph_size), "error": errors_on_gpu(recorded)})
+        parts.append(part[steps["num_prefills"] > 0])
+    errors = pd.concat(parts).groupby("size")["error"]
+    return errors.agg(["size", "median", "mean"]).set_axis(["steps", "median", "mean"], axis=1)
+
+
+def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
+    """Errors of a run's steps by the longest context in each."""
+    recorded = comparison.recorded
+    longest = [
+        max([shape.decode_context_max, *(context for _, context in shape.prefills)])
+        for shape in recorded.shapes
+    ]
+    measured, predicted = recorded.steps["duration"].to_numpy(), comparison.predicted
+    bucket = np.searchsorted(CONTEXTS, longest, side="left") - 1
+    for i in np.unique(bucket):
+        mine = bucket == i
+        error = predicted[mine] / measured[mine] - 1
+        yield {
+            "run": recorded.name,
+            "attention": recorded.deployment.attention,
+            "above": CONTEXTS[i],
+            "steps": int(mine.sum()),
+            "measured": measured[mine].sum(),
+            "predicted": predicted[mine].sum(),
+            "bias": error.mean(),
+            "size": np.abs(error).mean(),
+        }
+
+
+def compared(recorded: Recorded) -> Comparison:
+    """With error bars, which only the runs above the first bars' loads need."""
+    load = recorded.engine["options"]["load"]
+    return compare(recorded, error_bars=load is not None and load > MOST_BELOW)
+
+
+def with_own_host(recorded: Recorded) -> Recorded:
+    """The same, as if the host's time had been measured in this run and not before it.
+
+    Fitted to what the GPU waited between the run's own steps: it says what is off beside the host.
+    """
+    steps = recorded.steps
+    has_prefill = steps["num_prefills"] > 0
+    columns = [np.ones(len(steps)), steps["num_prefills"] + steps["num_decodes"], has_prefill]
+    waited = steps["duration"] - steps["gpu_seconds"]
+    found = np.linalg.lstsq(np.column_stack(columns).astype(float), waited, rcond=None)[0]
+    fixed, per_request, with_prefill = np.maximum(found, 0.0).tolist()
+    deployment = dataclasses.replace(
+        recorded.deployment,
+        host_overhead=fixed,
+        host_overhead_per_request=per_request,
+        host_overhead_with_prefill=with_prefill,
+    )
+    return dataclasses.replace(recorded, deployment=deployment)
+
+
+def recordings(runs: Path) -> list[Path]:
+    return sorted(path.parent for path in runs.glob(f"*/{ENGINE_FILE}"))
+
+
+def measure(folders: list[Path], own_host: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of all runs, and of their contexts."""
+    rows, by_context = [], []
+    for folder in folders:
+        recorded = read_recording(folder)
+        comparison = compared(with_own_host(recorded) if own_host else recorded)
+        model = comparison.simulated.latency_model
+        assert isinstance(model, ProfiledLatency)
+        shipped = model.profile.source.startswith("profiles/")
+        source = model.profile.source if shipped else "beside the recordings"
+        rows.append({**row(comparison), "profile": source})
+        by_context += contexts(comparison)
+    return pd.DataFrame(rows), pd.DataFrame(by_context)
+
+
+# ---------------------------------------------------------------------------------- the figure
+
+
+def plot(errors: pd.DataFrame, path: Path) -> None:
+    """Error against load, a line for each workload, strategy and budget."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
-    parts = table["run"].str.rsplit("-", n=1, expand=True)
+    online = errors[errors["load"].notna()]
+    lines = online.groupby(["workload", "attention", "token_budget"], sort=False)
     for axis, name in zip(axes, ("request_throughput", "tbt_p50", "ttft_p50"), strict=True):
-        for setup, rows in table.groupby(parts[0], sort=False):
-            axis.plot(parts[1][rows.index].astype(float), rows[name] * 100, marker="o", label=setup)
+        for key, rows in lines:
+            label = "-".join(map(str, key))
+            axis.plot(rows["load"], rows[name] * 100, marker="o", ms=4, label=label)
         axis.axhline(0, color="black", lw=0.8)
         axis.set(xlabel="load", title=METRICS[name], ylim=(-30, 30))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("simulated over recorded (%)")
-    axes[-1].legend(frameon=False, fontsize=8)
+    axes[-1].legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=130, metadata={"Software": None})
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table of docs/accuracy.md."""
-    columns = [*METRICS, "step_median", "step_bias", "step_total"]
-    names = [*METRICS.values(), "step median", "step bias", "all steps"]
-    lines = [
-        f"| run | {' | '.join(names)} | host | clock |",
-        f"|---|{'---|' * (len(names) + 2)}",
-    ]
-    for _, run in table.iterrows():
-        cells = [
-            f"{run[name]:.1%}" if name == "step_median" else f"{run[name]:+.1%}" for name in columns
-        ]
-        tail = f"{run['host_share']:.1%} | {run['sm_clock_mhz']:.0f}"
-        lines.append(f"| {run['run']} | {' | '.join(cells)} | {tail} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("validation/h200"))
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument(
+        "--own-host",
+        action="store_true",
+        help="print what would be left with the host's time as each run had it; write nothing",
+    )
+    parser.add_argument(
+        "--sizes",
+        action="store_true",
+        help="print errors of steps with prefill by graph size; write nothing",
+    )
     arguments = parser.parse_args()
-    folders = sorted(path.parent for path in arguments.runs.glob(f"*/{ENGINE_FILE}"))
-    rows = [row(compare(read_recording(folder), error_bars=False)) for folder in folders]
-    table = pd.DataFrame(rows)
-    table.to_csv(arguments.out / "accuracy.csv", index=False, float_format="%.4f")
-    plot(table, arguments.out / "accuracy.png")
-    print(markdown(table))
+    folders = recordings(arguments.runs)
+    if not folders:
+        raise SystemExit(f"{arguments.runs}: no recordings")
+    if arguments.sizes:
+        print(by_size(folders).to_string(float_format="{:+.3f}".format))
+        return
+    errors, by_context = measure(folders, arguments.own_host)
+    if arguments.own_host:
+        print(runs_table(errors), bars_table(errors), sep="\n\n")
+        return
+    errors.to_csv(arguments.docs / ERRORS_FILE, index=False, float_format="%.5f")
+    by_context.to_csv(arguments.docs / CONTEXTS_FILE, index=False, float_format="%.5f")
+    kept = read_tables(arguments.docs)
+    plot(kept[0], arguments.docs / "accuracy.png")
+    for page in (arguments.docs / "accuracy.md", arguments.readme):
+        page.write_text(filled(page.read_text(encoding="utf-8"), *kept), encoding="utf-8")
+    print(bars_table(kept[0]))
 
 
 if __name__ == "__main__":

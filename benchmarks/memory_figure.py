@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from podsim.memory_calibration import RESIDENT, predicted_layer
-from podsim.memory_costs import APIS, MemoryCosts, read_memory_costs
+from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
 NUM_POINTS = 4
@@ -34,15 +34,34 @@ def plot_mapping(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set(ylabel="us a call of 2 MB", title="virtual memory")
 
 
+def plot_batches(axis: Axes, rows: pd.DataFrame) -> None:
+    """Time of a page-group, by how many of them a call has."""
+    for (api, gpu, thread), calls in rows[rows["page_groups"] >= 1].groupby(
+        ["api", "gpu", "thread"], sort=False
+    ):
+        medians = calls.groupby("page_groups")["time_us"].median()
+        if api not in APIS or len(medians) < 2:
+            continue
+        style = "-" if thread == "main" else "--"
+        color = f"C{2 * (api == 'unmap') + (gpu == 'busy')}"
+        label = f"{api}, {gpu} GPU, {thread} thread"
+        axis.plot(medians.index, medians / medians.index, style, color=color, label=label)
+    axis.set(xscale="log", ylim=(0, 40), xlabel="page-groups of a call")
+    axis.set(ylabel="us a page-group of 2 MB", title="virtual memory, ranges in one call")
+
+
 def plot_transfers(axis: Axes, rows: pd.DataFrame) -> None:
     """Bandwidth by size."""
-    for (direction, memory, beside), group in rows.groupby(
-        ["direction", "memory", "beside"], sort=False
-    ):
-        seconds = group.groupby("bytes")["time_us"].median() * 1e-6
-        label = f"{direction} {memory}" + ("" if beside == "nothing" else f" beside {beside}")
-        axis.plot(seconds.index, seconds.index / seconds / 1e9, marker=".", label=label)
-    axis.set(xscale="log", xlabel="bytes", ylabel="GB/s", title="host and GPU")
+    copies = rows[rows["direction"].isin(DIRECTIONS)]
+    kinds = copies.groupby(["memory", "beside"], sort=False)
+    for number, ((memory, beside), of_kind) in enumerate(kinds):
+        for direction, group in of_kind.groupby("direction", sort=False):
+            seconds = group.groupby("bytes")["time_us"].median() * 1e-6
+            label = f"{direction} {memory}" + ("" if beside == "nothing" else f" beside {beside}")
+            style = "-" if direction == DIRECTIONS[0] else "--"
+            speed = seconds.index / seconds / 1e9
+            axis.plot(seconds.index, speed, style, color=f"C{number}", marker=".", label=label)
+    axis.set(xscale="log", xlabel="bytes of a copy", ylabel="GB/s", title="host and GPU")
 
 
 def plot_layers(axis: Axes, rows: pd.DataFrame, costs: MemoryCosts) -> None:
@@ -76,11 +95,13 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     costs = read_memory_costs(options.costs, str(options.costs))
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    plot_mapping(axes[0], pd.read_csv(options.costs / "mapping.csv"))
-    plot_transfers(axes[1], pd.read_csv(options.costs / "transfer.csv"))
-    plot_layers(axes[2], pd.read_csv(options.costs / "layers.csv"), costs)
-    for axis in axes:
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    calls = pd.read_csv(options.costs / "mapping.csv")
+    plot_mapping(axes[0, 0], calls)
+    plot_batches(axes[0, 1], calls)
+    plot_transfers(axes[1, 0], pd.read_csv(options.costs / "transfer.csv"))
+    plot_layers(axes[1, 1], pd.read_csv(options.costs / "layers.csv"), costs)
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7)
     figure.savefig(options.out, dpi=130)

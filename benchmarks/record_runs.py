@@ -1,18 +1,22 @@
-"""Record what an engine does on an H200 under many loads: the runs that docs/accuracy.md compares.
+"""Record what an engine does on an H200: the runs that docs/accuracy.md compares.
 
-    python benchmarks/record_runs.py --out validation/h200 [--only chat-serial chat-pod-1024 ...]
+    python benchmarks/record_runs.py --dry-run
+    python benchmarks/record_runs.py --out validation/h200 --only chat code [--within 540]
 
-Each run serves one workload at one load under one deployment with real forward passes, and leaves a
-folder as `podsim validate` does. A run whose folder is there is not made again. The loads are
-shares of the requests/s that the workload reaches offline, about.
+Each run serves one workload at one load under one deployment with real forward passes, and leaves
+a folder as `podsim validate` does, as soon as it ends. A run whose folder is there is not made
+again. Loads are shares of the requests/s that the workload reaches offline, simulated with serial
+attention: every strategy is given the same arrivals. `--only` names groups, or how set-ups' names
+begin, or single runs, and their order; `--within` leaves out what would not end in so many seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import podsim
@@ -20,90 +24,252 @@ from podsim.model import model_named
 from podsim.report import result_folder
 from podsim.simulation import latency_model_for
 from podsim.validation import ENGINE_FILE, Recorded
+from podsim.workload import Trace
 
 
 @dataclass(frozen=True)
 class Workload:
     prompt_tokens: str
     output_tokens: str
-    capacity: float
-    """Requests/s."""
+    token_budget: int
+    """Of the runs that its capacity is simulated from."""
+    max_num_seqs: int
+    max_model_len: int
     model: str = "llama-3-8b"
-    max_num_seqs: int = 64
-    max_model_len: int = 8192
 
 
 WORKLOADS = {
-    "chat": Workload("lognormal:250:1.0", "lognormal:180:0.7", 32.0, "llama-3-8b", 128, 4096),
-    "code": Workload("lognormal:1500:0.8", "lognormal:20:0.8", 21.0),
-    "summary": Workload("uniform:8000:16000", "lognormal:250:0.5", 2.1, "llama-3.1-8b", 40, 18000),
+    "chat": Workload("lognormal:250:1.0", "lognormal:180:0.7", 512, 128, 4096),
+    "code": Workload("lognormal:1500:0.8", "lognormal:20:0.8", 1024, 64, 8192),
+    "summary": Workload("uniform:8000:16000", "lognormal:250:0.5", 1024, 40, 18000, "llama-3.1-8b"),
 }
 NUM_REQUESTS = 300
+CAPACITY_REQUESTS = 1000
+
+OFFLINE_TOKENS = 16384
+"""Prompt and output of an offline request together, and how many requests there are at each ratio
+of prompt to output tokens (P:D): as many as take half a minute to a minute."""
+OFFLINE_REQUESTS = {8: 32, 17: 48, 64: 48}
+
+START_SECONDS = 35.0
+"""An engine's own time before its first run, about: weights, graphs, the host's time."""
+HOST = {
+    "host_overhead": 3.5e-4,
+    "host_overhead_per_request": 3e-6,
+    "host_overhead_with_prefill": 2.5e-4,
+    "graph_padding": True,
+}
+"""About what an engine measures: for the plan alone."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trace that an engine is to serve."""
+
+    name: str
+    load: float | None
+    """Share of the capacity; None where all requests are there at the start."""
+    trace: Trace
+
+    @property
+    def qps(self) -> float | None:
+        return None if self.load is None else self.trace.qps
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What one set-up of the engine serves."""
+    """What one set-up of the engine serves, the most wanted first."""
 
+    group: str
     workload: str
+    """Of WORKLOADS, or "offline"."""
     attention: str
     token_budget: int
-    loads: tuple[float, ...]
+    loads: tuple[float, ...] = ()
+    """Offline: none; every ratio of OFFLINE_REQUESTS."""
 
     @property
     def name(self) -> str:
         return f"{self.workload}-{self.attention}-{self.token_budget}"
 
+    @property
+    def run_names(self) -> list[str]:
+        ratios = OFFLINE_REQUESTS if self.workload == "offline" else ()
+        names = [*(f"pd{ratio}" for ratio in ratios), *(f"{load:.2f}" for load in self.loads)]
+        return [f"{self.name}-{name}" for name in names]
 
-ALL_LOADS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.2)
+    def deployment(self) -> podsim.Deployment:
+        if self.workload == "offline":
+            served = ("llama-3.1-8b", max(OFFLINE_REQUESTS.values()), OFFLINE_TOKENS)
+        else:
+            workload = WORKLOADS[self.workload]
+            served = (workload.model, workload.max_num_seqs, workload.max_model_len)
+        model, max_num_seqs, max_model_len = served
+        return podsim.Deployment(
+            model=model,
+            attention=self.attention,
+            token_budget=self.token_budget,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+
+    def runs(self) -> Iterator[Run]:
+        if self.workload == "offline":
+            for ratio, num_requests in OFFLINE_REQUESTS.items():
+                yield Run(f"{self.name}-pd{ratio}", None, offline(ratio, num_requests))
+        for load in self.loads:
+            trace = drawn(self.workload, load * capacity(self.workload), NUM_REQUESTS)
+            yield Run(f"{self.name}-{load:.2f}", load, trace)
+
+
+LOADS = (0.85, 0.5, 1.2, 0.7, 0.95, 0.3)
+LONG_LOADS = (0.85, 1.2, 0.5, 0.7, 0.95, 0.3)
+"""Of runs of minutes."""
+BOTH = ("serial", "pod")
 SETUPS = (
-    Setup("chat", "serial", 512, ALL_LOADS),
-    Setup("chat", "pod", 512, ALL_LOADS),
-    Setup("code", "serial", 1024, ALL_LOADS),
-    Setup("code", "pod", 1024, ALL_LOADS),
-    Setup("summary", "serial", 1024, (0.7, 0.85, 1.2)),
-    Setup("summary", "pod", 1024, (0.7, 0.85, 1.2)),
-    *(Setup("chat", "pod", budget, (0.85,)) for budget in (256, 1024, 2048)),
-    *(Setup("chat", strategy, 512, (0.85,)) for strategy in ("streams", "unified")),
+    *(Setup("chat", "chat", attention, 512, LOADS) for attention in BOTH),
+    *(Setup("code", "code", attention, 1024, LOADS) for attention in BOTH),
+    *(Setup("summary", "summary", attention, 1024, LONG_LOADS) for attention in BOTH),
+    *(
+        Setup("budgets", "chat", attention, budget, (0.85,))
+        for budget in (256, 1024, 2048)
+        for attention in BOTH
+    ),
+    *(
+        Setup("strategies", "chat", attention, 512, (0.85, 0.5))
+        for attention in ("streams", "unified")
+    ),
+    *(Setup("offline", "offline", attention, 1024) for attention in (*BOTH, "streams", "unified")),
 )
 
 
-def record(setup: Setup, out: Path) -> Iterator[str]:
-    """Make the runs of a set-up that are not there yet; a line on each."""
+# ------------------------------------------------------------------------------- what is served
+
+
+def drawn(workload: str, qps: float | None, num_requests: int) -> Trace:
+    """Requests of a workload; without a rate all are there at the start."""
+    lengths = WORKLOADS[workload]
+    return podsim.synthetic_trace(
+        arrivals="static" if qps is None else "poisson",
+        qps=qps,
+        num_requests=num_requests,
+        prompt_tokens=lengths.prompt_tokens,
+        output_tokens=lengths.output_tokens,
+        seed=0,
+    )
+
+
+def offline(ratio: int, num_requests: int) -> Trace:
+    """Equal requests that are all there at the start."""
+    outputs = round(OFFLINE_TOKENS / (ratio + 1))
+    return Trace.of(*[(0.0, OFFLINE_TOKENS - outputs, outputs)] * num_requests, name="offline")
+
+
+@cache
+def capacity(workload: str) -> float:
+    """Requests/s, offline, simulated with serial attention and the profile that is shipped."""
+    setup = Setup("", workload, "serial", WORKLOADS[workload].token_budget)
+    return CAPACITY_REQUESTS / seconds(setup, drawn(workload, None, CAPACITY_REQUESTS))
+
+
+def seconds(setup: Setup, trace: Trace) -> float:
+    """Until the last token, simulated."""
+    result = podsim.simulate(trace, replace(setup.deployment(), **HOST))
+    return float(result.requests["finish_time"].max())
+
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+def chosen(only: Sequence[str] | None) -> list[Setup]:
+    """The set-ups of groups, or whose names begin so, or of single runs, in the order asked for."""
+    if not only:
+        return list(SETUPS)
+    found = []
+    for name in only:
+        mine = [setup for setup in SETUPS if setup.group == name]
+        mine = mine or [setup for setup in SETUPS if setup.name.startswith(name)]
+        mine = mine or [
+            replace(setup, loads=(load,))
+            for setup in SETUPS
+            for load in setup.loads
+            if name == f"{setup.name}-{load:.2f}"
+        ]
+        if not mine:
+            groups = ", ".join(dict.fromkeys(setup.group for setup in SETUPS))
+            raise SystemExit(f"--only: no group, set-up or run '{name}'; groups: {groups}")
+        found += [setup for setup in mine if setup not in found]
+    return found
+
+
+def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
+    """Print every run that is missing, how long it and each group take, and what has no time."""
+    groups: dict[str, float] = {}
+    spent = 0.0
+    for setup in setups:
+        expected = missing_runs(setup, out)
+        if not fits(expected, within - spent - START_SECONDS):
+            continue
+        print(f"{setup.name}  ({setup.group}; {START_SECONDS:.0f} s to start)")
+        before, spent = spent, spent + START_SECONDS
+        for run, each in expected:
+            rate = "all at once" if run.qps is None else f"{run.qps:.2f} req/s"
+            left_out = "" if spent + each <= within else "  no time left"
+            spent += 0.0 if left_out else each
+            requests = f"{len(run.trace):5} requests  {rate:>12}"
+            print(f"  {run.name:30}{requests}{each:7.0f} s{left_out}")
+        groups[setup.group] = groups.get(setup.group, 0.0) + spent - before
+    for group, total in groups.items():
+        print(f"{group}: {total:.0f} s")
+    print(f"all: {spent:.0f} s")
+
+
+def missing_runs(setup: Setup, out: Path) -> list[tuple[Run, float]]:
+    """The runs that are not there yet, and the seconds that each takes."""
+    missing = [run for run in setup.runs() if not (out / run.name).exists()]
+    return [(run, seconds(setup, run.trace)) for run in missing]
+
+
+def fits(expected: Sequence[tuple[Run, float]], time_left: float) -> bool:
+    return any(each <= time_left for _, each in expected)
+
+
+# -------------------------------------------------------------------------------- the recording
+
+
+def record(setup: Setup, out: Path, deadline: float) -> Iterator[str]:
+    """Make the runs of a set-up that are not there yet and end in time; a line on each."""
     from podsim.serving import Server
 
-    workload = WORKLOADS[setup.workload]
-    missing = [load for load in setup.loads if not (out / f"{setup.name}-{load:.2f}").exists()]
-    if not missing:
+    expected = missing_runs(setup, out)
+    if not fits(expected, deadline - time.monotonic() - START_SECONDS):
+        yield f"{setup.name}: recorded, or no time left for {len(expected)} runs"
         return
-    deployment = podsim.Deployment(
-        model=workload.model,
-        attention=setup.attention,
-        token_budget=setup.token_budget,
-        max_num_seqs=workload.max_num_seqs,
-        max_model_len=workload.max_model_len,
-    )
+    deployment = setup.deployment()
     step_time = latency_model_for(deployment, model_named(deployment.model)).step_time
-    server = Server(deployment, workload.max_model_len, _on_progress)
-    yield f"{setup.name}: {server.host_time.fixed * 1e6:.0f} us of host time a step"
-    for load in missing:
-        trace = podsim.synthetic_trace(
-            arrivals="poisson",
-            qps=load * workload.capacity,
-            num_requests=NUM_REQUESTS,
-            prompt_tokens=workload.prompt_tokens,
-            output_tokens=workload.output_tokens,
-            seed=0,
-        )
-        served = server.serve(trace, step_time)
-        name = f"{setup.name}-{load:.2f}"
-        options = {"workload": setup.workload, "load": load}
+    server = Server(deployment, deployment.max_model_len, _on_progress)
+    host = server.host_time
+    yield (
+        f"{setup.name}: host {host.fixed * 1e6:.0f} us a step, {host.per_request * 1e6:.1f} us a "
+        f"request, {host.with_prefill * 1e6:.0f} us with prefill"
+    )
+    for run, each in expected:
+        if time.monotonic() + each > deadline:
+            yield f"{run.name}: no time left"
+            continue
+        served = server.serve(run.trace, step_time)
+        options = {
+            "group": setup.group,
+            "workload": setup.workload,
+            "load": run.load,
+            "qps": run.qps,
+        }
         recorded = Recorded.of(
-            served.recording, deployment, served.engine(options), name, served.gpu_samples
+            served.recording, deployment, served.engine(options), run.name, served.gpu_samples
         )
-        with result_folder(out / name, made_by=ENGINE_FILE) as folder:
+        with result_folder(out / run.name, made_by=ENGINE_FILE) as folder:
             recorded.save(folder)
-        yield f"{name}: {len(recorded.steps)} steps"
+        yield f"{run.name}: {len(recorded.steps)} steps"
 
 
 def _on_progress(what: str, done: int, total: int) -> None:
@@ -114,13 +280,17 @@ def _on_progress(what: str, done: int, total: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("validation/h200"))
-    parser.add_argument("--only", nargs="*", help="names of set-ups, or how they begin")
+    parser.add_argument("--only", nargs="*", help="groups, how names of set-ups begin, or runs")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds for all")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; needs no GPU")
     arguments = parser.parse_args()
     started = time.monotonic()
-    for setup in SETUPS:
-        if arguments.only and not any(setup.name.startswith(name) for name in arguments.only):
-            continue
-        for line in record(setup, arguments.out):
+    setups = chosen(arguments.only)
+    if arguments.dry_run:
+        show_plan(setups, arguments.out, arguments.within)
+        return
+    for setup in setups:
+        for line in record(setup, arguments.out, started + arguments.within):
             print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
 

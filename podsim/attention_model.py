@@ -41,6 +41,9 @@ Coefficients = Mapping[str, Sequence[float]]
 
 LOADED = FEATURES["prefill"].index("loaded_makespan")
 
+_kept_tile_work = lru_cache(maxsize=100_000)(tile_work)
+"""The simulations of a sweep or a search have most of their chunks in common."""
+
 
 class PrefillSide(NamedTuple):
     """The prefill of a batch, whatever the rest of it."""
@@ -84,6 +87,10 @@ class AttentionModel:
         self.overlaps = overlaps
         self._prefill_side = lru_cache(maxsize=100_000)(self._compute_prefill_side)
         self._unified_work = lru_cache(maxsize=100_000)(self._compute_unified_work)
+
+    def __reduce__(self) -> tuple[type[AttentionModel], tuple[object, ...]]:
+        """To another process: what is remembered stays behind."""
+        return type(self), (self.geometry, self.coefficients, self.overlaps)
 
     @classmethod
     def of(cls, model: Model, attention: Mapping[str, Mapping[str, Any]]) -> AttentionModel:
@@ -153,7 +160,7 @@ class AttentionModel:
 
     def _compute_prefill_side(self, chunks: Tiles) -> PrefillSide:
         num_sms = self.geometry.num_sms
-        work = tile_work(chunks, self.geometry)
+        work = _kept_tile_work(chunks, self.geometry)
         waves, busy = work.tiles / num_sms, work.blocks / (work.makespan * num_sms)
         coefficients = self.coefficients["prefill"]
         return PrefillSide(

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from podsim import fit_plots
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
@@ -104,6 +103,8 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
 
 def write_plots(folder: Path, profile: Profile) -> Path:
     """Leave figures of the rows of a profile folder against its models; where they are."""
+    from podsim import fit_plots  # matplotlib takes half a second to load
+
     rows, _ = _measured(folder)
     return fit_plots.write_plots(folder, predictions(profile, model_of(profile), rows))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +54,7 @@ def cases(seed: int) -> list[Case]:
 
 def check(
     kernels: str,
+    chosen: Sequence[Case],
     seconds: float,
     batches_per_case: int,
     seed: int,
@@ -62,7 +63,7 @@ def check(
     """Check random batches for so many seconds; `on_batch` is told what was wrong with each."""
     rng = np.random.default_rng(seed)
     ends = time.perf_counter() + seconds
-    for case in itertools.cycle(cases(seed)):
+    for case in itertools.cycle(chosen):
         for number in range(batches_per_case):
             if time.perf_counter() > ends:
                 return

@@ -26,6 +26,7 @@ from podsim.errors import InputError
 from podsim.kernels_command import kernels_app
 from podsim.memory_command import profile_memory_command
 from podsim.profile_command import profile_command, profile_export_command
+from podsim.questions_command import questions_command
 from podsim.report import Outputs
 from podsim.request_records import AIPERF_FILE
 from podsim.search_command import capacity_command, sweep_command
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(trace_app, name="trace")
 app.add_typer(kernels_app, name="kernels")
+kernels_app.command("questions")(questions_command)
 app.command("capacity")(capacity_command)
 app.command("sweep")(sweep_command)
 app.command("validate")(validate_command)

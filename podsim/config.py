@@ -205,8 +205,6 @@ class Deployment:
             raise InputError("host_memory is 0: kv_offload and preemption 'swap' need some (GB)")
         if offloads and swaps:
             raise InputError("preemption 'swap' and kv_offload both use host_memory: take one")
-        if swaps and self.kv == "vattention":
-            raise InputError("preemption 'swap' needs KV blocks: take kv 'ideal' or 'paged'")
         if self.kv_on_host and not offloads:
             raise InputError("kv_on_host needs kv_offload full or kvpr")
         if self.offload_schedule == "column" and not offloads:

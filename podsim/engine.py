@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import Batch, BatchShape
+from podsim.block_tables import NewBlocks, PagedBlocks
 from podsim.cluster import reason_to_refuse
 from podsim.decode_group import Decodes
 from podsim.event_log import EventLog, TokenGaps
@@ -27,6 +28,15 @@ from podsim.request import Request
 from podsim.scheduler import Scheduler
 from podsim.step_inputs import StepInputs
 from podsim.vattention import VAttentionCache
+
+SLOTTED = (VAttentionCache, PagedBlocks)
+"""KV caches that choose the slot of a request themselves."""
+
+PROMPT_STARTS = 1 << 16
+"""Prompts are pieces of one random text, drawn before serving: the GPU would wait for the drawing.
+So many tokens of it begin one,"""
+PROMPT_STRIDE = 40503
+"""and two requests in a row begin so far apart: odd, so that no two of that many begin alike."""
 
 
 class Clock(Protocol):
@@ -44,6 +54,10 @@ class WallClock:
     """Seconds before a moment from which on it is waited for awake: sleep is not that exact."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Now is 0."""
         self._start = time.perf_counter()
 
     def now(self) -> float:
@@ -61,6 +75,8 @@ class Forward(Protocol):
 
     gpu_seconds: float
     """Of the latest step: from its first to its last operation on the GPU."""
+    table_seconds: float
+    """Of the latest step: in which the host entered new KV blocks and looked up where tokens go."""
 
     def run(self, inputs: StepInputs) -> NDArray[np.int64]:
         """The token that follows each sample row, once it is on the host."""
@@ -75,6 +91,8 @@ class Recording:
     """Of each step of the log."""
     gpu_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Of each step: what the GPU took; the rest of its duration it waited for the host."""
+    table_seconds: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step: in which the host prepared the block table; 0 if there is none."""
     token_request: array[int] = field(default_factory=lambda: array("q"))
     token_step: array[int] = field(default_factory=lambda: array("q"))
     """Of each token that came out: whose it is, and at the end of which step."""
@@ -112,8 +130,6 @@ class Engine:
         self.scheduler = scheduler
         self.kv_cache = kv_cache
         self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
-        self.seed = seed
         self.clock = clock
         self.recording = Recording()
         self.gaps = TokenGaps(self.recording.log)
@@ -121,6 +137,9 @@ class Engine:
         self._slot: dict[Request, int] = {}
         self._tokens: dict[Request, NDArray[np.int32]] = {}
         """Prompt and emitted tokens of the requests that are not finished."""
+        rng = np.random.default_rng(seed)
+        length = PROMPT_STARTS + max_model_len
+        self._text = rng.integers(vocab_size, size=length, dtype=np.int32)
         self._coming: deque[Request] = deque()
 
     def serve(self, requests: Iterable[Request]) -> Recording:
@@ -149,10 +168,10 @@ class Engine:
             self.recording.log.record_request(request, refused=reason)
             return
         request.replica = 0
-        rng = np.random.default_rng((self.seed, request.request_id))
-        tokens = np.zeros(request.num_prompt_tokens + request.num_output_tokens, np.int32)
-        prompt = rng.integers(self.vocab_size, size=request.num_prompt_tokens)
-        tokens[: request.num_prompt_tokens] = prompt
+        num_prompt = request.num_prompt_tokens
+        tokens = np.zeros(num_prompt + request.num_output_tokens, np.int32)
+        first = request.request_id * PROMPT_STRIDE % PROMPT_STARTS
+        tokens[:num_prompt] = self._text[first : first + num_prompt]
         self._tokens[request] = tokens
         self.scheduler.add(request)
 
@@ -165,13 +184,13 @@ class Engine:
 
     def _take_slot(self, request: Request) -> int:
         """A free KV slot; where slots are the cache's own, the one that it chose."""
-        if isinstance(self.kv_cache, VAttentionCache):
+        if isinstance(self.kv_cache, SLOTTED):
             return self.kv_cache.slot_of(request)
         return self._free_slots.pop()
 
     def _give_back_slot(self, request: Request) -> None:
         slot = self._slot.pop(request)
-        if not isinstance(self.kv_cache, VAttentionCache):
+        if not isinstance(self.kv_cache, SLOTTED):
             self._free_slots.append(slot)
 
     # ---- a step
@@ -186,7 +205,8 @@ class Engine:
             elif request.num_preemptions:
                 self.recording.log.record_resumption(request, start)
         decodes = self.scheduler.decodes.requests() if batch.num_decodes else []
-        inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot)
+        new_blocks, allotting = self._allot(batch, decodes)
+        inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot, new_blocks)
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
         if self.mapping is not None:
             self.mapping.begin(batch, self.scheduler.decodes)
@@ -194,15 +214,26 @@ class Engine:
         end = self.clock.now()
         self._receive_until(end)
         self._record_step(inputs.shape, start, end)
-        for request, token in zip(sampled_for, sampled.tolist(), strict=True):
-            self._deliver(request, token)
+        is_paged = isinstance(self.kv_cache, PagedBlocks)
+        preparing = allotting + self.forward.table_seconds if is_paged else 0.0
+        self.recording.table_seconds.append(preparing)
+        self._deliver(sampled_for, sampled.tolist())
         self._book(batch, end)
         return end
 
-    def _deliver(self, request: Request, token: int) -> None:
-        self._tokens[request][request.num_known_tokens] = token
-        self.recording.token_request.append(request.request_id)
-        self.recording.token_step.append(len(self.recording.shapes) - 1)
+    def _allot(self, batch: Batch, decodes: Sequence[Request]) -> tuple[Sequence[NewBlocks], float]:
+        """The KV blocks that are new with this step, and the seconds of choosing them."""
+        if not isinstance(self.kv_cache, PagedBlocks):
+            return (), 0.0
+        started = time.perf_counter()
+        return self.kv_cache.allot(batch.prefills, decodes), time.perf_counter() - started
+
+    def _deliver(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+        """Each request's next token, of the step that was recorded last."""
+        for request, token in zip(requests, tokens, strict=True):
+            self._tokens[request][request.num_known_tokens] = token
+        self.recording.token_request.extend([request.request_id for request in requests])
+        self.recording.token_step.extend([len(self.recording.shapes) - 1] * len(requests))
 
     def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
         self.recording.shapes.append(shape)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, nnls
 
 from podsim.attention_features import (
     FEATURES,
@@ -149,6 +148,8 @@ def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None
     `features` are [rows, features]; `penalties` [any, features] times the coefficients are to be
     near zero too.
     """
+    from scipy.optimize import nnls  # takes half a second to load, and only fits need it
+
     relative = features / seconds[:, None]
     # Columns of like size: the stopping rule of the solver is absolute.
     scale = np.abs(relative).mean(axis=0) if penalties is None else np.ones(features.shape[1])
@@ -177,6 +178,8 @@ def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> tuple[float, fl
     heat of such a row is load (1 - exp(-t / heat_seconds)), and its steps take 1 + heating * load *
     heat times what they take at rest.
     """
+    from scipy.optimize import least_squares  # takes half a second to load
+
     starts = np.concatenate([[0.0], ends[:-1]])
 
     def slower(heating: float, tau: float) -> Floats:

@@ -6,6 +6,8 @@ from types import TracebackType
 
 import pynvml
 
+from podsim.gpu_sampler import current_gpu
+
 REASONS = {
     "nvmlClocksThrottleReasonSwPowerCap": "power cap",
     "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
@@ -16,14 +18,11 @@ REASONS = {
 
 
 class GpuPower:
-    """The counters of one GPU while the context is open."""
-
-    def __init__(self, index: int = 0) -> None:
-        self._index = index
+    """The counters of the GPU that torch uses, while the context is open."""
 
     def __enter__(self) -> GpuPower:
         pynvml.nvmlInit()
-        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(self._index)
+        self._gpu = pynvml.nvmlDeviceGetHandleByUUID(current_gpu())
         return self
 
     def __exit__(

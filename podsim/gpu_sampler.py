@@ -13,11 +13,18 @@ Sample = tuple[float, float, float]
 """Seconds, SM clock in MHz, power in W."""
 
 
+def current_gpu() -> str:
+    """What NVML and nvidia-smi call the GPU that torch uses: they see those that torch may not."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
 def driver_settings() -> dict[str, object]:
-    """Of the first GPU: driver, power limit and the highest clock of its SMs."""
+    """Of the GPU that torch uses: driver, power limit and the highest clock of its SMs."""
     query = "driver_version,power.limit,clocks.max.sm"
     output = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={current_gpu()}"],
         capture_output=True,
         text=True,
         check=True,
@@ -29,9 +36,9 @@ def driver_settings() -> dict[str, object]:
 @contextmanager
 def gpu_samples(now: Callable[[], float]) -> Iterator[list[Sample]]:
     """A list that grows while the context is open; `now` gives the time of a sample."""
-    query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"]
+    query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
     process = subprocess.Popen(
-        ["nvidia-smi", *query, f"--loop-ms={INTERVAL_MS}"],
+        ["nvidia-smi", *query, f"--id={current_gpu()}", f"--loop-ms={INTERVAL_MS}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Container, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.table import Table
 
+from podsim.errors import InputError
 from podsim.kernel_workloads import KernelWorkload
 
 STRATEGIES = ("serial", "streams", "unified", "pod")
@@ -19,6 +21,69 @@ def medians(rows: pd.DataFrame, mode: str = "burst") -> pd.DataFrame:
     some = rows[rows["mode"] == mode]
     table = some.pivot_table("seconds", "workload", "kernel", aggfunc="median", sort=False)
     return table[[name for name in some["kernel"].unique() if name in table]]
+
+
+def read_rows(path: Path, known: Container[str]) -> pd.DataFrame:
+    """The rows of `bench`; InputError, with file and line, if they are not what was written."""
+    columns = ("workload", "kernel", "mode", "round", "seconds")
+    rows = _read_times(path, columns)
+    unknown = np.flatnonzero([name not in known for name in rows["workload"]])
+    if len(unknown):
+        name = rows["workload"].iloc[unknown[0]]
+        raise InputError(f"{path}:{unknown[0] + 2}: '{name}' is no workload of this version")
+    for workload, part in rows[rows["mode"] == "burst"].groupby("workload", sort=False):
+        missing = {"prefill", "decode", *STRATEGIES} - set(part["kernel"])
+        if missing:
+            raise InputError(f"{path}: {workload} lacks the kernel '{min(missing)}'")
+    return rows
+
+
+def read_overhead(path: Path) -> pd.DataFrame:
+    """What the host needs for a launch; InputError as `read_rows`."""
+    return _read_times(path, ("kernel", "how", "seconds"))
+
+
+def _read_times(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        rows = pd.read_csv(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not a table of times: {error}") from None
+    missing = [name for name in columns if name not in rows]
+    if missing:
+        raise InputError(f"{path}: misses the column {missing[0]}")
+    seconds = pd.to_numeric(rows["seconds"], errors="coerce")
+    wrong = np.flatnonzero(~(np.isfinite(seconds) & (seconds > 0)))
+    if len(wrong):
+        line, text = wrong[0] + 2, rows["seconds"].iloc[wrong[0]]
+        raise InputError(f"{path}:{line}: seconds is '{text}', expected a positive number")
+    return rows.assign(seconds=seconds)
+
+
+def one_machine(paths: Sequence[Path]) -> dict[str, object]:
+    """What several runs were measured on, and their commands; InputError if they differ."""
+    found = [_read_provenance(path) for path in paths]
+    commands = "; ".join(str(machine.pop("command", "")) for machine in found)
+    for path, machine in zip(paths, found, strict=True):
+        for name in (*found[0], *machine):
+            if machine.get(name) != found[0].get(name):
+                raise InputError(
+                    f"{path}: {name} is {machine.get(name)}, and {found[0].get(name)} in {paths[0]}"
+                )
+    return found[0] | {"command": commands}
+
+
+def _read_provenance(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected an object, got {type(found).__name__}")
+    return found
 
 
 def results(rows: pd.DataFrame, workloads: Sequence[KernelWorkload]) -> pd.DataFrame:
@@ -107,6 +172,8 @@ def summary_table(found: pd.DataFrame) -> Table:
 
 def write_figure(found: pd.DataFrame, path: Path) -> None:
     """Times of the strategies over serial's, and the oracle max(prefill, decode), by workload."""
+    from matplotlib.figure import Figure  # takes half a second to load
+
     figure = Figure(figsize=(10, 0.32 * len(found) + 1.5), layout="constrained")
     axes = figure.subplots()
     ordered = found.iloc[::-1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
 
+from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy
 from podsim.points import AttentionPoint
 
 HEADS = {"Llama-3-8B": (32, 8), "Llama-2-7B": (32, 32), "Yi-6B": (32, 4), "64/8 heads": (64, 8)}
@@ -46,10 +47,23 @@ class KernelWorkload:
         """That the decodes read: K and V, 16 bits each."""
         return 4 * self.head_dim * self.num_kv_heads * sum(self.batch.decode_contexts)
 
+    def config(self, strategy: str, kernels: str) -> AttentionConfig:
+        """What the engine would choose for this batch."""
+        group = self.num_q_heads // self.num_kv_heads
+        return config_for(
+            strategy,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            kernels=kernels,
+            decode_heavy=is_decode_heavy(self.batch.prefills, self.batch.decode_contexts, group),
+        )
 
-def _uniform(
+
+def uniform_workload(
     heads: tuple[int, int], chunk: int, context: int, decodes: int, decode_context: int
 ) -> KernelWorkload:
+    """A chunk at the end of `context` keys, and decodes of one length."""
     point = AttentionPoint(((chunk, context),), (decode_context,) * decodes, "reference")
     return KernelWorkload(
         f"{heads[0]}/{heads[1]} {chunk}@{context} + {decodes}x{decode_context}", *heads, point
@@ -78,7 +92,26 @@ def reference_workloads() -> list[KernelWorkload]:
     contexts = np.random.default_rng(1).integers(4096, 12289, size=96)
     uneven = AttentionPoint(((1024, 12288),), tuple(contexts.tolist()), "reference")
     named = KernelWorkload("32/8 1024@12288 + 96x(4096 to 12288)", 32, 8, uneven)
-    return [*(_uniform(*size) for size in sizes), named]
+    return [*(uniform_workload(*size) for size in sizes), named]
+
+
+def serving_workloads() -> list[KernelWorkload]:
+    """Batches that an engine forms of Llama-3-8B's requests: chunks and decodes of many sizes."""
+    sizes = [
+        (512, 512, 8, 1024),
+        (512, 2048, 32, 1024),
+        (1024, 1024, 64, 1024),
+        (256, 4096, 128, 1024),
+        (512, 4096, 64, 4096),
+        (1024, 8192, 128, 2048),
+        (2048, 2048, 256, 1024),
+        (2048, 16384, 32, 8192),
+    ]
+    contexts = np.random.default_rng(5).lognormal(7.0, 0.8, size=96).clip(16, 8192).astype(int)
+    chunks = ((300, 300), (150, 150), (574, 2622))
+    uneven = AttentionPoint(chunks, tuple(contexts.tolist()), "serving")
+    named = KernelWorkload(f"32/8 {uneven.prefills_text} + 96 uneven", 32, 8, uneven)
+    return [*(uniform_workload((32, 8), *size) for size in sizes), named]
 
 
 def sweep_workloads(count: int, seed: int) -> list[KernelWorkload]:
@@ -92,17 +125,21 @@ def sweep_workloads(count: int, seed: int) -> list[KernelWorkload]:
     return sorted(found, key=lambda workload: workload.name)
 
 
+def decodes_that_fit(num_kv_heads: int, context: int, fill: float) -> int:
+    """Requests whose keys fill that share of the KV memory of one H200; at most 512."""
+    token_bytes = 4 * 128 * num_kv_heads * LAYERS
+    return min(512, int(KV_BYTES * fill / token_bytes // context))
+
+
 def _sweep_point(rng: Generator, heads: tuple[int, int]) -> KernelWorkload:
     while True:
         context, chunk = int(rng.choice(CONTEXTS)), int(rng.choice(CHUNK_SIZES))
-        token_bytes = 4 * 128 * heads[1] * LAYERS
-        room = KV_BYTES * float(rng.choice(FILLS)) / token_bytes
-        decodes = min(512, int(room // context))
+        decodes = decodes_that_fit(heads[1], context, float(rng.choice(FILLS)))
         prompt = int(rng.integers(1, context // chunk + 1)) * chunk
-        workload = _uniform(heads, chunk, prompt, decodes, context)
+        workload = uniform_workload(heads, chunk, prompt, decodes, context)
         prefill, decode = workload.flops / 600e12, workload.kv_bytes / 4.35e12
         if min(prefill, decode) >= LEAST_SHARE * (prefill + decode):
-            return workload
+            return replace(workload, batch=replace(workload.batch, split="sweep"))
 
 
 def uneven_workloads(count: int, seed: int) -> list[KernelWorkload]:

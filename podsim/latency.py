@@ -218,12 +218,17 @@ class ProfiledLatency:
         """See `WarmsUp`. What is measured is a long row of steps, whose heat is their own load."""
         attention, layers, once, collectives = self._parts(shape)
         load = self.load(shape.num_tokens, attention + layers)
-        kernels = (attention + layers) * self.warmth(load, heat)
+        warmth = self.warmth(load, heat, attention + layers + once + collectives)
+        kernels = (attention + layers) * warmth
         return self._count(shape, (kernels + once + collectives) * self.scale), load
 
-    def warmth(self, load: float, heat: float) -> float:
-        """Time of a step's layers over their time in a long row of such steps."""
-        return (1.0 + self._heating * load * heat) / (1.0 + self._heating * load * load)
+    def warmth(self, load: float, heat: float, seconds: float) -> float:
+        """Time of a step's layers over their time in a long row of such steps, where one takes
+        `seconds`. The heat at its start nears the load while it runs; its mean counts.
+        """
+        share = self.heat_seconds / seconds * (1.0 - math.exp(-seconds / self.heat_seconds))
+        mean = load + (heat - load) * share
+        return (1.0 + self._heating * load * mean) / (1.0 + self._heating * load * load)
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds

@@ -2,33 +2,35 @@
 
 A step computes the tokens of a batch, the chunks' first, then one a decode, padded to the size of a
 graph (`podsim.graph_sizes`). Its graph reads everything that depends on the batch from one block of
-device memory, which the host fills and copies before the replay:
+device memory (`podsim.step_buffers`), which the host fills and copies before the replay.
 
-    token_ids, positions, slots  [max_tokens] int32: each token, and where its k and v go
-    sample_rows                  [max_requests] int32: the tokens whose successor comes out
-    the lists of the attention plan
-
-Padding tokens write to a KV slot that no request has.
+Under tensor parallelism a Llama is one GPU's share, and `podsim.tensor_parallel` tells the others
+what the first one computes. Each adds up the embedding and the outputs of attention and MLP with
+the others, and gathers all logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from podsim.cuda_graphs import Captured, capture
 from podsim.errors import InputError
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kernels import rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
 from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy, kernels_for
-from podsim.kernels.plan import CapturedPlan, Decode, Plan, PrefillChunk, Room
+from podsim.kernels.plan import CapturedPlan, Plan, Room
+from podsim.llama_weights import Weights
 from podsim.model import Model
+from podsim.step_buffers import StepBuffers
 from podsim.step_inputs import StepInputs
+from podsim.tensor_parallel import Group
 
 NORM_EPS = 1e-5
 ROPE_BASE = 500000.0
@@ -38,100 +40,16 @@ MAX_CHUNKS = 16
 PREFILL, DECODE, MIXED, DECODE_HEAVY = KINDS = ("prefill", "decode", "mixed", "decode-heavy")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Of one decoder layer; matrices as [out, in]."""
+class _Launch(NamedTuple):
+    """Which parts of a set-up model compute a step."""
 
-    attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    output: torch.Tensor
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    embedding: torch.Tensor
-    """[vocab, hidden]"""
-    layers: Sequence[LayerWeights]
-    norm: torch.Tensor
-    lm_head: torch.Tensor
-    """[vocab, hidden]"""
-
-
-def random_weights(
-    model: Model, seed: int, device: str, dtype: torch.dtype = torch.bfloat16
-) -> Weights:
-    """Normal weights that keep the activations near unit size through every layer."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        weight = torch.empty(rows, columns, device=device, dtype=dtype)
-        return weight.normal_(std=columns**-0.5, generator=generator)
-
-    def norm() -> torch.Tensor:
-        return torch.empty(model.hidden_size, device=device, dtype=dtype).uniform_(
-            0.5, 1.5, generator=generator
-        )
-
-    hidden, inter = model.hidden_size, model.intermediate_size
-    layers = [
-        LayerWeights(
-            attention_norm=norm(),
-            qkv=matrix(model.qkv_size, hidden),
-            output=matrix(hidden, model.num_q_heads * model.head_dim),
-            mlp_norm=norm(),
-            gate_up=matrix(2 * inter, hidden),
-            down=matrix(hidden, inter),
-        )
-        for _ in range(model.num_layers)
-    ]
-    embedding = matrix(model.vocab_size, hidden) * hidden**0.5
-    return Weights(embedding, layers, norm(), matrix(model.vocab_size, hidden))
-
-
-class Inputs:
-    """The block of device memory that a step's inputs are copied to, and its twin on the host."""
-
-    def __init__(
-        self, max_tokens: int, max_requests: int, room: Room, device: torch.device
-    ) -> None:
-        sizes = [*[graph_size(max_tokens)] * 3, graph_size(max_requests), room.num_ints]
-        on_gpu = device.type == "cuda"
-        self.host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
-        self.device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.token_ids, self.positions, self.slots, self.sample_rows, self.lists = (
-            self.device.split(sizes)
-        )
-        self._host_parts = [part.numpy() for part in self.host.split(sizes)]
-
-    def fill(
-        self, step: StepInputs, plan: CapturedPlan, num_tokens: int, padding_slot: int
-    ) -> None:
-        """Put a step into the host's block, padded to `num_tokens`."""
-        token_ids, positions, slots, sample_rows, lists = self._host_parts
-        n, m = len(step.token_ids), len(step.sample_rows)
-        token_ids[:n], token_ids[n:num_tokens] = step.token_ids, 0
-        positions[:n], positions[n:num_tokens] = step.positions, 0
-        slots[:n], slots[n:num_tokens] = step.slots, padding_slot
-        sample_rows[:m], sample_rows[m:] = step.sample_rows, 0
-        chunks = [PrefillChunk(*chunk) for chunk in step.chunks]
-        plan.write(lists, chunks, [Decode(*decode) for decode in step.decodes])
-
-
-@dataclass(slots=True)
-class _Captured:
-    """A part of a step at one size: launched kernel by kernel, or as a graph."""
-
-    launch: Callable[[], None]
-    graph: torch.cuda.CUDAGraph | None = field(default=None)
-
-    def run(self) -> None:
-        if self.graph is None:
-            self.launch()
-        else:
-            self.graph.replay()
+    kind: int
+    """Of KINDS."""
+    size: int
+    is_crowded: int
+    """1 if it has more chunks than a graph has room for."""
+    num_sampled: int
+    """Padded; 0 if no token comes out."""
 
 
 class Llama:
@@ -139,7 +57,10 @@ class Llama:
 
     `max_tokens` bounds the tokens of a step, `max_requests` the requests that hold a KV slot of
     `max_len` tokens. `attention` is the strategy of mixed batches. `caches` are K and V of each
-    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. Raises
+    layer, [max_requests + 1, max_len, num_kv_heads, head_dim], if they are somebody else's. With a
+    `page_size`, K and V are in `num_blocks` blocks of so many tokens, which steps name in
+    `new_blocks`, and one more for padding; `max_len` is then a multiple of the page size and no
+    more than all blocks hold. With a `group`, `model` and `weights` are this GPU's share. Raises
     InputError if the KV cache does not fit into the memory that is free.
     """
 
@@ -154,8 +75,12 @@ class Llama:
         max_len: int,
         num_sms: int,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        page_size: int = 0,
+        num_blocks: int = 0,
+        group: Group | None = None,
     ) -> None:
         self.model = model
+        self.group = group
         self.weights = weights
         self.strategy = attention
         self.max_tokens = max_tokens
@@ -163,7 +88,13 @@ class Llama:
         self.max_len = max_len
         self.device = weights.embedding.device
         self.gpu_seconds = 0.0
-        self._plan_sizes = {
+        self.table_seconds = 0.0
+        self.page_size = page_size
+        self.num_blocks = num_blocks
+        if page_size and not max_len <= num_blocks * page_size:
+            raise ValueError(f"max_len {max_len} is more than {num_blocks} blocks hold")
+        self._padding_slot = num_blocks * page_size if page_size else max_requests
+        self._plan_sizes: dict[str, Any] = {
             "num_q_heads": model.num_q_heads,
             "num_kv_heads": model.num_kv_heads,
             "head_dim": model.head_dim,
@@ -173,16 +104,21 @@ class Llama:
         }
         self._allocate(caches)
         self._room = self._room_of_any_step()
-        self.inputs = Inputs(max_tokens, max_requests, self._room, self.device)
+        table = (max_requests + 1, max_len // page_size) if page_size else (0, 0)
+        self.inputs = StepBuffers(
+            max_tokens, max_requests, self._room, self.device, page_size, table, group
+        )
+        if page_size:
+            self._plan_sizes |= {"page_size": page_size, "block_table": self.inputs.block_table}
         self._workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._steps = {
             (kind, size): self._step_of(kind, size, MAX_CHUNKS)
             for kind in self._kinds
             for size in graph_sizes(max_requests if kind == DECODE else max_tokens)
         }
-        self._crowded: dict[tuple[str, int], tuple[CapturedPlan, _Captured]] = {}
+        self._crowded: dict[tuple[str, int], tuple[CapturedPlan, Captured]] = {}
         self._heads = {
-            size: _Captured(partial(self._head, size)) for size in graph_sizes(max_requests)
+            size: Captured(partial(self._head, size)) for size in graph_sizes(max_requests)
         }
 
     def _allocate(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
@@ -192,16 +128,22 @@ class Llama:
         def buffer(*shape: int) -> torch.Tensor:  # zeros: padding rows are computed too
             return torch.zeros(*shape, device=self.device, dtype=dtype)
 
-        cache = (self.max_requests + 1, self.max_len, model.num_kv_heads, model.head_dim)
+        slots = (self.max_requests + 1, self.max_len)
+        if self.page_size:
+            slots = (self.num_blocks + 1, self.page_size)
+        cache = (*slots, model.num_kv_heads, model.head_dim)
         try:
             if caches is None:
                 caches = [(buffer(*cache), buffer(*cache)) for _ in range(model.num_layers)]
         except torch.OutOfMemoryError:
             gigabytes = model.kv_bytes_per_token * cache[0] * cache[1] / 1e9
+            what = f"{self.max_requests} requests of up to {self.max_len} tokens"
+            remedy = "max_num_seqs or max_model_len"
+            if self.page_size:
+                what = f"{self.num_blocks} blocks of {self.page_size} tokens"
+                remedy = "num_blocks or gpu_memory_utilization"
             raise InputError(
-                f"{self.max_requests} requests of up to {self.max_len} tokens need "
-                f"{gigabytes:.0f} GB of KV cache, more than is free: lower max_num_seqs or "
-                "max_model_len"
+                f"{what} need {gigabytes:.0f} GB of KV cache, more than is free: lower {remedy}"
             ) from None
         self.caches = caches
         self.residual = buffer(tokens, model.hidden_size)
@@ -214,7 +156,14 @@ class Llama:
         self.activated = buffer(tokens, model.intermediate_size)
         rows = graph_size(self.max_requests)
         self.sampled_rows = buffer(rows, model.hidden_size)
-        self.logits = buffer(rows, model.vocab_size)
+        self.own_logits = buffer(rows, model.vocab_size)
+        self.logits = self.own_logits
+        if self.group is not None:
+            self._embedding_rows = self.group.part.embedding_rows(self.device)
+            self._rows = torch.zeros(tokens, dtype=torch.int32, device=self.device)
+            self._gathered = buffer(rows, model.num_logits)
+            self._padded_logits = buffer(rows, model.num_logits)
+            self.logits = self._padded_logits[:, : self.group.part.model.vocab_size]
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
         on_gpu = self.device.type == "cuda"
         self.sampled_host = torch.zeros(rows, dtype=torch.int64, pin_memory=on_gpu)
@@ -249,7 +198,7 @@ class Llama:
         one = self._config(self.strategy) == self._config(self.strategy, decode_heavy=True)
         return (PREFILL, DECODE, MIXED) if one else KINDS
 
-    def _step_of(self, kind: str, size: int, max_chunks: int) -> tuple[CapturedPlan, _Captured]:
+    def _step_of(self, kind: str, size: int, max_chunks: int) -> tuple[CapturedPlan, Captured]:
         """A batch with one side only runs that side's own kernel, whatever the strategy."""
         strategy = self.strategy if kind in (MIXED, DECODE_HEAVY) else "serial"
         plan = CapturedPlan(
@@ -264,43 +213,64 @@ class Llama:
         if self._workspaces is None:
             self._workspaces = plan.workspaces()
         plan.use(*self._workspaces)
-        return plan, _Captured(partial(self._layers, size, strategy, plan))
+        return plan, Captured(partial(self._layers, size, strategy, plan))
 
     # ---- a step
 
     def run(self, step: StepInputs) -> NDArray[np.int64]:
         """Compute a step; the token that follows each of its sample rows, once on the host."""
-        if self.device.type != "cuda":
-            self._launch(step)
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._launch(step, before=start.record)
-            end.record()
-            end.synchronize()
-            self.gpu_seconds = start.elapsed_time(end) / 1000
-        return self.sampled_host[: len(step.sample_rows)].numpy()
-
-    def _launch(self, step: StepInputs, before: Callable[[], None] = lambda: None) -> None:
-        """Queue a step on the current stream; `before` is called when its inputs are complete."""
         if len(step.token_ids) > self.max_tokens:
             raise InputError(
                 f"a step of {len(step.token_ids)} tokens, but this model was set up for at most "
                 f"{self.max_tokens}"
             )
-        size = graph_size(len(step.token_ids))
-        plan, layers = self._step(step, size)
-        self.inputs.fill(step, plan, size, self.max_requests)
-        before()
-        self.inputs.device.copy_(self.inputs.host, non_blocking=True)
-        layers.run()
-        num_sampled = graph_size(len(step.sample_rows))
-        if num_sampled:
-            self._heads[num_sampled].run()
-            self.sampled_host[:num_sampled].copy_(self.sampled[:num_sampled], non_blocking=True)
+        launch = self._launch_of(step)
+        plan, _ = self._parts(launch)
+        self.inputs.fill(step, plan, launch.size, self._padding_slot)
+        self.table_seconds = self.inputs.table_seconds
+        if self.group is not None:
+            self.group.send_step(*launch)
+        self._compute(launch)
+        return self.sampled_host[: len(step.sample_rows)].numpy()
 
-    def _step(self, step: StepInputs, size: int) -> tuple[CapturedPlan, _Captured]:
-        key = (self._kind(step), size)
-        if len(step.chunks) <= MAX_CHUNKS:
+    def follow(self) -> NoReturn:
+        """Compute the steps of the group's first rank, until this process is ended."""
+        assert self.group is not None
+        while True:
+            self._compute(_Launch(*self.group.receive_step(len(_Launch._fields))))
+            self.group.took(self.gpu_seconds)
+
+    def _compute(self, launch: _Launch) -> None:
+        """The step whose inputs are in the host's block; returns when it is done."""
+        if self.device.type != "cuda":
+            self._queue(launch)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._queue(launch)
+        end.record()
+        end.synchronize()
+        self.gpu_seconds = start.elapsed_time(end) / 1000
+
+    def _queue(self, launch: _Launch) -> None:
+        self.inputs.copy()
+        _, layers = self._parts(launch)
+        layers.run()
+        if n := launch.num_sampled:
+            self._heads[n].run()
+            self.sampled_host[:n].copy_(self.sampled[:n], non_blocking=True)
+
+    def _launch_of(self, step: StepInputs) -> _Launch:
+        return _Launch(
+            KINDS.index(self._kind(step)),
+            graph_size(len(step.token_ids)),
+            int(len(step.chunks) > MAX_CHUNKS),
+            graph_size(len(step.sample_rows)),
+        )
+
+    def _parts(self, launch: _Launch) -> tuple[CapturedPlan, Captured]:
+        key = (KINDS[launch.kind], launch.size)
+        if not launch.is_crowded:
             return self._steps[key]
         if key not in self._crowded:
             self._crowded[key] = self._step_of(*key, self.max_requests)
@@ -323,28 +293,60 @@ class Llama:
         residual, hidden, normed = self.residual[:n], self.hidden[:n], self.normed[:n]
         qkv, q, attended = self.qkv[:n], self.q[:n], self.attended[:n]
         gate_up, activated = self.gate_up[:n], self.activated[:n]
-        torch.index_select(self.weights.embedding, 0, inputs.token_ids[:n], out=residual)
+        self._embed(inputs.token_ids[:n], residual)
         carried = None  # the first norm finds the embedding in the residual itself
         for layer, (k_cache, v_cache) in zip(self.weights.layers, self.caches, strict=True):
             source = residual if carried is None else hidden
             rmsnorm.rmsnorm(source, layer.attention_norm, NORM_EPS, normed, carried)
             carried = residual
             torch.mm(normed, layer.qkv.t(), out=qkv)
-            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, k_cache, v_cache, q)
+            written = self._written(k_cache), self._written(v_cache)
+            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, *written, q)
             attention(strategy, q, k_cache, v_cache, attended, plan)
             torch.mm(attended.view(n, -1), layer.output.t(), out=hidden)
+            self._add_up(hidden)
             rmsnorm.rmsnorm(hidden, layer.mlp_norm, NORM_EPS, normed, residual)
             torch.mm(normed, layer.gate_up.t(), out=gate_up)
             silu_mul.silu_mul(gate_up, activated)
             torch.mm(activated, layer.down.t(), out=hidden)
+            self._add_up(hidden)
         rmsnorm.rmsnorm(hidden, self.weights.norm, NORM_EPS, normed, residual)
+
+    def _embed(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        rows = token_ids
+        if self.group is not None:
+            rows = self._rows[: len(token_ids)]
+            torch.index_select(self._embedding_rows, 0, token_ids, out=rows)
+        torch.index_select(self.weights.embedding, 0, rows, out=out)
+        self._add_up(out)
+
+    def _add_up(self, partial_sums: torch.Tensor) -> None:
+        if self.group is not None:
+            self.group.all_reduce(partial_sums)
+
+    def _written(self, cache: torch.Tensor) -> torch.Tensor:
+        """A cache as RoPE's kernel writes to it, at [slot, position] of `StepBuffers.slots_of`."""
+        if not self.page_size:
+            return cache
+        row, *strides = cache.stride()[1:]
+        return cache.as_strided((1, self.max_len, *cache.shape[2:]), (row, row, *strides))
 
     def _head(self, size: int) -> None:
         """From the normed tokens to the most likely successors of the sampled ones."""
-        rows, logits = self.sampled_rows[:size], self.logits[:size]
+        rows, logits = self.sampled_rows[:size], self.own_logits[:size]
         torch.index_select(self.normed, 0, self.inputs.sample_rows[:size], out=rows)
         torch.mm(rows, self.weights.lm_head.t(), out=logits)
-        torch.argmax(logits, dim=-1, out=self.sampled[:size])
+        if self.group is not None:
+            self._gather_logits(size, self.group)
+        torch.argmax(self.logits[:size], dim=-1, out=self.sampled[:size])
+
+    def _gather_logits(self, size: int, group: Group) -> None:
+        """From each rank's [size, share] to [size, vocabulary]."""
+        ranks, share = group.part.size, self.model.vocab_size
+        gathered = self._gathered.view(-1, share)[: ranks * size]
+        group.all_gather(gathered, self.own_logits[:size])
+        target = self._padded_logits[:size].view(size, ranks, share)
+        target.copy_(gathered.view(ranks, size, share).transpose(0, 1))
 
     # ---- graphs
 
@@ -352,19 +354,5 @@ class Llama:
         """Capture a CUDA graph of every size; `on_progress` is told how many of how many."""
         parts = [captured for _, captured in self._steps.values()] + list(self._heads.values())
         self.inputs.device.zero_()  # no requests: the warm-up reads and writes nothing of theirs
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream())
-        for done, part in enumerate(parts):
-            on_progress(done, len(parts))
-            graph = torch.cuda.CUDAGraph()
-            # All on one stream: operations of the same matrix library's workspace must not overlap.
-            with torch.cuda.stream(stream):
-                part.launch()  # compiles what it needs, which a capture must not do
-                stream.synchronize()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    part.launch()
-                graph.replay()  # the first replay uploads the graph, which takes a while
-                stream.synchronize()
-            part.graph = graph
-        torch.cuda.synchronize()
-        on_progress(len(parts), len(parts))
+        # NCCL's own threads may call CUDA meanwhile: only this thread is held to the rules then.
+        capture(parts, "global" if self.group is None else "thread_local", on_progress)

@@ -9,6 +9,7 @@ from podsim.batch import Batch, BatchShape
 from podsim.decode_group import Decodes
 from podsim.memory_costs import MappingCosts
 from podsim.step_memory import MemoryLog
+from podsim.swap_time import SwapCopies
 from podsim.vattention import Change, VAttentionCache
 
 COLUMNS = ("time", "mapped_bytes", "held_bytes", "token_bytes", "stall")
@@ -24,7 +25,7 @@ class MappingTime:
     within `look_ahead` steps; a step waits for those of its own blocks that are not ready, and
     before it maps itself for the thread to be through (so does the paper's code). A second of
     mapping beside steps makes them `interference` seconds longer. Without overlap nothing is mapped
-    ahead.
+    ahead. With `swap`, a step waits for its copies first, and then for its mapping.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class MappingTime:
         beside: MappingCosts | None = None,
         look_ahead: int = 1,
         interference: float = 0.0,
+        swap: SwapCopies | None = None,
     ) -> None:
         """`waiting`: costs while a step waits. `beside`: in the background; None: no overlap."""
         self.cache = cache
@@ -41,6 +43,7 @@ class MappingTime:
         self.beside = beside
         self.look_ahead = look_ahead
         self.interference = interference
+        self.swap = swap
         self.log = MemoryLog(COLUMNS)
         self._ready = [0.0] * len(cache.mapped)
         """When the latest block of each slot is, or was, mapped."""
@@ -61,7 +64,8 @@ class MappingTime:
         if self.beside is None:
             changes += self.cache.unmap_idle()
         foreground = self._seconds(changes, self.waiting)
-        launch = max([start, *(self._ready[slot] for slot in needing)])
+        copied = start if self.swap is None else start + self.swap.seconds()
+        launch = max([copied, *(self._ready[slot] for slot in needing)])
         if foreground:
             launch = max(launch, self._idle_from) + foreground
         self._stall = launch - start
@@ -141,7 +145,7 @@ class MappingTime:
         self.log.hold_up([self._stall + self._slower, *repeat(0.0, num_steps - 1)])
 
     def notes(self) -> Sequence[str]:
-        return ()
+        return () if self.swap is None else self.swap.notes()
 
     def summary(self) -> Mapping[str, float]:
         groups = self.cache.page_groups
@@ -151,4 +155,5 @@ class MappingTime:
             "block_bytes": groups.block_bytes,
             **self._totals,
             **self._peak,
+            **({} if self.swap is None else self.swap.summary()),
         }

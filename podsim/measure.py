@@ -20,6 +20,7 @@ import torch
 import triton
 
 from podsim.errors import InputError
+from podsim.gpu_sampler import current_gpu
 from podsim.hardware import Gpu
 from podsim.kernels import launch, rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
@@ -77,7 +78,7 @@ def provenance(model: Model) -> dict[str, object]:
     """What the measurements depend on, the kernels' tiles for the model's heads among it."""
     query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
     output = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={current_gpu()}"],
         capture_output=True,
         text=True,
         check=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,12 +16,13 @@ from podsim import flashinfer_kernels
 from podsim.gpu_power import GpuPower
 from podsim.kernel_workloads import KernelWorkload, reference_workloads
 from podsim.kernels.attention import attention
-from podsim.kernels.config import AttentionConfig, config_for, is_decode_heavy
+from podsim.kernels.config import AttentionConfig, config_for
 from podsim.kernels.plan import PAGE_SIZES, AttentionPlan, Decode, PrefillChunk
 from podsim.measure_clock import SmClock
 
-FLUSH_BYTES = 256 << 20
-"""Written between launches, so that none finds its keys in the L2."""
+FLUSH_BYTES = 1 << 30
+"""Read between launches, so that none finds its keys in the L2 and none has to write back what
+another left there; long enough for the host to queue the next."""
 BURST_SECONDS = 0.012
 """Of launches in one round of one kernel."""
 SUSTAINED_SECONDS = 0.6
@@ -50,16 +52,7 @@ class Problem:
         self.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
 
     def config(self, strategy: str, kernels: str) -> AttentionConfig:
-        workload, batch = self.workload, self.workload.batch
-        group = workload.num_q_heads // workload.num_kv_heads
-        return config_for(
-            strategy,
-            num_q_heads=workload.num_q_heads,
-            num_kv_heads=workload.num_kv_heads,
-            head_dim=workload.head_dim,
-            kernels=kernels,
-            decode_heavy=is_decode_heavy(batch.prefills, batch.decode_contexts, group),
-        )
+        return self.workload.config(strategy, kernels)
 
     def launch(
         self,
@@ -69,8 +62,12 @@ class Problem:
         prefill: bool = True,
         decode: bool = True,
         page_size: int = 0,
+        prefill_share: float = 0.0,
     ) -> Launch:
-        """Attention of the whole batch, or of one side of it, from pages in a random order."""
+        """Attention of the whole batch, or of one side of it, from pages in a random order.
+
+        `prefill_share` of the SMs take prefill in Hopper's POD; 0: as many as the policy says.
+        """
         chunks = self.chunks if prefill else []
         decodes = self.decodes if decode else []
         first = 0 if prefill else len(self.q) - len(decodes)
@@ -93,6 +90,8 @@ class Problem:
             block_table=table,
             device="cuda",
         )
+        if prefill_share:
+            plan.counts[3] = round(prefill_share * self.num_sms)
         return lambda: attention(strategy, q, k_cache, v_cache, out, plan)
 
     def _paged(self, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -155,10 +154,10 @@ class Contest:
         self._runs |= theirs
         for run in theirs.values():
             run()
-        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
         self._clock = SmClock(torch.cuda.get_device_properties(0).multi_processor_count)
 
-    def rounds(self, count: int) -> Iterator[Row]:
+    def rounds(self, count: int, burst_seconds: float = BURST_SECONDS) -> Iterator[Row]:
         """Bursts of each launch, every round in another random order.
 
         What ran before decides how fast the card's clock is, so no launch is to follow the same
@@ -167,7 +166,7 @@ class Contest:
         names = list(self._runs)
         for number in range(count):
             for i in np.random.default_rng(number).permutation(len(names)):
-                seconds, hertz = self._burst(self._runs[names[i]])
+                seconds, hertz = self._burst(self._runs[names[i]], burst_seconds)
                 yield {
                     "kernel": names[i],
                     "mode": "burst",
@@ -176,10 +175,10 @@ class Contest:
                     "sm_clock_hz": hertz,
                 }
 
-    def _burst(self, run: Launch) -> tuple[float, float | None]:
+    def _burst(self, run: Launch, burst_seconds: float) -> tuple[float, float | None]:
         """Median seconds of a launch with a cold L2, and the mean clock of the SMs."""
         once = self._timed(run, 2)[-1]
-        repeats = max(3, int(BURST_SECONDS / once))
+        repeats = max(3, int(burst_seconds / once))
         self._clock.clear()
         self._clock.start()
         seconds = self._timed(run, repeats)
@@ -190,7 +189,7 @@ class Contest:
     def _timed(self, run: Launch, repeats: int) -> list[float]:
         marks = []
         for _ in range(repeats):
-            self._flushed.zero_()
+            self._flushed.max()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
@@ -259,7 +258,7 @@ def bench(
             about: Row = {"workload": workload.name, "group": workload.batch.split}
             found += [about | row for row in rows]
             del problem, contest
-            torch.cuda.empty_cache()
+            free_memory()
             on_workload()
     return found
 
@@ -275,7 +274,7 @@ def tune(
         contest = Contest({"serial": serial, **problem.pod_variants()}, {})
         found += [{"workload": workload.name} | row for row in contest.rounds(rounds)]
         del problem, contest
-        torch.cuda.empty_cache()
+        free_memory()
         on_workload()
     return found
 
@@ -285,23 +284,24 @@ def paging(
     kernels: str,
     rounds: int,
     on_workload: Callable[[], None],
+    sides: Sequence[str] = ("prefill", "decode", "pod"),
 ) -> list[Row]:
-    """Time both sides and POD from contiguous keys and from pages of every size."""
+    """Time both sides and POD, or some of them, from contiguous keys and from pages of any size."""
     found: list[Row] = []
     for workload in workloads:
         problem = Problem(workload)
-        sides = {"prefill": {"decode": False}, "decode": {"prefill": False}, "pod": {}}
+        without = {"prefill": {"decode": False}, "decode": {"prefill": False}, "pod": {}}
         launches = {}
-        for side, without in sides.items():
+        for side in sides:
             strategy = "pod" if side == "pod" else "serial"
             config = problem.config(strategy, kernels)
             for size in (0, *PAGE_SIZES):
                 name = f"{side} {size or 'contiguous'}"
-                launches[name] = problem.launch(strategy, config, **without, page_size=size)
+                launches[name] = problem.launch(strategy, config, **without[side], page_size=size)
         contest = Contest(launches, {})
         found += [{"workload": workload.name} | row for row in contest.rounds(rounds)]
         del problem, contest, launches
-        torch.cuda.empty_cache()
+        free_memory()
         on_workload()
     return found
 
@@ -339,6 +339,12 @@ def _captured(launch: Launch) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         launch()
     return graph
+
+
+def free_memory() -> None:
+    """Give memory back; launches that call each other are freed by the collector alone."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _random(*shape: int) -> torch.Tensor:

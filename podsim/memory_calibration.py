@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from podsim.errors import InputError
 from podsim.held_out import error_summary
@@ -117,9 +116,16 @@ def _read(folder: Path, part: str) -> pd.DataFrame:
 def fit_line(units: Floats, seconds: Floats) -> Line:
     """Neither part negative, with the least squares of the relative error."""
     features = np.column_stack([1 / seconds, units / seconds])
+    fixed, per_unit = _non_negative(features)
+    return Line(float(fixed), float(per_unit))
+
+
+def _non_negative(features: Floats) -> Floats:
+    """Coefficients >= 0 whose products with the features are all as near to 1 as can be."""
+    from scipy.optimize import nnls  # takes half a second to load, and only fits need it
+
     scale = np.abs(features).max(axis=0)
-    (fixed, per_unit), _ = nnls(features / scale, np.ones(len(units)))
-    return Line(float(fixed / scale[0]), float(per_unit / scale[1]))
+    return np.asarray(nnls(features / scale, np.ones(len(features)))[0] / scale)
 
 
 def _as_json(line: Line) -> dict[str, float]:
@@ -216,8 +222,7 @@ def _paged(rows: pd.DataFrame) -> dict[str, object]:
         seconds = table["paged_us"].to_numpy(float) * 1e-6
         counts = [np.ones(len(table)), *(table[n].to_numpy(float) for n in ("requests", "blocks"))]
         features = np.column_stack(counts) / seconds[:, None]
-        scale = features.max(axis=0)
-        parts = nnls(features / scale, np.ones(len(table)))[0] / scale
+        parts = _non_negative(features)
         names = ("table_step", "table_request", "table_block")
         found[str(size)] = kernels | dict(zip(names, map(float, parts), strict=True))
     return found

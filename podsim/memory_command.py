@@ -15,16 +15,15 @@ from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
 from podsim.memory_calibration import COLUMNS
 from podsim.memory_costs import FOLDER, MEMORY_FILE, MemoryCosts, read_memory_costs
+from podsim.profile import kernels_hash
 
 messages = Console(stderr=True)
-
-MEASURED = tuple(part for part in COLUMNS if part != "paged")
 
 
 def profile_memory_command(
     part: Annotated[
         str,
-        typer.Argument(help=f"What to time: {', '.join(MEASURED)}; or fit what is there."),
+        typer.Argument(help=f"What to time: {', '.join(COLUMNS)}; or fit what is there."),
     ],
     gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
     out: Annotated[
@@ -32,12 +31,14 @@ def profile_memory_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time what memory systems cost on this machine's GPU: mapping, transfers, recomputation.
+    """Time what memory systems cost on this machine's GPU: mapping, transfers, recomputation, and
+    block tables.
 
     The folder gets PART.csv (every timed row) and memory.json (the costs fitted to all parts that
     are there, their error on held-out rows, and what they were measured on). layers and
     layers-column time whole layers to judge the costs: measure transfer and recompute first.
-    Needs torch, and cuda-bindings for mapping.
+    paged times attention from blocks of every size, and the host's work for their table. Needs
+    torch, cuda-bindings for mapping, and triton for paged.
     """
     folder = out or Path("profiles") / gpu / FOLDER
     known = gpu_named(gpu)
@@ -46,12 +47,14 @@ def profile_memory_command(
         raise InputError(f"{old.source}: measured on '{old.gpu}', not on '{gpu}'")
     provenance = dict(old.provenance) if old is not None else {}
     if part != "fit":
-        if part not in MEASURED:
-            expected = ", ".join((*MEASURED, "fit"))
+        if part not in COLUMNS:
+            expected = ", ".join((*COLUMNS, "fit"))
             raise InputError(f"part is '{part}', expected one of: {expected}")
         rows = _measured(part, known, old)
         memory_calibration.write_rows(folder, part, rows)
-        provenance[part] = _machine(f"podsim profile-memory {part} --gpu {gpu}")
+        machine = _machine(f"podsim profile-memory {part} --gpu {gpu}")
+        kernels = {"kernels_sha256": kernels_hash()} if part == "paged" else {}
+        provenance[part] = machine | kernels
     costs = memory_calibration.fit_folder(folder, gpu, provenance)
     if as_json:
         typer.echo(report.to_json(costs.description()), nl=False)
@@ -71,6 +74,10 @@ def _measured(part: str, gpu: Gpu, old: MemoryCosts | None) -> list[dict[str, ob
             from podsim import measure_mapping
 
             return measure_mapping.measure(_tell)
+        if part == "paged":
+            from podsim import measure_paged
+
+            return measure_paged.measure(_tell)
         from podsim import measure_kvpr, measure_transfers
     except ModuleNotFoundError as error:
         raise InputError(

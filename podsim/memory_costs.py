@@ -144,8 +144,8 @@ class MemoryCosts:
         if str(block_size) not in self.paged:
             raise InputError(
                 f"{self.source}: no overhead of paged kernels with blocks of {block_size} tokens "
-                f"(there are: {', '.join(self.paged) or 'none'}); measured rows go into paged.csv "
-                "(docs/memory.md), and --kv ideal leaves the overhead out"
+                f"(there are: {', '.join(self.paged) or 'none'}); {self._how('paged')}, or leave "
+                "the overhead out with --kv ideal"
             )
         values = {name: float(value) for name, value in self.paged[str(block_size)].items()}
         return PagedCosts(**values)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from podsim.batch import BatchShape
+from podsim.block_tables import PagedBlocks
 from podsim.config import Deployment
 from podsim.hardware import gpu_named
 from podsim.kv_cache import PagedKVCache, kv_sizes, page_groups_for
@@ -13,11 +14,12 @@ from podsim.latency import LatencyModel, ProfiledLatency
 from podsim.mapping_time import MappingTime
 from podsim.memory_costs import MemoryCosts, find_memory_costs
 from podsim.model import Model
-from podsim.offload_time import OffloadCosts, OffloadTime, SwapTime
+from podsim.offload_time import OffloadCosts, OffloadTime
 from podsim.page_groups import PageGroups
 from podsim.prefix_cache import PrefixCache
 from podsim.step_memory import StepMemory
 from podsim.swap_space import SwapSpace
+from podsim.swap_time import SwapCopies, SwapTime
 from podsim.vattention import VAttentionCache
 
 
@@ -31,6 +33,10 @@ def kv_cache_for(
     deployment: Deployment, model: Model, num_blocks: int, prefixes: PrefixCache | None = None
 ) -> PagedKVCache:
     """An empty KV cache of a replica."""
+    swap = None
+    if deployment.preemption == "swap":
+        share = model.shard(deployment.tensor_parallel_size)
+        swap = SwapSpace(int(deployment.host_memory * 1e9) // share.kv_bytes_per_token)
     if deployment.kv == "vattention":
         return VAttentionCache(
             num_blocks,
@@ -38,11 +44,11 @@ def kv_cache_for(
             deployment.max_num_seqs,
             deferred=deployment.deferred_reclamation,
             eager_blocks=deployment.eager_blocks,
+            swap=swap,
         )
-    swap = None
-    if deployment.preemption == "swap":
-        share = model.shard(deployment.tensor_parallel_size)
-        swap = SwapSpace(int(deployment.host_memory * 1e9) // share.kv_bytes_per_token)
+    if deployment.kv == "paged":
+        slots = deployment.max_num_seqs
+        return PagedBlocks(num_blocks, deployment.block_size, slots, prefixes, swap)
     return PagedKVCache(num_blocks, deployment.block_size, prefixes, swap)
 
 
@@ -64,17 +70,30 @@ def step_memory_for(
 def _step_memory(
     deployment: Deployment, model: Model, kv_cache: PagedKVCache, latency_model: LatencyModel
 ) -> StepMemory | None:
-    if isinstance(kv_cache, VAttentionCache):
-        return _mapping_time(deployment, kv_cache)
     share = model.shard(deployment.tensor_parallel_size)
     if deployment.kv_offload != "none":
         return _offload_time(deployment, model, share, latency_model)
-    if kv_cache.swap is not None:
-        costs = memory_costs_for(deployment)
-        load, store = costs.transfer_costs("h2d pinned"), costs.transfer_costs("d2h pinned")
-        block_size = deployment.block_size if deployment.kv == "paged" else None
-        return SwapTime(kv_cache.swap, share, load, store, block_size)
-    return None
+    copies = None if kv_cache.swap is None else _swap_copies(deployment, share, kv_cache)
+    if isinstance(kv_cache, VAttentionCache):
+        return _mapping_time(deployment, kv_cache, copies)
+    return None if copies is None else SwapTime(copies)
+
+
+def _swap_copies(deployment: Deployment, share: Model, kv_cache: PagedKVCache) -> SwapCopies:
+    """Contiguous in each tensor, but for blocks that lie anywhere."""
+    assert kv_cache.swap is not None
+    costs = memory_costs_for(deployment)
+    num_tensors = 2 * share.num_layers
+    if isinstance(kv_cache, VAttentionCache):
+        num_tensors = kv_cache.page_groups.num_tensors
+    return SwapCopies(
+        kv_cache.swap,
+        costs.transfer_costs("h2d pinned"),
+        costs.transfer_costs("d2h pinned"),
+        num_tensors=num_tensors,
+        token_bytes=share.kv_bytes_per_token // num_tensors,
+        block_size=deployment.block_size if deployment.kv == "paged" else None,
+    )
 
 
 def require_memory_costs(deployment: Deployment, model: Model, latency_model: LatencyModel) -> None:
@@ -114,17 +133,20 @@ def _seconds_once(latency_model: LatencyModel) -> Callable[[BatchShape], float]:
     return lambda shape: latency_model.breakdown(shape).once * scale
 
 
-def _mapping_time(deployment: Deployment, cache: VAttentionCache) -> MappingTime:
+def _mapping_time(
+    deployment: Deployment, cache: VAttentionCache, swap: SwapCopies | None
+) -> MappingTime:
     costs, page_group = memory_costs_for(deployment), cache.page_groups.page_group
     waiting = costs.mapping_costs(page_group, "idle")
     if deployment.mapping == "synchronous":
-        return MappingTime(cache, waiting)
+        return MappingTime(cache, waiting, swap=swap)
     return MappingTime(
         cache,
         waiting,
         costs.mapping_costs(page_group, "busy"),
         deployment.look_ahead,
         costs.interference.get(str(page_group), 0.0),
+        swap,
     )
 
 

@@ -1,10 +1,9 @@
-"""The time of steps whose KV cache lies partly in host memory, and of swapping requests out."""
+"""The time of steps whose KV cache lies partly in host memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 
 from podsim.batch import Batch, BatchShape
@@ -13,7 +12,6 @@ from podsim.kvpr import OffloadedLayer
 from podsim.memory_costs import Line
 from podsim.model import Model
 from podsim.step_memory import MemoryLog
-from podsim.swap_space import SwapSpace
 
 OFFLOAD_COLUMNS = ("time", "gpu_tokens", "host_tokens", "split", "step_time")
 """Seconds and tokens; split: tokens of a step whose K and V are computed again in each layer."""
@@ -163,66 +161,3 @@ class OffloadTime:
     def summary(self) -> Mapping[str, float]:
         share = self._split_tokens / self._loaded_tokens if self._loaded_tokens else 0.0
         return {**self._totals, "recomputed_share_max": share}
-
-
-SWAP_COLUMNS = ("time", "swapped_tokens", "stall")
-
-
-class SwapTime:
-    """Steps wait for the requests that are swapped out and in before them (as vLLM's first engine).
-
-    `copy_bytes`: what one copy moves; None: a tensor's part of a request is one copy.
-    """
-
-    def __init__(
-        self, swap: SwapSpace, share: Model, load: Line, store: Line, block_size: int | None
-    ) -> None:
-        self.swap = swap
-        self.load = load
-        self.store = store
-        self.block_size = block_size
-        self.num_tensors = 2 * share.num_layers
-        self.token_bytes = share.kv_bytes_per_token // self.num_tensors
-        self.log = MemoryLog(SWAP_COLUMNS)
-        self._stall = 0.0
-        self._totals = dict.fromkeys(
-            ("stalled_steps", "stall_time", "d2h_bytes_moved", "h2d_bytes_moved"), 0.0
-        )
-
-    def begin(self, batch: Batch, shape: BatchShape, decodes: Decodes, start: float) -> None:
-        out, back = self.swap.moves()
-        self._stall = sum(self._seconds(n, self.store) for n in out)
-        self._stall += sum(self._seconds(n, self.load) for n in back)
-        token_bytes = self.num_tensors * self.token_bytes
-        self._totals["d2h_bytes_moved"] += sum(out) * token_bytes
-        self._totals["h2d_bytes_moved"] += sum(back) * token_bytes
-        self._totals["stall_time"] += self._stall
-        self._totals["stalled_steps"] += self._stall > 0
-        self.log.append(start, self.swap.num_tokens, self._stall)
-
-    def _seconds(self, num_tokens: int, copy: Line) -> float:
-        """Of moving a request: in each tensor one copy, or one of each block."""
-        if self.block_size is None:
-            return self.num_tensors * copy.at(num_tokens * self.token_bytes)
-        blocks = -(-num_tokens // self.block_size)
-        return self.num_tensors * blocks * copy.at(self.block_size * self.token_bytes)
-
-    def most_steps(self, decodes: Decodes, num_steps: int) -> int:
-        return num_steps
-
-    def step_times(self, times: Sequence[float]) -> list[float]:
-        return [self._stall + times[0], *times[1:]]
-
-    def end(self, num_steps: int) -> None:
-        self.log.hold_up([self._stall, *repeat(0.0, num_steps - 1)])
-
-    def notes(self) -> list[str]:
-        if not self.swap.num_refused:
-            return []
-        return [
-            f"{self.swap.num_refused} preempted requests found no host memory and were computed "
-            "again"
-        ]
-
-    def summary(self) -> Mapping[str, float]:
-        return {**self._totals, "swapped_requests": float(self.swap.num_swaps)}

@@ -10,6 +10,7 @@ import math
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -162,7 +163,7 @@ def read_profile(folder: Traversable, source: str) -> Profile:
     """The profile of a folder, which error messages call `source`. InputError if it is broken."""
     source = f"{source}/{PROFILE_FILE}"
     try:
-        content = json.loads(folder.joinpath(PROFILE_FILE).read_text(encoding="utf-8"))
+        content = _parsed(folder.joinpath(PROFILE_FILE).read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA_VERSION:
             raise InputError(
                 f"{source}: schema {content['schema']}, this podsim reads {SCHEMA_VERSION}; "
@@ -175,6 +176,13 @@ def read_profile(folder: Traversable, source: str) -> Profile:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: not a podsim profile: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> dict[str, Any]:
+    """What the file of a profile says; a sweep reads the same few for every simulation."""
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 def kernels_hash() -> str:

@@ -21,6 +21,7 @@ from podsim.hardware import Gpu, gpu_named
 from podsim.model import Model, model_named
 from podsim.profile import Profile, find_profile
 from podsim.profile_checks import Finding, check_profile
+from podsim.profile_extend import reopen
 from podsim.profile_plan import (
     SECONDS_PER_SEQUENCE,
     SECONDS_TO_START,
@@ -57,6 +58,12 @@ def profile_command(
             "--dry-run", help="Say what would be timed and how long it takes; needs no GPU."
         ),
     ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="Keep the rows of the profile in the folder; time what it lacks."
+        ),
+    ] = False,
     check: Annotated[
         Path | None,
         typer.Option(help="Check this profile folder: is it possible, whole, of its rows? No GPU."),
@@ -73,7 +80,7 @@ def profile_command(
     error on held-out points, and what they were measured on). Needs torch and triton. Interrupted,
     the same command goes on where it was.
     """
-    _require_one(quick=quick, dry_run=dry_run, check=check, refit=refit, out=out)
+    _require_one(quick=quick, dry_run=dry_run, extend=extend, check=check, refit=refit, out=out)
     if check is not None:
         _check(check, as_json)
         return
@@ -88,7 +95,7 @@ def profile_command(
     folder = out or Path("profiles") / gpu / shape.name
     share = f" --tp {tensor_parallel_size}" if tensor_parallel_size > 1 else ""
     command = f"podsim profile --model {model}{share} --gpu {gpu}{' --quick' if quick else ''}"
-    _fitted(folder, _measured_profile(shape, machine, plan, folder, command), as_json)
+    _fitted(folder, _measured_profile(shape, machine, plan, folder, command, extend), as_json)
 
 
 def _require_one(**given: object) -> None:
@@ -142,7 +149,9 @@ def profile_export_command(
 # ------------------------------------------------------------------------------------ measuring
 
 
-def _measured_profile(model: Model, gpu: Gpu, plan: Plan, folder: Path, command: str) -> Profile:
+def _measured_profile(
+    model: Model, gpu: Gpu, plan: Plan, folder: Path, command: str, extend: bool
+) -> Profile:
     require_place(folder)
     try:
         from podsim import measure
@@ -151,10 +160,12 @@ def _measured_profile(model: Model, gpu: Gpu, plan: Plan, folder: Path, command:
             f"podsim profile needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine"
         ) from None
     measure.require_gpu(gpu)
+    provenance = measure.provenance(model)
+    if extend:
+        reopen(folder, plan, model, gpu.name, provenance)
     if is_started(folder):
         messages.print(f"going on with the measurement in {folder}", highlight=False)
     columns = [*Progress.get_default_columns(), TimeElapsedColumn()]
-    provenance = measure.provenance(model)
     try:
         with Progress(*columns, console=messages) as progress:
             task = progress.add_task(f"timing {model.name} on {gpu.name}", total=None)
@@ -222,9 +233,10 @@ def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float] | Non
     wall = profile.provenance.get("wall_seconds")
     if not isinstance(wall, dict):
         return None, first
-    quick = bool(profile.provenance.get("quick"))
-    counts = plan_profile(model, gpu, quick).counts()
-    each = {kind: wall[kind] / counts[kind]["sequences"] for kind in counts if kind in wall}
+    timed = profile.provenance.get("sequences")
+    if not isinstance(timed, dict):
+        return None, first
+    each = {kind: wall[kind] / timed[kind] for kind in timed if kind in wall}
     return each, f"{profile.source}, measured {profile.provenance.get('date', 'at some time')}"
 
 

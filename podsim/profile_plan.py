@@ -19,6 +19,7 @@ from podsim.points import (
     NUM_STEPS,
     AttentionPoint,
     attention_points,
+    graph_points,
     linear_points,
     step_points,
     sustained_points,
@@ -147,7 +148,8 @@ class Plan:
 def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     """The ceilings, then every point in each pass, in an order that mixes small and large.
 
-    With `quick`, one point in ten of each kind.
+    The sizes of CUDA graphs that no other point has come after all that. With `quick`, one point
+    in ten of each kind, and not those.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)
@@ -169,6 +171,11 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     for number in range(PASSES):
         for index in rng.permutation(len(groups)):
             turns += [Turn(job, number) for job in groups[index]]
+    if not quick:  # last, so that profiles from before they were planned can be extended by them
+        sizes = [_linear_jobs(num_tokens, split) for num_tokens, split in graph_points(linear)]
+        for number in range(PASSES):
+            for index in rng.permutation(len(sizes)):
+                turns += [Turn(job, number) for job in sizes[index]]
     return Plan(tuple(turns), quick)
 
 

@@ -16,6 +16,7 @@ from statistics import median, quantiles
 from typing import Protocol
 
 from podsim import calibration
+from podsim.clock_state import refuse_held_down
 from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.model import Model
@@ -77,15 +78,7 @@ def run_profile(
     measurement.
     """
     require_place(folder)
-    identity = {
-        **provenance,
-        "kernels_sha256": kernels_hash(),
-        "model": model.name,
-        "shape": model.shape,
-        "gpu": gpu.name,
-        "quick": plan.quick,
-        "plan_sha256": plan.sha256(),
-    }
+    identity = identity_of(plan, model, gpu.name, provenance)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Journal(folder / JOURNAL_FILE, identity, plan) as journal:
@@ -102,6 +95,21 @@ def run_profile(
     except OSError as error:
         raise InputError(f"{folder}: cannot write the profile: {error.strerror}") from None
     return profile
+
+
+def identity_of(
+    plan: Plan, model: Model, gpu_name: str, provenance: Mapping[str, object]
+) -> dict[str, object]:
+    """What must be the same where a measurement goes on."""
+    return {
+        **provenance,
+        "kernels_sha256": kernels_hash(),
+        "model": model.name,
+        "shape": model.shape,
+        "gpu": gpu_name,
+        "quick": plan.quick,
+        "plan_sha256": plan.sha256(),
+    }
 
 
 def require_place(folder: Path) -> None:
@@ -192,7 +200,7 @@ def _finish(
     scratch = folder / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    rows = _both_refused(journal.rows)
+    rows = _both_refused(refuse_held_down(journal.rows))
     measured = {
         **provenance,
         "quick": plan.quick,
@@ -201,6 +209,7 @@ def _finish(
         "ceilings": {name: float(f"{v:.6g}") for name, v in ceiling_rates(journal.rows).items()},
         "refused_rows": sum(bool(row["refused"]) for row in rows),
         "wall_seconds": {kind: round(sum(s), 1) for kind, s in journal.seconds.items()},
+        "sequences": {kind: len(s) for kind, s in journal.seconds.items()},
     }
     try:
         profile = calibration.write(scratch, rows, model, gpu, measured)

@@ -1,4 +1,4 @@
-"""Serve a trace on this machine's GPU: sets up the engine, and measures the host's own time."""
+"""Serve a trace on this machine's GPUs: sets up the engine, and measures the host's own time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ import torch
 from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine, Recording, WallClock
+from podsim.engine import Clock, Engine, Recording, WallClock
 from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
+from podsim.kernels.plan import PAGE_SIZES
 from podsim.kv_cache import num_blocks_for, page_groups_for
-from podsim.llama import Llama, random_weights
+from podsim.llama import Llama
+from podsim.llama_weights import random_weights
 from podsim.measure import provenance, require_gpu
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
 from podsim.profile import kernels_hash
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS, StepTime
+from podsim.tensor_parallel import Group
 from podsim.vattention import Change, VAttentionCache
 from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
 from podsim.virtual_memory import CudaDriver
@@ -46,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of a step in which the GPU waits for the host."""
+    """Seconds of a step in which the GPU waits for the host, but for those of a block table."""
 
     fixed: float
     per_request: float
@@ -94,8 +97,9 @@ class Served:
 class Server:
     """A model on this machine's GPU, ready to serve traces under one deployment.
 
-    KV slots hold `max_len` tokens. Raises InputError if the GPU is not the deployment's, if the
-    deployment is one that the engine cannot be, or if the KV cache does not fit.
+    KV slots hold `max_len` tokens. Of a `group` of GPUs this is the first one: see
+    `podsim.shared_server`. Raises InputError if the GPU is not the deployment's, if the deployment
+    is one that the engine cannot be, or if the KV cache does not fit.
     """
 
     def __init__(
@@ -103,46 +107,51 @@ class Server:
         deployment: Deployment,
         max_len: int,
         on_progress: Progress = lambda what, done, total: None,
+        group: Group | None = None,
     ) -> None:
-        _require_servable(deployment)
+        require_servable(deployment)
         gc.collect()  # an earlier server's buffers, which its graphs keep alive in cycles
         torch.cuda.empty_cache()
         self.deployment = deployment
+        self.group = group
         self.model = model_named(deployment.model)
         gpu = gpu_named(deployment.gpu)
         require_gpu(gpu)
         self.num_blocks = num_blocks_for(deployment, self.model, gpu)
-        max_len = min(max_len, deployment.max_model_len or self.model.max_model_len)
+        max_len = slot_len(deployment, max_len, self.num_blocks)
         self.virtual_kv = self._virtual_kv(max_len) if deployment.kv == "vattention" else None
         if self.virtual_kv is not None:
             max_len = self.virtual_kv.max_len
         self.max_model_len = deployment.max_model_len or self.model.max_model_len
-        self.llama = Llama(
-            self.model,
-            random_weights(self.model, seed=0, device="cuda"),
-            attention=deployment.attention,
-            max_tokens=deployment.token_budget,
-            max_requests=deployment.max_num_seqs,
-            max_len=-(-max_len // KV_STEP) * KV_STEP,
-            num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
-            caches=None if self.virtual_kv is None else self.virtual_kv.caches,
-        )
+        caches = None if self.virtual_kv is None else self.virtual_kv.caches
+        self.llama = llama_of(deployment, max_len, self.num_blocks, group, caches)
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.host_time = self._measure_host_time(on_progress)
 
     def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
         """Serve a trace from its first arrival to its last token, in real time."""
-        engine = self._engine(step_time, seed)
+        clock = WallClock()
+        engine = self._engine(step_time, seed, clock)
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
-            with gpu_samples(engine.clock.now) as samples:
+            with gpu_samples(clock.now) as samples:
+                clock.start()  # now that all is ready, so that the first request waits for nothing
                 recording = engine.serve(_requests(trace))
         finally:
             gc.enable()
             _end_mapping(engine)
-        return Served(recording, samples, self.host_time, self.num_blocks, provenance(self.model))
+        self._count_from_the_last_start(recording)
+        machine = provenance(self.llama.model)
+        if self.group is not None:
+            machine |= self.group.provenance()
+        return Served(recording, samples, self.host_time, self.num_blocks, machine)
+
+    def _count_from_the_last_start(self, recording: Recording) -> None:
+        """A GPU that starts first waits for the others: that is no work, and the host's fault."""
+        if self.group is not None:
+            recording.gpu_seconds = self.group.least_seconds(recording.gpu_seconds)
 
     def close(self) -> None:
         """Give back what torch does not know of: memory that was mapped. The server is of no use
@@ -152,7 +161,7 @@ class Server:
             self.llama.caches = []
             self.virtual_kv.close()
 
-    def _engine(self, step_time: StepTime, seed: int) -> Engine:
+    def _engine(self, step_time: StepTime, seed: int, clock: Clock | None = None) -> Engine:
         kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
         mapping = None
         if self.virtual_kv is not None:
@@ -169,7 +178,7 @@ class Server:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             seed=seed,
-            clock=WallClock(),
+            clock=clock or WallClock(),
             mapping=mapping,
         )
 
@@ -199,9 +208,9 @@ class Server:
 
     def _measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
-        most = self.deployment.max_num_seqs
-        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
+        most = self._most_at_once(prompt + HOST_STEPS)
+        sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         rows = []
         for done, size in enumerate([most, *sizes]):
             on_progress("measuring host time", done, len(sizes) + 2)
@@ -222,14 +231,25 @@ class Server:
         on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
         return HostTime.fit(rows, prefill_rows)
 
+    def _most_at_once(self, num_tokens: int) -> int:
+        """Requests of so many tokens that are let in together."""
+        kv_cache = kv_cache_for(self.deployment, self.model, self.num_blocks)
+        room = kv_cache.num_blocks - int(self.deployment.watermark * kv_cache.num_blocks)
+        fit = room // kv_cache.blocks_for(num_tokens)
+        return max(1, min(self.deployment.max_num_seqs, fit))
+
     def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[tuple[BatchShape, float]]:
-        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds."""
+        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds.
+
+        Preparing a block table is not among them: `podsim.paged_latency` has it for itself.
+        """
         engine = self._engine(lambda shape: 0.0, seed=1)
         recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
         _end_mapping(engine)
-        durations, gpu_seconds = recording.log.steps["duration"], recording.gpu_seconds
-        for shape, seconds, gpu in zip(recording.shapes, durations, gpu_seconds, strict=True):
-            yield shape, seconds - gpu
+        self._count_from_the_last_start(recording)
+        durations = np.asarray(recording.log.steps["duration"])
+        others = np.asarray(recording.gpu_seconds) + np.asarray(recording.table_seconds)
+        yield from zip(recording.shapes, (durations - others).tolist(), strict=True)
 
 
 def _end_mapping(engine: Engine) -> None:
@@ -237,17 +257,61 @@ def _end_mapping(engine: Engine) -> None:
         engine.mapping.close()
 
 
-def _require_servable(deployment: Deployment) -> None:
-    if deployment.kv == "paged":
-        raise InputError("the engine serves with kv 'ideal' (contiguous slots) or 'vattention'")
+def llama_of(
+    deployment: Deployment,
+    max_len: int,
+    num_blocks: int,
+    group: Group | None,
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Llama:
+    """A deployment's model, or this GPU's share of it; `max_len` is a `slot_len`, or longer."""
+    model = model_named(deployment.model)
+    part = None if group is None else group.part
+    return Llama(
+        model if part is None else part.share,
+        random_weights(model, 0, "cuda" if group is None else group.device, part=part),
+        attention=deployment.attention,
+        max_tokens=deployment.token_budget,
+        max_requests=deployment.max_num_seqs,
+        max_len=max_len,
+        num_sms=torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
+        caches=caches,
+        page_size=deployment.block_size if deployment.kv == "paged" else 0,
+        num_blocks=num_blocks,
+        group=group,
+    )
+
+
+def require_servable(deployment: Deployment) -> None:
+    """Raise InputError for a deployment that the engine cannot be."""
+    if deployment.kv == "paged" and deployment.block_size not in PAGE_SIZES:
+        sizes = ", ".join(map(str, PAGE_SIZES))
+        raise InputError(
+            f"block_size is {deployment.block_size}: the engine's paged kernels have blocks of "
+            f"{sizes} tokens"
+        )
+    if deployment.kv == "vattention" and deployment.tensor_parallel_size > 1:
+        raise InputError(
+            "the engine serves with kv 'ideal' or 'paged' on several GPUs, not 'vattention'"
+        )
     for name, value in (
-        *(("replicas", 1), ("prefix_caching", False), ("tensor_parallel_size", 1)),
+        *(("replicas", 1), ("prefix_caching", False)),
         *(("kv_offload", "none"), ("preemption", "recompute")),
     ):
         if getattr(deployment, name) != value:
             raise InputError(
                 f"the engine serves with {name} {value!r}, not {getattr(deployment, name)!r}"
             )
+
+
+def slot_len(deployment: Deployment, max_len: int, num_blocks: int) -> int:
+    """Tokens that a KV slot holds for requests of up to `max_len`; of blocks, whole ones."""
+    model = model_named(deployment.model)
+    max_len = min(max_len, deployment.max_model_len or model.max_model_len)
+    max_len = -(-max_len // KV_STEP) * KV_STEP
+    if deployment.kv != "paged":
+        return max_len
+    return min(-(-max_len // deployment.block_size), num_blocks) * deployment.block_size
 
 
 def _requests(trace: Trace) -> Iterable[Request]:

@@ -105,7 +105,8 @@ def _warmth(
             heat *= math.exp((time - starts[i]) / model.heat_seconds)
             for _ in range(3):  # the load is that of the layers without the factor
                 load = model.load(int(tokens[i]), in_layers[i] / found[i])
-                found[i] = model.warmth(load, heat)
+                cooler = in_layers[i] - in_layers[i] / found[i]
+                found[i] = model.warmth(load, heat, durations[i] - cooler)
             seconds = durations[i]
             left = math.exp(-seconds / model.heat_seconds)
             heat, time = heat * left + load * (1.0 - left), starts[i] + seconds

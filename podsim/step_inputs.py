@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape, Chunk
+from podsim.block_tables import NewBlocks
 from podsim.request import Request
 
 
@@ -27,6 +28,8 @@ class StepInputs:
     """num_tokens, context_len and slot of each prefill chunk."""
     decodes: Sequence[tuple[int, int]]
     """context_len and slot of each decode."""
+    new_blocks: Sequence[NewBlocks] = ()
+    """Of a paged KV cache: what is to be entered into the block table before the step."""
 
     @classmethod
     def of(
@@ -35,6 +38,7 @@ class StepInputs:
         decodes: Sequence[Request],
         tokens: Mapping[Request, NDArray[np.int32]],
         slot: Mapping[Request, int],
+        new_blocks: Sequence[NewBlocks] = (),
     ) -> StepInputs:
         """Of requests whose prompt and emitted tokens, and KV slot, are given."""
         ids, positions, slots, sample_rows, shapes = [], [], [], [], []
@@ -59,6 +63,7 @@ class StepInputs:
             np.array(sample_rows, np.int32),
             shapes,
             [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)],
+            new_blocks,
         )
 
     @property

@@ -121,19 +121,22 @@ def memory_lines(memory: object) -> list[str]:
             f"{m['h2d_bytes_moved'] / 1e9:,.1f} GB to the GPU, "
             f"{m['recomputed_share_max']:.1%} of its tokens recomputed"
         ]
+    lines = []
     if "swapped_requests" in m:
-        return [
-            f"Swapping     {m['swapped_requests']:,.0f} requests out, "
-            f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"
+        lines.append(
+            f"Swapping     {m['swapped_requests']:,.0f} requests out, copied in "
+            f"{format_seconds(m['swap_time'])}"
+        )
+    if "mapped_blocks" in m:
+        lines += [
+            f"vAttention   page-groups of {m['page_group_bytes'] / 1024:,.0f} KB "
+            f"({m['tokens_per_page_group']:,.0f} tokens), {m['mapped_blocks']:,.0f} blocks mapped, "
+            f"{m['unmapped_blocks']:,.0f} unmapped; at most {m['mapped_bytes_max'] / 1e9:.2f} GB "
+            f"mapped, {m['fragmentation_bytes_max'] / 1e9:.2f} GB of it unused by tokens",
+            f"Mapping      {format_seconds(m['background_time'])} in the background",
         ]
-    return [
-        f"vAttention   page-groups of {m['page_group_bytes'] / 1024:,.0f} KB "
-        f"({m['tokens_per_page_group']:,.0f} tokens), {m['mapped_blocks']:,.0f} blocks mapped, "
-        f"{m['unmapped_blocks']:,.0f} unmapped; at most {m['mapped_bytes_max'] / 1e9:.2f} GB "
-        f"mapped, {m['fragmentation_bytes_max'] / 1e9:.2f} GB of it unused by tokens",
-        f"Mapping      {m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in "
-        f"all; {format_seconds(m['background_time'])} in the background",
-    ]
+    waited = f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"
+    return [*lines, f"Waits        {waited}"]
 
 
 def latency_notes(result: Result) -> list[str]:

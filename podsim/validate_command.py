@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,11 +26,19 @@ from podsim.command_options import (
 )
 from podsim.config import Deployment, Workload
 from podsim.errors import InputError
+from podsim.latency import ProfiledLatency
 from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
 from podsim.simulation import latency_model_for, workload_trace
-from podsim.validation import ENGINE_FILE, LATENCIES, Comparison, Recorded, compare, read_recording
-from podsim.validation_figure import plot_comparison
+from podsim.validation import (
+    ENGINE_FILE,
+    LATENCIES,
+    TABLE_COLUMN,
+    Comparison,
+    Recorded,
+    compare,
+    read_recording,
+)
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
@@ -56,8 +64,8 @@ def validate_command(
     """Serve a trace with real forward passes on this machine's GPU, and compare the simulation.
 
     The engine runs the same scheduler on the same kernels, with random weights. It records every
-    step and token; the simulator then serves the same arrivals. Needs torch, triton and the GPU,
-    or a recorded run with --from.
+    step and token; the simulator then serves the same arrivals. With --tp it shares the model among
+    as many of the machine's GPUs. Needs torch, triton and the GPUs, or a recorded run with --from.
     """
     given = given_options(trace, config_file, options)
     if recording is not None and given:
@@ -82,6 +90,8 @@ def validate_command(
 
 def save(comparison: Comparison, folder: Path) -> None:
     """Write the recording, and what it was compared with."""
+    from podsim.validation_figure import plot_comparison  # matplotlib takes half a second to load
+
     comparison.recorded.save(folder)
     comparison.headline().to_csv(folder / "comparison.csv", float_format="%.9g")
     comparison.steps().to_csv(folder / "step_errors.csv", float_format="%.6g")
@@ -114,17 +124,21 @@ def _record(given: dict[str, object]) -> Recorded:
     require_memory_costs(deployment, model, latency_model)  # now, and not after serving
     trace = workload_trace(workload)
     try:
-        from podsim import serving
+        from podsim import serving, shared_server
     except ModuleNotFoundError as error:
         raise InputError(
             f"podsim validate needs {error.name}: pip install 'podsim[gpu]' on the GPU's machine, "
             "or compare a recorded run with --from FOLDER"
         ) from None
-    with _progress() as told:
-        server = serving.Server(deployment, serving.longest(trace), told)
-    with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
-        served = server.serve(trace, latency_model.step_time, workload.seed)
+    with ExitStack() as stack:
+        with _progress() as told:
+            server = shared_server.server_for(deployment, serving.longest(trace), told)
+        stack.enter_context(closing(server))
+        with messages.status(f"serving {len(trace)} requests for {trace.duration:.0f} s and more"):
+            served = server.serve(trace, latency_model.step_time, workload.seed)
     name = f"{trace.name}, {trace.qps:.2f} req/s, {deployment.attention} attention"
+    if deployment.tensor_parallel_size > 1:
+        name += f", {deployment.tensor_parallel_size} GPUs"
     return Recorded.of(served.recording, deployment, served.engine(given), name, served.gpu_samples)
 
 
@@ -136,15 +150,20 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=messages) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=messages)
+    tasks: dict[str, Any] = {}
 
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+    def told(what: str, done: int, total: int) -> None:
+        progress.start()  # not before: an empty one leaves a line above what is refused at once
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
 
+    try:
         yield told
+    finally:
+        if tasks:
+            progress.stop()
 
 
 # --------------------------------------------------------------------------------- terminal
@@ -198,14 +217,32 @@ def step_table(comparison: Comparison) -> Table:
     return table
 
 
+def _profile_lines(comparison: Comparison) -> list[str]:
+    model = comparison.simulated.latency_model
+    if not isinstance(model, ProfiledLatency):
+        return []
+    same = model.profile.provenance.get("kernels_sha256") == comparison.recorded.engine.get(
+        "kernels_sha256"
+    )
+    other = "" if same else ", of other kernels than the engine's"
+    return [f"Profile      {model.profile.source}{other}"]
+
+
 def _lines(comparison: Comparison) -> list[str]:
     engine = comparison.recorded.engine
-    host = engine["host_time"]
+    host, steps = engine["host_time"], comparison.recorded.steps
+    tables = []
+    if TABLE_COLUMN in steps:
+        mean = steps[TABLE_COLUMN].mean() * 1e6
+        tables = [f"Block table  {mean:.0f} us of the host a step, beside that"]
+    kernels = f", {engine['kernels']} kernels" if "kernels" in engine else ""
     return [
         f"Engine       {engine['device_name']}, driver {engine['driver']}, torch "
-        f"{engine['torch']}, triton {engine['triton']}, {engine['date']}",
+        f"{engine['torch']}, triton {engine['triton']}, {engine['date']}{kernels}",
+        *_profile_lines(comparison),
         f"Host time    {host['fixed'] * 1e6:.0f} us a step and "
         f"{host['per_request'] * 1e6:.2f} us a request, "
         f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
+        *tables,
         *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
     ]

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from podsim import config, metrics
 from podsim.batch import BatchShape, PrefillShape
+from podsim.collectives import COLLECTIVES_FILE
+from podsim.collectives import FOLDER as COLLECTIVES_FOLDER
 from podsim.config import Deployment
 from podsim.engine import Recording
 from podsim.errors import InputError
@@ -28,7 +30,7 @@ from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
 from podsim.latency import Heat, LatencyModel
 from podsim.points import AttentionPoint
-from podsim.profile import PROFILE_FILE
+from podsim.profile import PROFILE_FILE, read_profile
 from podsim.simulation import Result, simulate, simulate_with_error_bars
 from podsim.workload import Trace
 
@@ -43,6 +45,8 @@ COLUMNS = {
     TOKENS_FILE: ("request_id", "step"),
     GPU_FILE: ("time", "sm_clock_mhz", "power_w"),
 }
+TABLE_COLUMN = "table_seconds"
+"""Of the steps over a paged KV cache: in which the host prepared the block table."""
 
 STEP_KINDS = ("decode", "mixed", "prefill", "all")
 LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e_latency": "End-to-end latency"}
@@ -59,7 +63,8 @@ class Recorded:
     requests: pd.DataFrame
     """`metrics.request_table` of the engine."""
     steps: pd.DataFrame
-    """`metrics.step_table`, then prefills, decode_context_max, num_sampled and gpu_seconds."""
+    """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds, and
+    table_seconds where there was a block table."""
     tokens: pd.DataFrame
     """request_id of each token that came out, in order, and the index of the step it ended."""
     gpu: pd.DataFrame
@@ -92,6 +97,8 @@ class Recorded:
         steps["decode_context_max"] = [shape.decode_context_max for shape in shapes]
         steps["num_sampled"] = [shape.num_sampled for shape in shapes]
         steps["gpu_seconds"] = np.asarray(recording.gpu_seconds)
+        if deployment.kv == "paged":
+            steps[TABLE_COLUMN] = np.asarray(recording.table_seconds)
         tokens = pd.DataFrame(
             {
                 "request_id": np.asarray(recording.token_request),
@@ -158,8 +165,9 @@ def _chunks(text: str) -> tuple[PrefillShape, ...]:
 def read_recording(folder: Path) -> Recorded:
     """The recording in a folder. InputError, naming the file, if it is not one.
 
-    A folder `profile` beside it holds the profile of the kernels that recordings were made with,
-    where those that are shipped now are others.
+    A folder `profile` beside it is the profile of the recordings that were made with its kernels;
+    all others are compared with their deployment's own. A folder `collectives` beside it takes the
+    place of the shipped times of collectives.
     """
     source = folder / ENGINE_FILE
     try:
@@ -169,9 +177,12 @@ def read_recording(folder: Path) -> Recorded:
         name = content.pop("name")
         source = folder / CONFIG_FILE
         deployment = config.options_from(Deployment, config.read_toml(source))
-        own_profile = folder.absolute().parent / "profile"
-        if deployment.profile is None and (own_profile / PROFILE_FILE).exists():
-            deployment = replace(deployment, profile=str(own_profile))
+        beside = folder.absolute().parent / "profile"
+        if deployment.profile is None and _same_kernels(beside, content):
+            deployment = replace(deployment, profile=str(beside))
+        beside = folder.absolute().parent / COLLECTIVES_FOLDER
+        if deployment.collectives is None and (beside / COLLECTIVES_FILE).exists():
+            deployment = replace(deployment, collectives=str(beside))
         tables = []
         for file in COLUMNS:
             source = folder / file
@@ -192,6 +203,14 @@ def read_recording(folder: Path) -> Recorded:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: not a recording of podsim validate: {error}") from None
+
+
+def _same_kernels(profile: Path, engine: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the profile of the kernels that an engine ran."""
+    if not (profile / PROFILE_FILE).exists():
+        return False
+    measured = read_profile(profile, str(profile)).provenance
+    return bool(measured.get("kernels_sha256") == engine.get("kernels_sha256"))
 
 
 # ------------------------------------------------------------------------------- comparison

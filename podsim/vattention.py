@@ -14,6 +14,7 @@ from podsim.decode_group import Decodes
 from podsim.kv_cache import PagedKVCache
 from podsim.page_groups import PageGroups
 from podsim.request import Request
+from podsim.swap_space import SwapSpace
 
 
 class Change(NamedTuple):
@@ -46,8 +47,9 @@ class VAttentionCache(PagedKVCache):
         *,
         deferred: bool = True,
         eager_blocks: int = 0,
+        swap: SwapSpace | None = None,
     ) -> None:
-        super().__init__(num_blocks, page_groups.tokens_per_block)
+        super().__init__(num_blocks, page_groups.tokens_per_block, swap=swap)
         self.page_groups = page_groups
         self.deferred = deferred
         self.eager_blocks = eager_blocks

@@ -362,7 +362,7 @@ def test_a_batch_in_a_few_words() -> None:
 def test_points_are_fitted_on_as_on_what_judges_them() -> None:
     points = attention_points(np.random.default_rng(0), LLAMA, gpu_named("h200"))
     assert len({(point.prefills, point.decode_contexts) for point in points}) == len(points)
-    for split, least in (("grid", 40), ("held_out", 15)):
+    for split, least in (("grid", 30), ("held_out", 15)):
         some = [point for point in points if point.split == split]
         assert sum(is_heavy_tailed(point) for point in some) >= least
         assert sum(has_several_chunks(point) for point in some) >= 2 * least
@@ -416,21 +416,23 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
     assert 0.5 < load < 1.0
 
     def at(heat: float) -> float:
-        slower = (1 + heating * load * heat) / (1 + heating * load * load)
+        moments = np.linspace(0, parts.total, 1001)
+        mean = np.mean(load + (heat - load) * np.exp(-moments / tau))
+        slower = (1 + heating * load * mean) / (1 + heating * load * load)
         return layers * slower + parts.once
 
     heat, time, level = Heat(latency), 0.0, 0.0
     for _ in range(200):
         seconds = heat.step_time(prompt, time)
-        assert seconds == pytest.approx(at(level))
+        assert seconds == pytest.approx(at(level), rel=1e-4)
         level += (load - level) * (1 - math.exp(-seconds / tau))
         time += seconds
     assert seconds == pytest.approx(latency.step_time(prompt), rel=1e-6)  # a long row
     assert seconds > 1.1 * at(0.0)
     decode = BatchShape.of([], [100])
     assert heat.step_time(decode, time) == latency.step_time(decode)  # waits for the memory
-    assert heat.step_time(prompt, time + tau) == pytest.approx(at(level * math.exp(-1)))
-    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0))
+    assert heat.step_time(prompt, time + tau) == pytest.approx(at(level * math.exp(-1)), rel=1e-4)
+    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0), rel=1e-4)
 
 
 def test_a_model_without_heat_keeps_its_times() -> None:

@@ -200,6 +200,8 @@ def test_times_of_another_gpu_or_number_of_gpus_are_refused(tmp_path: Path) -> N
         find_collectives("h200", 8, folder)
     with pytest.raises(InputError, match="no times of collectives on a100 are shipped; measure"):
         find_collectives("a100", 2)
+    with pytest.raises(InputError, match=r"profiles/h200/collectives.*among 2, 4 GPUs, not 8; "):
+        find_collectives("h200", 8)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine
+from podsim.engine import Engine, WallClock
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kv_cache import PagedKVCache
 from podsim.page_groups import PageGroups
@@ -105,14 +107,14 @@ class WatchedMapping:
             self.mapped[change.slot, change.first * size : change.last * size] = change.maps
 
 
-def serve(trace: Trace, deployment: Deployment, num_blocks: int, kv_cache=None):
+def serve(trace: Trace, deployment: Deployment, num_blocks: int, kv_cache=None, kind=MadeUpForward):
     clock = ManualClock()
     kv_cache = kv_cache or PagedKVCache(num_blocks, deployment.block_size)
     latency = LengthLatency()
     scheduler = SCHEDULERS[deployment.scheduler](
         kv_cache, deployment, ListedDecodes(kv_cache.block_size), latency.step_time
     )
-    forward = MadeUpForward(clock, deployment.max_num_seqs)
+    forward = kind(clock, deployment.max_num_seqs)
     is_virtual = isinstance(kv_cache, VAttentionCache)
     mapping = WatchedMapping(kv_cache, forward) if is_virtual else None
     engine = Engine(
@@ -195,3 +197,35 @@ def test_graph_sizes_cover_every_number_of_tokens():
         assert graph_size(n) == min(size for size in sizes if size >= n)
         assert graph_size(n) <= max(n + 7, n * 17 / 16 + 8)
     assert graph_size(0) == 0
+
+
+def test_a_wall_clock_begins_when_it_is_started():
+    clock = WallClock()
+    time.sleep(0.02)
+    assert clock.now() >= 0.02
+    clock.start()
+    assert clock.now() < 0.02
+    clock.wait_until(0.005)
+    assert clock.now() >= 0.005
+
+
+def test_prompts_are_the_same_for_the_same_request_and_differ_between_requests():
+    first, again = (prompts_of(Trace.of((0.0, 40, 2), (0.0, 40, 2))) for _ in range(2))
+    assert first == again
+    assert first[0] != first[1]
+    assert len(set(first[0])) > 20
+
+
+def prompts_of(trace):
+    """What the engine computes first of each request, in the order of the trace."""
+    found = []
+    deployment = Deployment(token_budget=40, max_num_seqs=4, max_model_len=64)
+
+    class Reader(MadeUpForward):
+        def run(self, inputs):
+            if inputs.chunks:
+                found.append(inputs.token_ids[: inputs.chunks[0][0]].tolist())
+            return super().run(inputs)
+
+    serve(trace, deployment, num_blocks=40, kind=Reader)
+    return [tokens for tokens in found if len(tokens) > 30]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
-from podsim import kernel_report
+from podsim import kernel_report, kernels_command
 from podsim.cli import app
+from podsim.errors import InputError
 from podsim.kernel_workloads import (
     LEAST_SHARE,
     POOL_BYTES,
+    KernelWorkload,
     reference_workloads,
     sweep_workloads,
     uneven_workloads,
 )
+from podsim.kernels_command import BENCH_SEED
 
 torch = pytest.importorskip("torch", reason="the commands need torch")
 pytest.importorskip("triton", reason="the commands need triton")
 pytest.importorskip("pynvml", reason="the commands need nvidia-ml-py")
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_work_of_a_batch_by_hand() -> None:
@@ -38,6 +46,14 @@ def test_random_workloads_are_the_same_for_a_seed_and_both_sides_matter() -> Non
         assert min(sides) >= LEAST_SHARE * sum(sides), workload.name
     names = [workload.name for workload in sweep_workloads(24, seed=7)]
     assert len(set(names)) > 20
+
+
+def test_what_bench_times_has_names_of_its_own_and_a_group() -> None:
+    workloads = {kind: workloads() for kind, workloads in kernels_command.KINDS.items()}
+    names = [workload.name for kind in workloads.values() for workload in kind]
+    assert len(set(names)) == len(names)
+    for kind, some in workloads.items():
+        assert {workload.batch.split for workload in some} == {kind}
 
 
 def test_uneven_workloads_have_several_chunks_and_a_heavy_tail() -> None:
@@ -112,7 +128,10 @@ def test_the_figure_is_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [["bench", "--out"], ["tune", "--out"], ["paging", "--out"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["bench", "--out"], ["tune", "--out"], ["paging", "--out"], ["questions", "--out"]],
+)
 def test_without_a_gpu_nothing_is_left(arguments: list[str], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -120,3 +139,156 @@ def test_without_a_gpu_nothing_is_left(arguments: list[str], tmp_path: Path) -> 
     assert run.exit_code != 0
     assert "no CUDA GPU on this machine" in str(run.exception) + run.output
     assert list(tmp_path.iterdir()) == []
+
+
+def podsim(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["kernels", *map(str, arguments)])
+
+
+# ---- results from earlier rows
+
+
+MACHINE = {"device_name": "Fake GPU", "driver": "1.2", "kernels_sha256": "abc"}
+
+
+def bench_folder(folder: Path, workload: KernelWorkload, machine: dict[str, str]) -> Path:
+    """As a run that timed one workload leaves it."""
+    folder.mkdir()
+    rows = pd.DataFrame(rows_of(TIMES)).assign(workload=workload.name, group="?")
+    rows.to_csv(folder / "rows.csv", index=False)
+    (folder / "launch_overhead.csv").write_text("kernel,how,seconds\npod,replayed,2e-06\n")
+    (folder / "provenance.json").write_text(json.dumps(machine))
+    return folder
+
+
+def test_results_again_from_the_rows_of_several_folders(tmp_path: Path) -> None:
+    first = bench_folder(tmp_path / "a", reference_workloads()[0], MACHINE | {"command": "one"})
+    second = bench_folder(tmp_path / "b", sweep_workloads(24, BENCH_SEED)[0], MACHINE)
+    out = tmp_path / "out"
+    run = podsim("bench", "--from", first, "--from", second, "--out", out)
+    assert run.exit_code == 0, run.output
+    rows = pd.read_csv(out / "rows.csv")
+    assert len(rows) == 2 * 3 * len(TIMES)
+    assert rows["group"].unique().tolist() == ["reference", "sweep"], "of this version's workloads"
+    summary = pd.read_csv(out / "summary.csv")
+    assert summary.query("ratio == 'pod gain'")["workloads"].tolist() == [1, 1, 2]
+    assert len(pd.read_csv(out / "launch_overhead.csv")) == 2
+    assert json.loads((out / "provenance.json").read_text()) == MACHINE | {"command": "one; "}
+    run = podsim("bench", "--from", out, "--workloads", "sweep", "--out", tmp_path / "sweep")
+    assert run.exit_code == 0, run.output
+    assert pd.read_csv(tmp_path / "sweep" / "rows.csv")["group"].unique().tolist() == ["sweep"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("rows.csv", ("0.0002,", "fast,"), "rows.csv:3: seconds is 'fast', expected a positive"),
+        ("rows.csv", ("seconds", "minutes"), "rows.csv: misses the column seconds"),
+        ("rows.csv", ("64x8192", "63x8192"), "+ 63x8192' is no workload of this version"),
+        ("rows.csv", ("streams", "stream"), "lacks the kernel 'streams'"),
+        ("provenance.json", ("1.2", "1.3"), "driver is 1.3, and 1.2 in"),
+        ("provenance.json", ("{", ""), "provenance.json: not JSON"),
+        ("launch_overhead.csv", ("2e-06", "0"), "launch_overhead.csv:2: seconds is '0'"),
+    ],
+)
+def test_rows_that_are_not_what_was_written(
+    file: str, change: tuple[str, str], said: str, tmp_path: Path
+) -> None:
+    right, wrong = (
+        bench_folder(tmp_path / name, reference_workloads()[0], MACHINE) for name in "ab"
+    )
+    (wrong / file).write_text((wrong / file).read_text().replace(*change))
+    run = podsim("bench", "--from", right, "--from", wrong, "--out", tmp_path / "out")
+    assert isinstance(run.exception, InputError)
+    assert said in str(run.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_workloads_that_the_rows_lack(tmp_path: Path) -> None:
+    folder = bench_folder(tmp_path / "a", reference_workloads()[0], MACHINE)
+    run = podsim("bench", "--from", folder, "--workloads", "uneven", "--out", tmp_path / "out")
+    assert "has no rows of --workloads uneven" in str(run.exception)
+
+
+def test_the_committed_results_are_of_the_committed_rows(tmp_path: Path) -> None:
+    folder = ROOT / "benchmarks/kernels/h200/bench"
+    assert podsim("bench", "--from", folder, "--out", tmp_path / "out").exit_code == 0
+    for name in ("rows.csv", "results.csv", "summary.csv", "launch_overhead.csv"):
+        assert (tmp_path / "out" / name).read_text() == (folder / name).read_text(), name
+
+
+def test_the_page_shows_the_committed_summary() -> None:
+    """Mean, least and most of each ratio, by kind of workload."""
+    summary = pd.read_csv(ROOT / "benchmarks/kernels/h200/bench/summary.csv")
+    page = (ROOT / "docs/pod.md").read_text()
+    for ratio, part in summary.groupby("ratio"):
+        of = part.set_index("group")
+        cells = [
+            f"{of['mean'][g]:.2f} ({of['least'][g]:.2f} to {of['most'][g]:.2f})"
+            for g in ("reference", "sweep", "uneven")
+        ]
+        assert f" | {' | '.join(cells)} |\n" in page, ratio
+
+
+# ---- check
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Batches without a GPU, of which the second of POD from pages of 16 is wrong."""
+    from podsim import check_kernels
+
+    seen: list[Any] = []
+
+    def faults(kernels: str, case: Any, *_: object) -> list[str]:
+        seen.append(case)
+        if len(seen) > 5:
+            raise KeyboardInterrupt
+        return ["Decode: relative error 0.5"] if (case.page_size, len(seen)) == (16, 2) else []
+
+    monkeypatch.setattr(check_kernels, "faults", faults)
+    monkeypatch.setattr(kernels_command, "measuring", lambda: None)
+    return seen
+
+
+def test_an_interrupted_check_says_how_far_it_came(checked: list[Any]) -> None:
+    arguments = ["--kernels", "triton", "--batches", 2, "--strategy", "pod,serial"]
+    run = podsim("check", *arguments, "--heads", "32/8,28/4", "--page-size", "0")
+    assert run.exit_code == 130
+    assert "interrupted: 5 random batches of 3 kernels in 0 s: 0 wrong" in run.output
+    assert {case.strategy for case in checked} <= {"pod", "serial"}
+    assert {case.heads for case in checked} <= {(32, 8), (28, 4)}
+    assert {case.page_size for case in checked} == {0}
+
+
+def test_a_check_that_found_something_fails_and_tells_its_progress(
+    checked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels_command, "PROGRESS_SECONDS", 0.0)
+    run = podsim("check", "--kernels", "triton", "--strategy", "pod", "--page-size", "16")
+    assert run.exit_code == 1
+    assert "relative error 0.5" in run.stdout
+    assert "interrupted: 5 random batches of 1 kernels in 0 s: 1 wrong" in run.stdout
+    assert run.stderr.count("random batches of") == 5
+    assert "1 random batches of 1 kernels in 0 s: 0 wrong" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text"), [("--strategy", "podd"), ("--heads", "3/2"), ("--page-size", "8")]
+)
+def test_a_check_of_nothing(checked: list[Any], option: str, text: str) -> None:
+    run = podsim("check", "--kernels", "triton", option, text)
+    assert f"{option} has '{text}', expected some of" in str(run.exception)
+    assert not checked
+
+
+def test_the_committed_paging_and_tuning_are_of_their_rows() -> None:
+    folder = ROOT / "benchmarks/kernels/h200"
+    # Rows are rounded to six digits, these to four decimals of what was not yet rounded.
+    found = kernel_report.paging_overhead(pd.read_csv(folder / "paging/rows.csv"))
+    shown = pd.read_csv(folder / "paging/overhead.csv")
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), shown, rtol=0, atol=1e-4)
+    times = kernel_report.medians(pd.read_csv(folder / "tune/rows.csv"))
+    shown = pd.read_csv(folder / "tune/gains.csv", index_col="workload")
+    found = times.rdiv(times["serial"], axis=0)
+    pd.testing.assert_frame_equal(found, shown, rtol=0, atol=1e-4, check_names=False)

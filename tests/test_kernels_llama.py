@@ -10,7 +10,8 @@ from podsim.kernels.config import STRATEGIES  # noqa: E402
 
 from podsim.batch import Chunk  # noqa: E402
 from podsim.errors import InputError  # noqa: E402
-from podsim.llama import MAX_CHUNKS, NORM_EPS, ROPE_BASE, Llama, random_weights  # noqa: E402
+from podsim.llama import MAX_CHUNKS, NORM_EPS, ROPE_BASE, Llama  # noqa: E402
+from podsim.llama_weights import random_weights  # noqa: E402
 from podsim.model import Model  # noqa: E402
 from podsim.request import Request  # noqa: E402
 from podsim.step_inputs import StepInputs  # noqa: E402

@@ -363,7 +363,7 @@ def test_runs_equal_single_steps(
     assert fast.steps.equals(plain.steps)
     assert fast.memory[0].summary() == pytest.approx(plain.memory[0].summary())
     if kind == "swap":
-        assert fast.memory[0].swap.num_tokens == 0  # type: ignore[attr-defined]
+        assert fast.memory[0].copies.swap.num_tokens == 0  # type: ignore[attr-defined]
 
 
 def test_what_host_memory_adds_is_a_kernel_of_its_own(memory_costs: str) -> None:

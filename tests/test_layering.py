@@ -8,10 +8,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
+SIMULATE = "simulate --arrivals poisson --qps 4 --prompt-tokens 300 --output-tokens 9 --requests 20"
+
 LAYERS = [
-    {"errors", "workers", "ray_workers", "gpu_sampler", "gpu_power"},
+    {"errors", "ranks", "workers", "ray_workers", "gpu_sampler", "gpu_power"},
     {"request", "batch", "model", "model_config", "hardware", "config", "graph_sizes"},
     {"page_groups", "memory_costs", "kvpr", "offloaded_shapes"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
@@ -23,11 +27,19 @@ LAYERS = [
     {"collectives", "latency", "paged_latency"},
     {"fitting", "held_out", "fit_plots", "calibration", "collective_calibration"},
     {"memory_calibration"},
-    {"row_checks", "profile_plan", "profile_journal", "profile_run", "profile_checks"},
+    {
+        "row_checks",
+        "profile_plan",
+        "profile_journal",
+        "clock_state",
+        "profile_run",
+        "profile_extend",
+        "profile_checks",
+    },
     {"vidur_export"},
-    {"prefix_cache", "swap_space", "kv_cache", "decode_group", "waiting"},
+    {"prefix_cache", "swap_space", "kv_cache", "block_tables", "decode_group", "waiting"},
     {"scheduler", "step_inputs"},
-    {"vattention", "step_memory", "mapping_time", "offload_time", "memory_system"},
+    {"vattention", "step_memory", "swap_time", "mapping_time", "offload_time", "memory_system"},
     {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation", "engine"},
     {"latency_provider"},
     {"variants", "slo", "result_row", "capacity_search", "capacity", "validation"},
@@ -35,11 +47,16 @@ LAYERS = [
     {"step_costs", "perfetto", "request_records", "terminal", "trace_figure", "validation_figure"},
     {"report_charts", "report_html", "report", "capacity_report"},
     {"virtual_memory", "mapping_thread", "memory_view", "virtual_kv"},
-    {"measure", "measure_clock", "measure_ceilings", "measure_collectives", "llama", "serving"},
+    {"measure", "measure_clock", "measure_ceilings", "measure_collectives"},
+    {"llama_weights", "tensor_parallel", "step_buffers", "cuda_graphs", "llama"},
+    {"serving", "shared_server"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
+    {"kernel_questions", "measure_questions", "questions_report", "questions_figures"},
     {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
+    {"measure_paged"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
     {"kernels_command"},
+    {"questions_command"},
     {"trace_command", "search_command", "validate_command", "doctor", "cli"},
     {"__init__", "__main__"},
 ]
@@ -93,6 +110,27 @@ def test_the_core_loads_without_torch_and_triton() -> None:
         "assert podsim.simulate"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import podsim",
+        "import podsim.cli",
+        "from podsim.sweep_point import run_point",  # what a worker of a sweep loads
+        f"from podsim.cli import app; app('{SIMULATE}'.split(), standalone_mode=False)",
+        f"from podsim.cli import app; app('{SIMULATE} --out x'.split(), standalone_mode=False)",
+    ],
+    ids=["library", "commands", "worker", "simulate", "simulate --out"],
+)
+def test_nothing_slow_is_loaded_before_it_is_used(code: str, tmp_path: Path) -> None:
+    """Every command and every worker of a sweep would wait for it: some half a second each."""
+    loaded = "import sys; print('loaded:', *sorted({m.split('.')[0] for m in sys.modules}))"
+    command = [sys.executable, "-c", f"{code}; {loaded}"]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    modules = set(done.stdout.splitlines()[-1].removeprefix("loaded: ").split())
+    assert {"podsim", "numpy"} <= modules
+    assert modules.isdisjoint({"scipy", "matplotlib", "torch", "triton", "ray"})
 
 
 def test_every_package_is_shipped() -> None:

@@ -183,3 +183,46 @@ def test_layers_need_what_they_judge(tmp_path: Path) -> None:
         "layers needs predictions: measure transfer and recompute first"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_block_tables_leave_rows_and_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is the engine's own; the kernels' times are made up."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    from podsim import measure_paged
+
+    slower = {"contiguous": 1.0, "16": 1.25, "32": 1.1, "64": 1.0, "128": 1.0, "256": 1.0}
+
+    def timed(workloads: Any, kernels: str, rounds: int, done: Any, sides: Any) -> list[Any]:
+        assert kernels == "hopper"
+        rows = []
+        for workload in workloads:
+            for side in sides:
+                for pages, ratio in slower.items():
+                    row = {"workload": workload.name, "kernel": f"{side} {pages}", "mode": "burst"}
+                    seconds = [1e-4 * ratio * error for error in (0.9, 1.0, 1.5)]
+                    rows += [row | {"round": i, "seconds": s} for i, s in enumerate(seconds)]
+            done()
+        return rows
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(measure_paged, "paging", timed)
+    monkeypatch.setattr(measure_paged, "REQUESTS", (1, 4, 32))
+    monkeypatch.setattr(measure_paged, "CONTEXTS", (40, 300))
+    output = run("paged", "--out", tmp_path)
+    assert "memory.json" in output
+    rows = pd.read_csv(tmp_path / "paged.csv")
+    tables = rows[rows["op"] == "table"]
+    assert set(tables.groupby("block_size").size()) == {6}
+    assert (tables["blocks"] == tables["requests"] * -(-40 // tables["block_size"])).any()
+    costs = read_memory_costs(tmp_path, "costs")
+    paged = costs.paged_costs(16)
+    assert (paged.prefill, paged.decode) == pytest.approx((1.25, 1.25))
+    assert costs.paged_costs(256).decode == pytest.approx(1.0)
+    assert paged.table_step + paged.table_request + paged.table_block > 0
+    provenance = costs.provenance["paged"]
+    assert isinstance(provenance, dict)
+    assert len(provenance["kernels_sha256"]) == 64
+    assert CliRunner().invoke(app, ["profile-memory", "fit", "--out", str(tmp_path)]).exit_code == 0
+    served = ["simulate", "azure-conv-like", "--requests", "20", "--kv", "paged"]
+    result = CliRunner().invoke(app, [*served, "--memory-costs", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.exception

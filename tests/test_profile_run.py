@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from zlib import crc32
 
@@ -15,12 +17,14 @@ import pandas as pd
 import pytest
 
 from podsim.errors import InputError
+from podsim.graph_sizes import graph_sizes
 from podsim.hardware import gpu_named
 from podsim.latency import LAYER_OPS
 from podsim.model import model_named
 from podsim.points import sustained_points
 from podsim.profile import find_profile
 from podsim.profile_checks import check_profile
+from podsim.profile_extend import reopen
 from podsim.profile_journal import JOURNAL_FILE
 from podsim.profile_plan import CEILINGS, Job, Key, Plan, Turn, plan_profile
 from podsim.profile_run import MOST_ROUNDS, Round, run_profile
@@ -251,6 +255,41 @@ def test_an_old_profile_stays_until_the_new_one_is_whole(whole: Path, tmp_path: 
     (tmp_path / "kept").rename(folder / JOURNAL_FILE)
     measure(folder, FakeGpu(), driver="600")
     assert contents(folder)[1]["provenance"]["driver"] == "600"  # type: ignore[index]
+
+
+def test_a_profile_of_an_earlier_plan_is_extended_by_what_it_lacks(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "profile"
+    measure(folder, FakeGpu(), Plan(PLAN.turns[:-10], quick=True))
+    reopen(folder, PLAN, MODEL, GPU.name, PROVENANCE)
+    rest = FakeGpu()
+    measure(folder, rest)
+    assert rest.prepared == [turn.job for turn in PLAN.turns[-10:]]
+    assert contents(folder) == contents(whole)
+
+
+def test_a_profile_that_cannot_be_extended_stays_as_it_is(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "profile"
+    shutil.copytree(whole, folder)
+    before = contents(folder)
+    with pytest.raises(InputError, match=f"driver is '{PROVENANCE['driver']}' there, '600' now"):
+        reopen(folder, PLAN, MODEL, GPU.name, PROVENANCE | {"driver": "600"})
+    other = Plan((*PLAN.turns[:20], *PLAN.turns[21:]), quick=True)
+    with pytest.raises(InputError, match=r"measurements\.csv:\d+: not the row that comes here"):
+        reopen(folder, other, MODEL, GPU.name, PROVENANCE)
+    with pytest.raises(InputError, match="this version's plan ends before"):
+        reopen(folder, Plan(PLAN.turns[:-10], quick=True), MODEL, GPU.name, PROVENANCE)
+    assert contents(folder) == before
+
+
+def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
+    plan = plan_profile(MODEL, GPU)
+    planned = {turn.job.num_tokens for turn in plan.turns if turn.job.kind == "linear"}
+    assert set(graph_sizes(8192)) <= planned
+    late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
+    first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
+    assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once"}
 
 
 def few_turns(kind: str, count: int = 1) -> Plan:

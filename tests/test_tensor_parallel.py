@@ -30,6 +30,7 @@ from podsim.simulation import latency_model_for
 from podsim.step_costs import kernel_table, kind_table
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "profiles/h200/collectives"
 H200 = gpu_named("h200")
 LLAMA, LARGE = model_named("llama-3-8b"), model_named("llama-3-70b")
 LATENCY, RATE = 10e-6, 2e-12
@@ -170,8 +171,9 @@ def test_a_share_has_a_shape_and_a_profile_of_its_own() -> None:
     assert replace(share, tensor_parallel_size=1).shape != share.shape
     assert share.command_options == "--model llama-3-70b --tp 4"
     assert LARGE.command_options == "--model llama-3-70b"
-    with pytest.raises(InputError, match="`podsim profile --gpu a100 --model llama-3-70b --tp 4"):
-        find_profile("a100", share)
+    with pytest.raises(InputError, match="`podsim profile --gpu a100 --model llama-3-70b --tp 8"):
+        find_profile("a100", LARGE.shard(8))
+    assert find_profile("h200", share).shape == share.shape
 
 
 def test_a_profile_of_a_share_is_refitted_as_one(
@@ -241,6 +243,21 @@ def test_a_step_is_the_kernels_of_a_gpu_and_the_collectives(
     assert parts.collectives == pytest.approx(expected)
     assert latency.step_time(shape) == pytest.approx(kernels.step_time(shape) + expected)
     assert parts.total == pytest.approx(latency.step_time(shape))
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4])
+def test_shipped_collectives_are_taken_where_none_are_given(
+    num_gpus: int, profile_of: Callable[[Model], Path]
+) -> None:
+    """All-reduces of two tokens, 16 KiB: a size that is in the file."""
+    tables = json.loads((SHIPPED / "collectives.json").read_text())["tables"]
+    table = tables["all_reduce"][str(num_gpus)]
+    seconds = dict(zip(table["bytes"], table["seconds"], strict=True))
+    profile = profile_of(LLAMA.shard(num_gpus))
+    deployment = Deployment(tensor_parallel_size=num_gpus, profile=str(profile))
+    shape = BatchShape.of([(2, 2)])._replace(num_sampled=0)
+    parts = latency_model_for(deployment, LLAMA).breakdown(shape)
+    assert parts.collectives == pytest.approx(65 * seconds[2**14])
 
 
 def test_a_chunk_that_brings_out_no_token_gathers_no_logits(deployment: Deployment) -> None:
@@ -355,6 +372,26 @@ def test_the_command_line_shares_a_model(deployment: Deployment, tmp_path: Path)
     assert (out / "summary.json").read_bytes() == (again / "summary.json").read_bytes()
 
 
+def test_the_command_line_takes_shipped_collectives(deployment: Deployment, tmp_path: Path) -> None:
+    simulate = ("simulate", "azure-conv-like", "--requests", 30, "--tp", 2)
+    for name, files in (("own", ()), ("given", ("--collectives", SHIPPED))):
+        out = tmp_path / name
+        run = run_podsim(*simulate, "--profile", deployment.profile, *files, "--out", out)
+        assert run.returncode == 0, run.stderr
+    own, given = (tmp_path / name / "requests.csv" for name in ("own", "given"))
+    assert own.read_bytes() == given.read_bytes()
+
+
+def test_the_command_line_takes_the_shipped_share_and_collectives() -> None:
+    simulate = ("simulate", "azure-conv-like", "--requests", 30, "--model", "llama-3-70b")
+    run = run_podsim(*simulate, "--tp", 4)
+    assert run.returncode == 0, run.stderr
+    assert "llama-3-70b on h200 (tensor parallel over 4)" in run.stdout
+    run = run_podsim(*simulate, "--tp", 4, "--gpu", "a100")
+    assert run.returncode == 2
+    assert "no times of collectives on a100 are shipped" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "refusal"),
     [
@@ -389,3 +426,50 @@ def test_the_commands_that_measure_refuse_what_they_cannot_do(tmp_path: Path) ->
     run = run_podsim("profile-collectives", "--gpus", "1", "--out", out)
     assert "gpus is '1', expected numbers of at least 2" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_validate_needs_the_profile_the_collectives_and_the_gpus(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="the engine needs torch and triton")
+    out = tmp_path / "out"
+    profile, collectives = str(deployment.profile), str(deployment.collectives)
+
+    def refusal(*options: str) -> str:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "podsim", "validate", "azure-conv-like", "--requests", "9"),
+                *("--tp", "2", "--out", str(out), *options),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert not out.exists()
+        return done.stderr
+
+    assert "`podsim profile --gpu h200 --model llama-3-8b --tp 2 --out FOLDER`" in refusal()
+    assert refusal("--profile", profile, "--collectives", str(tmp_path)) == (
+        f"podsim: {tmp_path}/collectives.json: No such file or directory\n"
+    )
+    both = ("--profile", profile, "--collectives", collectives)
+    no_gpus = "podsim: tensor_parallel_size is 2, but this machine has 0 GPU(s)\n"
+    assert refusal(*both) == refusal("--profile", profile) == no_gpus
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_engine_maps_slots_on_one_gpu_only(size: int) -> None:
+    pytest.importorskip("triton", reason="the engine needs torch and triton")
+    from podsim.serving import require_servable
+
+    for kv in ("ideal", "paged"):
+        require_servable(Deployment(tensor_parallel_size=size, kv=kv))
+    virtual = Deployment(tensor_parallel_size=size, kv="vattention")
+    if size == 1:
+        require_servable(virtual)
+    else:
+        with pytest.raises(InputError, match="'paged' on several GPUs, not 'vattention'"):
+            require_servable(virtual)

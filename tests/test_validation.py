@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,10 @@ import pytest
 
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
-from podsim.engine import Engine
+from podsim.engine import Engine, Recording
 from podsim.errors import InputError
-from podsim.kv_cache import PagedKVCache
 from podsim.latency import Heat, LatencyModel
+from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
@@ -50,6 +53,7 @@ class SlowedForward:
     def __init__(self, latency: LatencyModel, slowdown: float) -> None:
         self.heat, self.slowdown = Heat(latency), slowdown
         self.gpu_seconds = 0.0
+        self.table_seconds = 5e-5
         self.time = 0.0
 
     def now(self) -> float:
@@ -64,19 +68,24 @@ class SlowedForward:
         return np.zeros(len(inputs.sample_rows), np.int64)
 
 
-def recorded(slowdown: float) -> Recorded:
+def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
+    return Recorded.of(recording(slowdown, deployment), deployment, ENGINE, "made up")
+
+
+def recording(slowdown: float, deployment: Deployment = DEPLOYMENT, qps: float = 5.0) -> Recording:
     """What an engine does whose steps take longer than the profile says."""
     trace = synthetic_trace(
         arrivals="poisson",
-        qps=5.0,
+        qps=qps,
         num_requests=80,
         prompt_tokens="lognormal:600:0.8",
         output_tokens="lognormal:60:0.6",
         seed=3,
     )
-    kv_cache = PagedKVCache(ENGINE["num_blocks"], DEPLOYMENT.block_size)
-    served = Recorded.of(_empty(), DEPLOYMENT, ENGINE, "").deployment
-    latency = latency_model_for(served, model_named(served.model))
+    served = Recorded.of(Recording(), deployment, ENGINE, "").deployment
+    model = model_named(served.model)
+    kv_cache = kv_cache_for(served, model, ENGINE["num_blocks"])
+    latency = latency_model_for(served, model)
     forward = SlowedForward(latency, slowdown)
     engine = Engine(
         forward,
@@ -90,14 +99,7 @@ def recorded(slowdown: float) -> Recorded:
     )
     columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    recording = engine.serve(Request(i, *row) for i, row in enumerate(rows))
-    return Recorded.of(recording, DEPLOYMENT, ENGINE, "made up")
-
-
-def _empty():
-    from podsim.engine import Recording
-
-    return Recording()
+    return engine.serve(Request(i, *row) for i, row in enumerate(rows))
 
 
 def test_an_engine_that_keeps_to_the_profile_is_simulated_to_the_nanosecond(tmp_path):
@@ -138,6 +140,39 @@ def test_a_recording_is_the_same_when_read_and_written_again(tmp_path):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
+def test_a_profile_beside_recordings_is_that_of_those_with_its_kernels(tmp_path):
+    shipped = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
+    shutil.copytree(shipped, tmp_path / "profile", ignore=shutil.ignore_patterns("*.csv"))
+    beside = json.loads((shipped / "profile.json").read_text())
+    run = recorded(slowdown=1.0)
+    profiles = {}
+    for name, kernels in (
+        ("old", beside["provenance"]["kernels_sha256"]),
+        ("new", "others"),
+    ):
+        (tmp_path / name).mkdir()
+        dataclasses.replace(run, engine={**run.engine, "kernels_sha256": kernels}).save(
+            tmp_path / name
+        )
+        profiles[name] = read_recording(tmp_path / name).deployment.profile
+    assert profiles == {"old": str(tmp_path / "profile"), "new": None}
+
+
+def test_collectives_beside_recordings_are_theirs_unless_they_name_others(tmp_path):
+    shipped = Path(__file__).parent.parent / "profiles" / "h200" / "collectives"
+    run = recorded(slowdown=1.0)
+    named = dataclasses.replace(run.deployment, collectives="elsewhere")
+    for name, deployment in (("own", run.deployment), ("named", named)):
+        (tmp_path / name).mkdir()
+        dataclasses.replace(run, deployment=deployment).save(tmp_path / name)
+    assert read_recording(tmp_path / "own").deployment.collectives is None
+    shutil.copytree(shipped, tmp_path / "collectives")
+    found = {
+        name: read_recording(tmp_path / name).deployment.collectives for name in ("own", "named")
+    }
+    assert found == {"own": str(tmp_path / "collectives"), "named": "elsewhere"}
+
+
 def podsim(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "podsim", "validate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -151,6 +186,7 @@ def test_validate_from_a_recording(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "made up: 80 requests" in done.stdout
     assert "-9.1%" in done.stdout
+    assert "llama-3-8b/profile.json, of other kernels than the engine's" in done.stdout
     files = {path.name for path in out.iterdir()}
     assert files >= {"comparison.csv", "comparison.json", "comparison.png", "step_errors.csv"}
     assert (out / STEPS_FILE).read_bytes() == (source / STEPS_FILE).read_bytes()
@@ -160,6 +196,33 @@ def test_validate_from_a_recording(tmp_path):
     printed = json.loads(again.stdout)
     assert printed == json.loads((out / "comparison.json").read_text())
     assert printed["steps"]["all"]["bias"] == pytest.approx(1 / 1.1 - 1)
+
+
+def paged_deployment(folder: Path) -> Deployment:
+    """Of costs that are made up: a table takes 40 us, 1 a request and 0.01 a block."""
+    costs = {"prefill": 1.1, "decode": 1.05}
+    costs |= {"table_step": 4e-5, "table_request": 1e-6, "table_block": 1e-8}
+    folder.mkdir()
+    content = {"schema": 1, "gpu": "h200", "provenance": {}, "paged": {"16": costs}}
+    (folder / "memory.json").write_text(json.dumps(content))
+    return replace(DEPLOYMENT, kv="paged", memory_costs=str(folder))
+
+
+def test_a_recording_over_blocks_is_compared_with_their_costs(tmp_path):
+    run, source = recorded(1.0, paged_deployment(tmp_path / "costs")), tmp_path / "run"
+    source.mkdir()
+    run.save(source)
+    comparison = compare(read_recording(source), error_bars=False)
+    assert comparison.headline()["error"].abs().max() < 2e-4
+    assert comparison.steps()["p90"].max() < 2e-4
+    assert (comparison.recorded.steps["table_seconds"] > 5e-5 - 1e-7).all()
+    done = podsim("--from", str(source))
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("Block table"))
+    assert line.endswith("us of the host a step, beside that")
+    ideal = compare(recorded(1.0), error_bars=False)
+    slower = comparison.headline()["simulated"] / ideal.headline()["simulated"]
+    assert slower["tbt_p50"] > 1.01
 
 
 def _spoiled(folder: Path, file: str, change) -> str:

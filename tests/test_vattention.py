@@ -324,6 +324,7 @@ memories = st.fixed_dictionaries(
         "deferred_reclamation": st.booleans(),
         "eager_blocks": st.sampled_from([0, 2]),
         "kv_tensors": st.sampled_from(["per_layer", "sliced"]),
+        "preemption": st.sampled_from(["recompute", "swap"]),
     }
 )
 
@@ -379,9 +380,12 @@ def watched_deployment(options: dict[str, object], folder: Path):  # type: ignor
     page_group = "64KB" if options["kv_tensors"] == "per_layer" else "2MB"
     lines = apis(1, 20, 10, 30, 1)
     size = str(PAGE_GROUPS[page_group])
-    costs = costs_folder(folder, "h200", mapping={size: {"idle": lines, "busy": lines}})
+    copies = {name: {"fixed": 1e-5, "per_unit": 2e-11} for name in ("h2d pinned", "d2h pinned")}
+    mapping = {size: {"idle": lines, "busy": lines}}
+    costs = costs_folder(folder, "h200", mapping=mapping, transfer=copies)
     deployment = Deployment(
         kv="vattention",
+        host_memory=0.05,
         page_group=page_group,
         memory_costs=costs,
         token_budget=64,
@@ -456,6 +460,59 @@ def test_overlap_hides_what_synchronous_mapping_shows(paper: str) -> None:
     assert overlapped["background_time"] > 0
     assert synchronous["background_time"] == 0
     assert overlapped["stall_time"] < 0.7 * synchronous["stall_time"]
+
+
+def swapping(folder: Path, **options: object) -> Deployment:
+    """Llama-3-8B, blocks of 32 tokens; 10 us a page-group, copies of 1 us and 50 GB/s."""
+    lines = apis(10, 0, 10, 10, 10)
+    copies = {name: {"fixed": 1e-6, "per_unit": 2e-11} for name in ("h2d pinned", "d2h pinned")}
+    mapping = {str(64 * KB): {"idle": lines, "busy": lines}, str(2 * MB): {"idle": lines}}
+    defaults: dict[str, object] = {
+        "kv": "vattention",
+        "page_group": "64KB",
+        "mapping": "synchronous",
+        "memory_costs": costs_folder(folder / "costs", "h200", mapping=mapping, transfer=copies),
+        "num_blocks": 5,
+        "watermark": 0.0,
+        "preemption": "swap",
+        "host_memory": 1.0,
+    }
+    return Deployment(**(defaults | options))  # type: ignore[arg-type]
+
+
+def served_twice(deployment: Deployment) -> Result:
+    """Two prompts of 60 tokens that grow by 20: to three blocks each, of five."""
+    requests = ((0.0, 60, 20), (0.0, 60, 20))
+    return simulate(Trace.of(*requests), deployment, latency_model=ConstantLatency(1.0))
+
+
+@pytest.mark.parametrize("tensors", ["per_layer", "sliced"])
+def test_a_swapped_request_waits_for_copies_and_mapping(tmp_path: Path, tensors: str) -> None:
+    """The later one has 64 tokens when the first takes the fifth block. Copies: one a tensor."""
+    page_group = "64KB" if tensors == "per_layer" else "2MB"
+    deployment = swapping(tmp_path, kv_tensors=tensors, page_group=page_group)
+    result = served_twice(deployment)
+    assert len(result.preemptions) == 1
+    resumed = result.preemptions["resumed_time"][0]
+    assert result.steps.set_index("start").loc[resumed]["num_prefill_tokens"] == 1
+    memory = result.memory[0].summary()
+    moved = 64 * LLAMA.kv_bytes_per_token
+    assert memory["d2h_bytes_moved"] == memory["h2d_bytes_moved"] == moved
+    assert memory["swapped_requests"] == 1
+    num_tensors = 64 if tensors == "per_layer" else 2
+    assert memory["swap_time"] == pytest.approx(2 * (num_tensors * 1e-6 + moved * 2e-11))
+    calls = num_tensors * (memory["mapped_blocks"] + memory["unmapped_blocks"])
+    assert memory["stall_time"] == pytest.approx(memory["swap_time"] + calls * 10e-6)
+    durations = result.steps["duration"]
+    assert durations.sum() == pytest.approx(len(durations) + memory["stall_time"])
+
+
+def test_a_request_without_room_on_the_host_computes_again(tmp_path: Path) -> None:
+    small = swapping(tmp_path, host_memory=63 * LLAMA.kv_bytes_per_token / 1e9)
+    result = served_twice(small)
+    assert result.steps["num_prefill_tokens"].max() > 60
+    assert result.memory[0].summary()["swapped_requests"] == 0
+    assert "1 preempted requests found no host memory" in result.memory[0].notes()[0]
 
 
 def test_small_page_groups_waste_less(paper: str) -> None:

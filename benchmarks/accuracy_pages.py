@@ -1,0 +1,227 @@
+"""The tables of docs/accuracy.md and the README, from the files that accuracy_table.py leaves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from record_runs import SETUPS
+
+ERRORS_FILE, CONTEXTS_FILE = "accuracy.csv", "accuracy-contexts.csv"
+METRICS = {
+    "request_throughput": "req/s",
+    "tbt_p50": "TBT P50",
+    "tbt_p90": "TBT P90",
+    "tbt_p99": "TBT P99",
+    "ttft_p50": "TTFT P50",
+    "ttft_p90": "TTFT P90",
+    "ttft_p99": "TTFT P99",
+}
+TTFTS = ("ttft_p50", "ttft_p90", "ttft_p99")
+STEPS = {"step_bias": "step bias", "step_median": "step median"}
+NAMES = METRICS | STEPS
+CONTEXTS = (0, 1024, 2048, 4096, 8192, 16384)
+"""Tokens: the longest context of a step is above one of these and not above the next."""
+
+MOST_BELOW = 0.85
+"""The load up to which the first bars hold; the second ones are for what is above."""
+BARS = {
+    **{"request_throughput": 0.02, "tbt_p50": 0.03, "tbt_p90": 0.03, "tbt_p99": 0.06},
+    **{"ttft_p50": 0.05, "ttft_p90": 0.08, "ttft_p99": 0.08},
+    **{"step_bias": 0.02, "step_median": 0.03},
+}
+BARS_ABOVE = {"request_throughput": 0.03, "tbt_p50": 0.05, "tbt_p90": 0.05, "tbt_p99": 0.05}
+BAR_OF_GAINS = 0.03
+README_LOADS = (0.3, 0.85, 1.2)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def percent(value: float, name: str = "") -> str:
+    return f"{value:.1%}" if name.endswith("_median") else f"{value:+.1%}"
+
+
+def verdict(passed: bool) -> str:
+    return "pass" if passed else "**fail**"
+
+
+def machine_table(errors: pd.DataFrame) -> str:
+    """What the runs were made with."""
+    names = ["kernels", "profile", "driver", "torch", "triton", "date"]
+    rows = [
+        [*map(str, key), str(len(runs)), f"{runs['requests'].min()} to {runs['requests'].max()}"]
+        for key, runs in errors.groupby(names)
+    ]
+    return table([*names, "runs", "requests each"], rows)
+
+
+def bars_table(errors: pd.DataFrame) -> str:
+    """Each bar, in how many runs it is met, and the worst of them."""
+    online = errors[errors["load"].notna()]
+    below, above = online[online["load"] <= MOST_BELOW], online[online["load"] > MOST_BELOW]
+    rows = []
+    for where, runs, bars in ((f"to {MOST_BELOW}", below, BARS), ("above", above, BARS_ABOVE)):
+        for name, bar in bars.items():
+            size = runs[name].abs()
+            if size.empty:
+                rows.append([where, NAMES[name], f"{bar:.0%}", "not recorded", "", ""])
+                continue
+            worst = runs.loc[size.idxmax()]
+            met = int((size <= bar).sum())
+            worst_of = f"{percent(worst[name], name)} ({worst['run']})"
+            count = f"{met} of {len(runs)}"
+            passed = verdict(met == len(runs))
+            rows.append([where, NAMES[name], f"{bar:.0%}", count, worst_of, passed])
+    return table(["load", "error of", "bar", "runs that meet it", "worst", ""], rows)
+
+
+def runs_table(errors: pd.DataFrame) -> str:
+    """One line a run; bold is what misses its bar."""
+    columns = [*METRICS, "step_median", "step_bias", "step_total"]
+    rows = []
+    for _, run in errors.iterrows():
+        bars = {} if pd.isna(run["load"]) else BARS if run["load"] <= MOST_BELOW else BARS_ABOVE
+        cells = [
+            f"**{percent(run[name], name)}**"
+            if abs(run[name]) > bars.get(name, np.inf)
+            else percent(run[name], name)
+            for name in columns
+        ]
+        tail = [f"{run['host_share']:.1%}", f"{run['sm_clock_mhz']:.0f}"]
+        rows.append([run["run"], *cells, *tail])
+    names = [*METRICS.values(), "step median", "step bias", "all steps", "host", "clock"]
+    return table(["run", *names], rows)
+
+
+def gpu_table(errors: pd.DataFrame) -> str:
+    """Steps without the host."""
+    columns = [f"gpu_{kind}_{what}" for kind in ("decode", "mixed") for what in ("bias", "median")]
+    rows = [
+        [run["run"], *(percent(run[name], name) for name in columns)]
+        for _, run in errors.iterrows()
+    ]
+    return table(["run", "decode bias", "decode median", "mixed bias", "mixed median"], rows)
+
+
+def budgets_table(errors: pd.DataFrame) -> str:
+    """Chat at one load under several budgets."""
+    chosen = errors[(errors["workload"] == "chat") & (errors["load"] == MOST_BELOW)]
+    chosen = chosen[chosen["attention"].isin(["serial", "pod"])]
+    return runs_table(chosen.sort_values(["attention", "token_budget"]))
+
+
+def overload_table(errors: pd.DataFrame) -> str:
+    """TTFT with the interval of the simulation."""
+    rows = []
+    for _, run in errors[errors["load"] > MOST_BELOW].iterrows():
+        cells = [run["run"]]
+        for name in TTFTS:
+            measured, low, high = (run[f"{name}_{part}"] for part in ("measured", "low", "high"))
+            inside = "" if low <= measured <= high else " **outside**"
+            simulated = run[f"{name}_simulated"]
+            cells.append(f"{measured:.3f}: {simulated:.3f} ({low:.3f} to {high:.3f}){inside}")
+        rows.append(cells)
+    return table(["run", *(f"{METRICS[name]} (s)" for name in TTFTS)], rows)
+
+
+def contexts_table(by_context: pd.DataFrame) -> str:
+    """Errors of steps against the longest context, all runs of a strategy together."""
+    rows = []
+    ends = dict(zip(CONTEXTS, [*map(str, CONTEXTS[1:]), "more"], strict=True))
+    for (attention, above), runs in by_context.groupby(["attention", "above"]):
+        steps = runs["steps"]
+        bias, size = (float(np.average(runs[name], weights=steps)) for name in ("bias", "size"))
+        total = runs["predicted"].sum() / runs["measured"].sum() - 1
+        of = f"{above + 1} to {ends[above]}"
+        cells = [f"{steps.sum():,}", f"{size:.1%}", percent(bias), percent(total)]
+        rows.append([str(attention), of, *cells])
+    return table(["strategy", "context", "steps", "mean size", "bias", "all steps"], rows)
+
+
+def offline_table(errors: pd.DataFrame) -> str:
+    """Throughput of each strategy over that of serial, all requests there at the start."""
+    offline = errors[errors["load"].isna()]
+    return gains_table(offline, ["request_throughput"])
+
+
+def online_table(errors: pd.DataFrame) -> str:
+    """Latencies of each strategy over those of serial, under the same arrivals."""
+    return gains_table(errors[errors["load"].notna()], ["tbt_p99", "ttft_p50", "ttft_p90"])
+
+
+def gains_table(errors: pd.DataFrame, names: list[str]) -> str:
+    """By run: what a strategy changes of some metrics against serial, measured and simulated."""
+    by_run = errors.set_index("run")
+    rows = []
+    for run, other in by_run[by_run["attention"] != "serial"].iterrows():
+        serial_run = str(run).replace(f"-{other['attention']}-", "-serial-", 1)
+        if serial_run not in by_run.index:
+            continue
+        serial = by_run.loc[serial_run]
+        for name in names:
+            measured, simulated = (
+                other[f"{name}_{of}"] / serial[f"{name}_{of}"] - 1
+                for of in ("measured", "simulated")
+            )
+            same = np.sign(measured) == np.sign(simulated)
+            passed = bool(same and abs(simulated - measured) <= BAR_OF_GAINS)
+            cells = [percent(measured), percent(simulated), f"{(simulated - measured) * 100:+.1f}"]
+            rows.append([str(run), METRICS[name], *cells, verdict(passed)])
+    if not rows:
+        return "Not recorded yet."
+    return table(["run", "of", "measured", "simulated", "points between", ""], rows)
+
+
+def missing_table(errors: pd.DataFrame) -> str:
+    """Of each group of record_runs.py: how many runs are recorded, by the kernels they ran."""
+    kernels = sorted({*errors["kernels"], "hopper"})
+    rows = []
+    for group in dict.fromkeys(setup.group for setup in SETUPS):
+        names = [name for setup in SETUPS if setup.group == group for name in setup.run_names]
+        mine = errors[errors["run"].isin(names)]
+        counts = [str(int((mine["kernels"] == kind).sum())) for kind in kernels]
+        rows.append([group, str(len(names)), *counts])
+    return table(["group", "planned", *(f"recorded, {kind} kernels" for kind in kernels)], rows)
+
+
+def readme_table(errors: pd.DataFrame) -> str:
+    """Some runs of POD."""
+    chosen = errors[(errors["attention"] == "pod") & errors["load"].isin(README_LOADS)]
+    return runs_table(chosen)
+
+
+TABLES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
+    "machine": lambda errors, _: machine_table(errors),
+    "bars": lambda errors, _: bars_table(errors),
+    "runs": lambda errors, _: runs_table(errors),
+    "steps on the gpu": lambda errors, _: gpu_table(errors),
+    "budgets": lambda errors, _: budgets_table(errors),
+    "overload": lambda errors, _: overload_table(errors),
+    "contexts": lambda _, by_context: contexts_table(by_context),
+    "offline gains": lambda errors, _: offline_table(errors),
+    "online gains": lambda errors, _: online_table(errors),
+    "what is missing": lambda errors, _: missing_table(errors),
+    "some runs": lambda errors, _: readme_table(errors),
+}
+
+
+def read_tables(docs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `measure` found when the pages were written last."""
+    return pd.read_csv(docs / ERRORS_FILE), pd.read_csv(docs / CONTEXTS_FILE)
+
+
+def filled(page: str, errors: pd.DataFrame, by_context: pd.DataFrame) -> str:
+    """A page with the table between each pair of markers written anew."""
+
+    def between(match: re.Match[str]) -> str:
+        name = match[1]
+        written = TABLES[name](errors, by_context)
+        return f"<!-- {name} -->\n\n{written}\n\n<!-- end of {name} -->"
+
+    return re.sub(r"<!-- ([a-z ]+) -->\n.*?<!-- end of \1 -->", between, page, flags=re.DOTALL)

@@ -1,0 +1,182 @@
+"""The tables of docs/memory.md, from the rows of measured memory costs.
+
+python benchmarks/memory_table.py --costs profiles/h200/memory
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from podsim.memory_calibration import RESIDENT, predicted_layer
+from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
+from podsim.offloaded_shapes import SHAPES
+
+POINT = ["model", "batch", "context", "layers"]
+SIZES = (16 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20, 2**30)
+SIZE_NAMES = ("16 KB", "256 KB", "4 MB", "64 MB", "1 GB")
+ONE_CALL = {"create": (1,), "map": (1,), "set_access": (1, 8, 64), "unmap": (1, 8, 64)}
+ONE_CALL["release"] = (1,)
+"""Page-groups of a call, for each that is shown."""
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def mapping_table(rows: pd.DataFrame) -> str:
+    """Microseconds a page-group, by call, state of the GPU and thread."""
+    calls = rows[rows["api"].isin(APIS)]
+    medians = calls.groupby(["api", "page_groups", "gpu", "thread"])["time_us"].median()
+    states = [(gpu, thread) for gpu in ("idle", "busy") for thread in ("main", "background")]
+    lines = []
+    for api in APIS:
+        for count in ONE_CALL[api]:
+            times = [medians[api, count, *state] / count for state in states]
+            what = f"`{api}`" + (f", {count} in a call" if count > 1 else "")
+            lines.append([what, *(f"{time:.1f}" for time in times)])
+    return markdown(
+        ["us a page-group of 2 MB", *(f"{gpu} GPU, {thread} thread" for gpu, thread in states)],
+        lines,
+    )
+
+
+def transfer_table(rows: pd.DataFrame) -> str:
+    """GB/s by size of a copy."""
+    copies = rows[rows["direction"].isin(DIRECTIONS) & rows["bytes"].isin(SIZES)]
+    medians = copies.groupby(["memory", "beside", "direction", "bytes"])["time_us"].median()
+    lines = []
+    for memory, beside in copies[["memory", "beside"]].drop_duplicates().to_numpy().tolist():
+        for direction in DIRECTIONS:
+            of_kind = medians[memory, beside, direction]
+            cells = [f"{n / of_kind[n] / 1e3:.1f}" if n in of_kind else "" for n in SIZES]
+            beside_what = "" if beside == "nothing" else f" beside {beside}"
+            lines.append([f"{direction}, {memory}{beside_what}", *cells])
+    return markdown(["GB/s", *SIZE_NAMES], lines)
+
+
+def paged_table(costs: MemoryCosts) -> str:
+    """Overhead of blocks, by their size."""
+    lines = []
+    for size in map(int, costs.paged):
+        of = costs.paged_costs(size)
+        kernels = (f"{ratio - 1:+.1%}" for ratio in (of.prefill, of.decode))
+        fixed, request = of.table_step * 1e6, of.table_request * 1e6
+        lines.append([str(size), *kernels, f"{fixed:.1f}", f"{request:.3f}"])
+    header = ["tokens of a block", "prefill", "decode", "table, us a step", "us a request"]
+    return markdown(header, lines)
+
+
+def errors_table(costs: MemoryCosts) -> str:
+    """Of fitted lines, on rows that were held out."""
+    lines = []
+    for name, error in costs.errors.items():
+        if name.startswith("layers"):
+            continue
+        shares = (f"{error[part]:.1%}" for part in ("median", "p90", "worst"))
+        lines.append([name, str(int(error["points"])), *shares, f"{error['bias']:+.1%}"])
+    return markdown(["line", "points", "median error", "P90", "worst", "bias"], lines)
+
+
+def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each chain of layers: milliseconds without offloading, with all transferred and at the
+    best split that was timed; errors and splits beside what is predicted.
+    """
+    found = []
+    for (model, batch, context, layers, schedule), group in rows.groupby(
+        [*POINT, "schedule"], sort=False
+    ):
+        seconds = group.groupby("split")["time_us"].median() * 1e-6
+        timed = seconds.drop(RESIDENT)
+        tokens, compute = batch * context, seconds[RESIDENT] / layers
+        layer = predicted_layer(costs, SHAPES[model], tokens, compute, schedule)
+        errors = {n: layer.seconds(layers, n * batch, schedule) / timed[n] - 1 for n in timed.index}
+        wanted = layer.best_split(layers, schedule) / batch
+        nearest = min(timed.index, key=lambda split: abs(split - wanted))
+        best = timed.idxmin()
+        found.append(
+            {
+                "schedule": schedule,
+                "point": f"{model}, {batch} x {context}",
+                "resident": seconds[RESIDENT] * 1e3,
+                "full": timed[0] * 1e3,
+                "kvpr": timed[best] * 1e3,
+                "full_error": errors[0],
+                "kvpr_error": errors[nearest],
+                "worst_error": max(errors.values(), key=abs),
+                "best": best,
+                "predicted": wanted,
+                "split_error": wanted / best - 1 if best else float(wanted > 0),
+                "regret": timed[nearest] / timed[best] - 1,
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def layers_table(points: pd.DataFrame) -> str:
+    lines = [
+        [
+            p.point,
+            *(f"{ms:.2f}" for ms in (p.resident, p.full, p.kvpr)),
+            f"{p.kvpr / p.full - 1:+.1%}",
+            *(f"{error:+.1%}" for error in (p.full_error, p.kvpr_error)),
+            str(p.best),
+            f"{p.predicted:.0f}",
+            f"{p.split_error:+.1%}",
+            f"{p.regret:.1%}",
+        ]
+        for p in points.itertuples()
+    ]
+    header = ["batch x context", "resident, ms", "full, ms", "KVPR, ms", "KVPR over full"]
+    header += ["error, full", "error, KVPR", "best l", "predicted l", "error", "regret"]
+    return markdown(header, lines)
+
+
+def layers_summary(points: pd.DataFrame) -> str:
+    lines = []
+    for schedule, mine in points.groupby("schedule", sort=False):
+        gain = 1 - mine["kvpr"] / mine["full"]
+        within = (mine["split_error"].abs() <= 0.1).sum()
+        worst = (mine[name].abs().max() for name in ("full_error", "kvpr_error", "regret"))
+        lines.append(
+            [
+                str(schedule),
+                str(len(mine)),
+                f"{gain.min():.1%} to {gain.max():.1%}",
+                *(f"{error:.1%}" for error in worst),
+                f"{within} of {len(mine)}",
+            ]
+        )
+    header = ["schedule", "points", "KVPR saves", "worst error, full", "worst error, KVPR"]
+    return markdown([*header, "worst regret", "l within 10 %"], lines)
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Every table, by what it is about."""
+    costs = read_memory_costs(folder, str(folder))
+    rows = {part: pd.read_csv(folder / f"{part}.csv") for part in ("mapping", "transfer")}
+    chains = [pd.read_csv(folder / f"{part}.csv") for part in ("layers", "layers-column")]
+    points = judged(costs, pd.concat(chains))
+    return {
+        "mapping": mapping_table(rows["mapping"]),
+        "transfer": transfer_table(rows["transfer"]),
+        "paged": paged_table(costs),
+        "errors": errors_table(costs),
+        "layers": layers_table(points[points["schedule"] == "row"]),
+        "schedules": layers_summary(points),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--costs", type=Path, required=True)
+    for table in tables(parser.parse_args().costs).values():
+        print(table, end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""docs/memory.md shows the tables of the shipped memory costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import memory_figure
+import pandas as pd
+import pytest
+from memory_table import judged, layers_summary, tables
+
+from podsim.memory_calibration import RESIDENT, predicted_layer
+from podsim.memory_costs import find_memory_costs
+from podsim.memory_system import growth_seconds
+from podsim.model import MODELS
+from podsim.offloaded_shapes import SHAPES
+from podsim.page_groups import PageGroups
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_page_shows_what_the_rows_say() -> None:
+    page = (ROOT / "docs" / "memory.md").read_text()
+    for name, table in tables(ROOT / "profiles" / "h200" / "memory").items():
+        assert table in page, f"python benchmarks/memory_table.py has another table of {name}"
+
+
+def test_the_page_names_what_one_growth_takes() -> None:
+    costs = find_memory_costs("h200")
+    groups = PageGroups.of(MODELS["llama-3-8b"], 2 * 2**20, "per_layer")
+    assert growth_seconds(costs, groups) == pytest.approx(2.14e-3, abs=5e-6)
+    assert growth_seconds(costs, groups, "busy") == pytest.approx(1.89e-3, abs=5e-6)
+    of_one = costs.mapping_costs(2 * 2**20, "idle").map_seconds(1, 1)
+    assert of_one == pytest.approx(33.4e-6, abs=5e-8)
+    assert costs.interference[str(2 * 2**20)] == pytest.approx(0.002, abs=5e-4)
+
+
+def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "memory.png"
+    costs = ROOT / "profiles" / "h200" / "memory"
+    monkeypatch.setattr("sys.argv", ["figure", "--costs", str(costs), "--out", str(path)])
+    memory_figure.main()
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_that_come_true_are_judged_so() -> None:
+    """Times as predicted; then those of the split's right side 10 % longer, and its best last."""
+    costs = find_memory_costs("h200")
+    layer = predicted_layer(costs, SHAPES["llama-2-7b"], 8 * 800, 2e-4, "row")
+    best = round(layer.best_split(6, "row") / 8)
+    point = {"model": "llama-2-7b", "batch": 8, "context": 800, "schedule": "row", "layers": 6}
+    seconds = {s: layer.seconds(6, 8 * s, "row") for s in (0, best - 200, best, best + 100)}
+    seconds[RESIDENT] = 6 * 2e-4
+    rows = [{**point, "split": s, "time_us": t * 1e6} for s, t in seconds.items()]
+    (right,) = judged(costs, pd.DataFrame(rows)).to_dict("records")
+    assert right["full_error"] == pytest.approx(0)
+    assert right["kvpr_error"] == right["worst_error"] == pytest.approx(0)
+    assert right["best"] == best
+    assert right["regret"] == 0
+    assert abs(right["split_error"]) < 0.01
+
+    seconds[best] *= 1.5
+    rows = [{**point, "split": s, "time_us": t * 1e6} for s, t in seconds.items()]
+    table = judged(costs, pd.DataFrame(rows))
+    (wrong,) = table.to_dict("records")
+    assert wrong["best"] != best
+    least = min(seconds[best - 200], seconds[best + 100])
+    assert wrong["regret"] == pytest.approx(seconds[best] / least - 1)
+    assert wrong["kvpr_error"] == pytest.approx(1 / 1.5 - 1)
+    assert layers_summary(table).endswith("0 of 1 |")
