@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from accuracy_pages import (
     runs_table,
 )
 from numpy.typing import NDArray
+from record_runs import capacity
 
 from podsim.graph_sizes import graph_size
 from podsim.latency import Heat, ProfiledLatency
@@ -55,6 +57,7 @@ def row(comparison: Comparison) -> dict[str, object]:
         "attention": deployment.attention,
         "token_budget": deployment.token_budget,
         "load": options["load"],
+        "share": share_of_capacity(recorded),
         "requests": len(recorded.requests),
         **{name: headline.loc[name, "error"] for name in METRICS},
         "step_median": steps.loc["all", "median"],
@@ -73,6 +76,15 @@ def row(comparison: Comparison) -> dict[str, object]:
         "kernels": recorded.engine.get("kernels", "triton"),
         **{name: recorded.engine[name] for name in ("driver", "torch", "triton", "date")},
     }
+
+
+def share_of_capacity(recorded: Recorded) -> float:
+    """Requests/s over what the workload reaches offline, as it is simulated today; NaN if offline.
+
+    The load in a run's name is the share as it was simulated when the run was made.
+    """
+    options = recorded.engine["options"]
+    return math.nan if options["load"] is None else options["qps"] / capacity(options["workload"])
 
 
 def gpu_errors(recorded: Recorded) -> dict[str, float]:
@@ -140,8 +152,7 @@ def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
 
 def compared(recorded: Recorded) -> Comparison:
     """With error bars, which only the runs above the first bars' loads need."""
-    load = recorded.engine["options"]["load"]
-    return compare(recorded, error_bars=load is not None and load > MOST_BELOW)
+    return compare(recorded, error_bars=share_of_capacity(recorded) > MOST_BELOW)
 
 
 def with_own_host(recorded: Recorded) -> Recorded:
@@ -187,7 +198,7 @@ def measure(folders: list[Path], own_host: bool = False) -> tuple[pd.DataFrame, 
 
 
 def plot(errors: pd.DataFrame, path: Path) -> None:
-    """Error against load, a line for each workload, strategy and budget."""
+    """Error against the share of the capacity, a line for each workload, strategy and budget."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -197,9 +208,9 @@ def plot(errors: pd.DataFrame, path: Path) -> None:
     for axis, name in zip(axes, ("request_throughput", "tbt_p50", "ttft_p50"), strict=True):
         for key, rows in lines:
             label = "-".join(map(str, key))
-            axis.plot(rows["load"], rows[name] * 100, marker="o", ms=4, label=label)
+            axis.plot(rows["share"], rows[name] * 100, marker="o", ms=4, label=label)
         axis.axhline(0, color="black", lw=0.8)
-        axis.set(xlabel="load", title=METRICS[name], ylim=(-30, 30))
+        axis.set(xlabel="share of capacity", title=METRICS[name], ylim=(-30, 30))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("simulated over recorded (%)")
     axes[-1].legend(frameon=False, fontsize=7)

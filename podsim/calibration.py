@@ -213,8 +213,13 @@ def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, fl
         loads.append(latency.load(shape.num_tokens, parts.attention + parts.layers))
         seconds.append(windows["seconds"].to_numpy() - parts.once)
     ends = [float(text.removesuffix(" s")) for text in windows["strategy"]]
-    heating, heat_seconds = fit_heating(np.array(ends), np.array(loads), np.array(seconds))
-    return {"heating": heating, "heat_seconds": heat_seconds}
+    warming = fit_heating(np.array(ends), np.array(loads), np.array(seconds))
+    return {
+        "heating": warming.heating,
+        "heat_seconds": warming.seconds,
+        "slow_heating": warming.slow_heating,
+        "slow_heat_seconds": warming.slow_seconds,
+    }
 
 
 def _timings(rows: pd.DataFrame) -> Timings:

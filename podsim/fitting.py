@@ -20,6 +20,7 @@ from podsim.attention_features import (
 from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
+from podsim.heat import Warming
 from podsim.overlap import Overlap, roughness, table_weights, tables
 
 Floats = NDArray[np.float64]
@@ -32,6 +33,8 @@ ROUGHNESS = 0.6
 """Weight of the differences of neighbouring cells of a table; by cross-validation."""
 TILE_OVERHEADS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Blocks; those that are tried."""
+SLOW_FROM = 0.3
+"""Seconds: the time constant of the fast heat is below it, that of the slow one above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,25 +173,28 @@ def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None
     return np.asarray(solution / scale)
 
 
-def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> tuple[float, float]:
-    """What the heat adds to a step's seconds, and its time constant: least squares of logarithms.
+def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> Warming:
+    """What the heats add to a step, and their time constants: least squares of logarithms.
 
     `seconds` [batches, windows] are mean steps of rows of equal steps from rest, in windows that
-    end at `ends` [windows] seconds; `loads` [batches] are the batches' loads. At the time t the
-    heat of such a row is load (1 - exp(-t / heat_seconds)), and its steps take 1 + heating * load *
-    heat times what they take at rest.
+    end at `ends` [windows] seconds; `loads` [batches] are the batches' loads. At the time t a heat
+    of such a row is load (1 - exp(-t / its seconds)); see `heat.Warming`.
     """
     from scipy.optimize import least_squares  # takes half a second to load
 
     starts = np.concatenate([[0.0], ends[:-1]])
 
-    def slower(heating: float, tau: float) -> Floats:
-        reached = 1 - tau * (np.exp(-starts / tau) - np.exp(-ends / tau)) / (ends - starts)
-        return np.asarray(1 + heating * np.outer(loads**2, reached))
+    def reached(tau: float) -> Floats:
+        return np.asarray(1 - tau * (np.exp(-starts / tau) - np.exp(-ends / tau)) / (ends - starts))
+
+    def slower(heating: float, tau: float, slow_heating: float, slow_tau: float) -> Floats:
+        added = heating * reached(tau) + slow_heating * reached(slow_tau)
+        return np.asarray(1 + np.outer(loads**2, added))
 
     def residuals(parameters: Floats) -> Floats:
         at_rest = np.log(seconds / slower(*parameters))
         return np.ravel(at_rest - at_rest.mean(axis=1, keepdims=True))
 
-    found = least_squares(residuals, [0.2, 0.1], bounds=([0.0, 0.005], [2.0, 5.0]))
-    return float(found.x[0]), float(found.x[1])
+    bounds = ([0.0, 0.005, 0.0, SLOW_FROM], [2.0, SLOW_FROM, 2.0, 10.0])
+    found = least_squares(residuals, [0.2, 0.05, 0.05, 1.0], bounds=bounds)
+    return Warming(*(float(value) for value in found.x))

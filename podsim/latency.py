@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -15,6 +14,7 @@ from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
+from podsim.heat import Heats, Warming
 from podsim.model import Model
 from podsim.profile import Profile
 from podsim.scaling import Attention, ScaledAttention
@@ -68,25 +68,23 @@ class RunsOfDecodes(Protocol):
 class WarmsUp(Protocol):
     """A latency model whose steps take longer after matrix work, which lowers the clock."""
 
-    heat_seconds: float
-    """The time constant of the heat."""
+    warming: Warming
 
-    def step_time_at(self, shape: BatchShape, heat: float) -> tuple[float, float]:
-        """Seconds of a step with prefill at a heat, and the load that it adds to the heat."""
+    def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
+        """Seconds of a step with prefill, and the load that it adds to the heats."""
 
 
 class Heat:
     """How one replica's card feels the matrix work behind it, and how long its steps take then.
 
-    The heat is the mean of the steps' loads (the share of their time that is matrix products) with
-    weights that fall exponentially into the past. Steps of decodes alone wait for the memory: they
-    neither add to it nor feel it. A model that does not warm up has its own step times.
+    Steps of decodes alone wait for the memory: they neither add to the heats nor feel them. A model
+    that does not warm up has its own step times.
     """
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self._warming = model if isinstance(model, WarmsUp) else None
-        self._heat = 0.0
+        self._heats = Heats()
         self._time = 0.0
 
     def step_time(self, shape: BatchShape, start: float) -> float:
@@ -94,10 +92,9 @@ class Heat:
         model = self._warming
         if model is None or not shape.prefills:
             return self._model.step_time(shape)
-        heat = self._heat * math.exp((self._time - start) / model.heat_seconds)
-        seconds, load = model.step_time_at(shape, heat)
-        left = math.exp(-seconds / model.heat_seconds)
-        self._heat = heat * left + load * (1.0 - left)
+        heats = model.warming.worked(self._heats, 0.0, start - self._time)
+        seconds, load = model.step_time_at(shape, heats)
+        self._heats = model.warming.worked(heats, load, seconds)
         self._time = start + seconds
         return seconds
 
@@ -199,8 +196,7 @@ class ProfiledLatency:
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
-        self._heating: float = profile.sustained["heating"]
-        self.heat_seconds: float = profile.sustained["heat_seconds"]
+        self.warming = Warming.of(profile.sustained)
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"] * matrix_ratio
         )
@@ -210,25 +206,17 @@ class ProfiledLatency:
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        """In a long row of such steps; `step_time_at` after others."""
+        """As steps of a profile are timed, after some of their own; `step_time_at` after others."""
         attention, layers, once, collectives = self._parts(shape)
         return self._count(shape, (attention + layers + once + collectives) * self.scale)
 
-    def step_time_at(self, shape: BatchShape, heat: float) -> tuple[float, float]:
-        """See `WarmsUp`. What is measured is a long row of steps, whose heat is their own load."""
+    def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
+        """See `WarmsUp`."""
         attention, layers, once, collectives = self._parts(shape)
         load = self.load(shape.num_tokens, attention + layers)
-        warmth = self.warmth(load, heat, attention + layers + once + collectives)
-        kernels = (attention + layers) * warmth
+        seconds = attention + layers + once + collectives
+        kernels = (attention + layers) * self.warming.factor(load, heats, seconds)
         return self._count(shape, (kernels + once + collectives) * self.scale), load
-
-    def warmth(self, load: float, heat: float, seconds: float) -> float:
-        """Time of a step's layers over their time in a long row of such steps, where one takes
-        `seconds`. The heat at its start nears the load while it runs; its mean counts.
-        """
-        share = self.heat_seconds / seconds * (1.0 - math.exp(-seconds / self.heat_seconds))
-        mean = load + (heat - load) * share
-        return (1.0 + self._heating * load * mean) / (1.0 + self._heating * load * load)
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds

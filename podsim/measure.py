@@ -60,6 +60,8 @@ LEAST_LEAD = 2e-3
 SLEEP_CYCLES_PER_SECOND = 2e9
 
 Launch = Callable[[], object]
+Fault = Callable[[], str]
+"""Tells why what was timed last cannot be believed, or nothing."""
 
 
 def require_gpu(gpu: Gpu) -> None:
@@ -151,9 +153,12 @@ class GraphSequence:
 
     work: float | None = None
 
-    def __init__(self, ops: Sequence[Timed], clock: SmClock, repeats: int = REPEATS) -> None:
+    def __init__(
+        self, ops: Sequence[Timed], clock: SmClock, fault: Fault, repeats: int = REPEATS
+    ) -> None:
         self._ops = ops
         self._clock = clock
+        self._fault = fault
         self._repeats = repeats
 
     def round(self, first: bool) -> Round:
@@ -177,7 +182,7 @@ class GraphSequence:
             for i, op in enumerate(self._ops)
             if op.name
         }
-        return Round(seconds, self._clock.mean_hertz())
+        return Round(seconds, self._clock.mean_hertz(), self._fault())
 
     def _warm_up(self, seconds: float) -> None:
         """Run for so long, and leave the card busy while the host goes on."""
@@ -205,8 +210,9 @@ class SustainedSequence:
 
     work: float | None = None
 
-    def __init__(self, step: Timed) -> None:
+    def __init__(self, step: Timed, fault: Fault) -> None:
         self._step = step
+        self._fault = fault
 
     def round(self, first: bool) -> Round:
         """REST seconds without work, then steps until the last window of SUSTAINED_ENDS ends."""
@@ -222,7 +228,8 @@ class SustainedSequence:
             if len(marks) > MOST_QUEUED:  # the host is not to run away from the card
                 marks[-MOST_QUEUED].synchronize()
         torch.cuda.synchronize()
-        return Round(windows([marks[0].elapsed_time(mark) / 1000 for mark in marks]), None)
+        ends = [marks[0].elapsed_time(mark) / 1000 for mark in marks]
+        return Round(windows(ends), None, self._fault())
 
 
 def windows(ends: Sequence[float]) -> dict[str, list[float]]:
@@ -243,7 +250,12 @@ def windows(ends: Sequence[float]) -> dict[str, list[float]]:
 
 
 class LayerBench:
-    """The weights, buffers and KV pool of one decoder layer with random contents."""
+    """The weights, buffers and KV pool of one decoder layer with random contents.
+
+    What the numbers are matters: products of equal numbers, or of NaN, draw less power, the clock
+    stays up, and the same kernel is a fifth faster. So they are spread as in the engine
+    (`llama.random_weights`), drawn anew for each sequence, and looked at after it.
+    """
 
     def __init__(self, model: Model, max_tokens: int) -> None:
         self.model = model
@@ -252,17 +264,17 @@ class LayerBench:
         hidden, inter = model.hidden_size, model.intermediate_size
         heads = model.num_q_heads * model.head_dim
         self.weights = {
-            "qkv": _random(model.qkv_size, hidden),
-            "output": _random(hidden, heads),
-            "gate_up": _random(2 * inter, hidden),
-            "down": _random(hidden, inter),
+            "qkv": _weight(model.qkv_size, hidden),
+            "output": _weight(hidden, heads),
+            "gate_up": _weight(2 * inter, hidden),
+            "down": _weight(hidden, inter),
         }
-        self.lm_head = _random(model.vocab_size, hidden)
+        self.lm_head = _weight(model.vocab_size, hidden)
         self.embedding = _random(model.vocab_size, hidden)
-        self.norm_weight = _random(hidden)
+        self.norm_weight = _random(hidden).uniform_(0.5, 1.5)
         self.hidden = _random(max_tokens, hidden)
         self.residual = _random(max_tokens, hidden)
-        self.normed = torch.empty_like(self.hidden)
+        self.normed = _random(max_tokens, hidden)
         self.qkv = _random(max_tokens, model.qkv_size)
         self.q = _random(max_tokens, model.num_q_heads, model.head_dim)
         self.attended = torch.empty_like(self.q)
@@ -272,6 +284,22 @@ class LayerBench:
         self.cos_sin = rope.rope_table(MAX_CONTEXT, model.head_dim, 500000.0, "cuda")
         shape = (pool_tokens(model), model.num_kv_heads, model.head_dim)
         self.k_pool, self.v_pool = _random(*shape), _random(*shape)
+
+    def draw(self) -> None:
+        """Draw all anew that operations write and others read."""
+        written = (self.hidden, self.residual, self.normed, self.q, self.attended, self.activated)
+        for tensor in (*written, *self._written_keys()):
+            tensor.normal_()
+
+    def fault(self) -> str:
+        """Why what was timed since `draw` cannot be believed, or nothing."""
+        read = (self.hidden, self.residual, self.normed, *self._written_keys())
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in read])
+        return "" if bool(finite.all()) else "the activations were not finite afterwards"
+
+    def _written_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        most = len(self.hidden)
+        return self.k_pool[:most], self.v_pool[:most]
 
     def caches(self, num_slots: int, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The KV pool as [num_slots, max_len, num_kv_heads, head_dim]."""
@@ -379,7 +407,12 @@ class LayerBench:
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.5)
+    return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_()
+
+
+def _weight(rows: int, columns: int) -> torch.Tensor:
+    """Keeps the size of what it is multiplied with."""
+    return _random(rows, columns).mul_(columns**-0.5)
 
 
 class Bench:
@@ -395,11 +428,14 @@ class Bench:
         """Compile, capture and warm up what a job times."""
         if job.kind == "ceiling":
             return CeilingSequence(job.strategy, self._layer)
+        fault = self._layer.fault
+        self._layer.draw()
         if job.kind == "sustained":
             assert job.point is not None
-            return SustainedSequence(Timed("step", self._layer.forward(job.point, "serial")))
+            step = Timed("step", self._layer.forward(job.point, "serial"))
+            return SustainedSequence(step, fault)
         repeats = STEP_REPEATS if job.kind == "step" else REPEATS
-        return GraphSequence(self._ops(job), self._clock, repeats)
+        return GraphSequence(self._ops(job), self._clock, fault, repeats)
 
     def _ops(self, job: Job) -> list[Timed]:
         layer, point = self._layer, job.point

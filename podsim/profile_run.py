@@ -44,6 +44,8 @@ class Round:
     """Of each row of the job, by `Job.label`: of each repetition."""
     sm_clock: float | None
     """Mean over the repetitions, in Hz; None if the device does not tell."""
+    fault: str = ""
+    """Why they cannot be believed, if the device can tell."""
 
 
 class TimedSequence(Protocol):
@@ -142,7 +144,8 @@ def _measured(job: Job, number: int, prepare: Prepare, check: Callable[[Row], st
     """The rows of a job; those that cannot be believed carry the reason."""
     rows: list[Row] = []
     for _ in range(ATTEMPTS):
-        rows = [{**row, "refused": check(row)} for row in _timed(job, number, prepare(job))]
+        timed = _timed(job, number, prepare(job))
+        rows = [{**row, "refused": row["refused"] or check(row)} for row in timed]
         if not any(row["refused"] for row in rows):
             break
     return rows
@@ -155,6 +158,7 @@ def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
     while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds):
         rounds.append(sequence.round(False))
     clocks = [r.sm_clock for r in rounds if r.sm_clock is not None]
+    fault = next((r.fault for r in rounds if r.fault), "")
     rows: list[Row] = []
     for key in job.keys:
         seconds = [s for r in rounds for s in r.seconds[job.label(key)]]
@@ -170,7 +174,7 @@ def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
                 "repeats": str(len(seconds)),
                 "sm_clock_mhz": f"{sum(clocks) / len(clocks) / 1e6:.0f}" if clocks else "",
                 "work": "" if sequence.work is None else f"{sequence.work:.0f}",
-                "refused": "",
+                "refused": fault,
             }
         )
     return rows
@@ -236,7 +240,8 @@ def _both_refused(rows: Sequence[Row]) -> list[Row]:
 
 
 TIMING = (
-    "inside its layer, after 40 ms of that layer's own work; sustained: whole steps one after "
-    "another from rest, the mean of a window; ceilings: the best of short bursts after a pause"
+    "inside its layer, after 40 ms of that layer's own work on numbers drawn anew; sustained: "
+    "whole steps one after another from rest, the mean of a window; ceilings: the best of short "
+    "bursts after a pause"
 )
 """What state of the card a profile's times are of."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
+from podsim.heat import Heats
 from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
 from podsim.metrics import STEP_KINDS, step_kinds, tokens_out
 from podsim.simulation import Result
@@ -92,24 +92,24 @@ def kernel_table(
 def _warmth(
     model: ProfiledLatency, steps: pd.DataFrame, tokens: NDArray[np.int64], in_layers: Floats
 ) -> Floats:
-    """Of each step: time of its layers over their time in a long row of such steps (latency.Heat).
+    """Of each step: time of its layers over their measured time (latency.Heat).
 
-    The log has neither the heat nor the load, but both follow from the times of the steps.
+    The log has neither the heats nor the load, but both follow from the times of the steps.
     """
     found = np.ones(len(steps))
+    warming = model.warming
     replicas, starts = steps["replica"].to_numpy(), steps["start"].to_numpy()
     prefills, durations = steps["num_prefills"].to_numpy() > 0, steps["duration"].to_numpy()
     for replica in np.unique(replicas):
-        heat, time = 0.0, 0.0
+        heats, time = Heats(), 0.0
         for i in np.flatnonzero((replicas == replica) & prefills).tolist():
-            heat *= math.exp((time - starts[i]) / model.heat_seconds)
+            heats = warming.worked(heats, 0.0, starts[i] - time)
             for _ in range(3):  # the load is that of the layers without the factor
                 load = model.load(int(tokens[i]), in_layers[i] / found[i])
                 cooler = in_layers[i] - in_layers[i] / found[i]
-                found[i] = model.warmth(load, heat, durations[i] - cooler)
-            seconds = durations[i]
-            left = math.exp(-seconds / model.heat_seconds)
-            heat, time = heat * left + load * (1.0 - left), starts[i] + seconds
+                found[i] = warming.factor(load, heats, durations[i] - cooler)
+            heats = warming.worked(heats, load, durations[i])
+            time = starts[i] + durations[i]
     return found
 
 

@@ -192,7 +192,7 @@ def read_recording(folder: Path) -> Recorded:
                 raise InputError(f"{source}: no column '{missing[0]}'")
             tables.append(table)
         requests, steps, tokens, gpu = tables
-        requests["refused"] = requests["refused"].fillna("")
+        requests["refused"] = requests["refused"].astype(object).fillna("")
         recorded = Recorded(name, deployment, requests, steps, tokens, gpu, content)
         source = folder / STEPS_FILE
         recorded.shapes  # noqa: B018  # every composition can be read

@@ -79,12 +79,15 @@ class FakeGpu:
     change: Callable[[Job, int], float] = lambda job, times: 1.0
     """A factor on a job's times, given how often it was prepared."""
     scatter: float = 0.01
+    fault: Callable[[Job, int], str] = lambda job, times: ""
+    """What a job's rounds say against themselves, given how often it was prepared."""
 
     def prepare(self, job: Job) -> FakeSequence:
         if self.stop_at == len(self.prepared):
             raise KeyboardInterrupt
         self.prepared.append(job)
-        return FakeSequence(job, self.change(job, self.prepared.count(job)), self.scatter)
+        times = self.prepared.count(job)
+        return FakeSequence(job, self.change(job, times), self.scatter, self.fault(job, times))
 
 
 @dataclass
@@ -92,6 +95,7 @@ class FakeSequence:
     job: Job
     factor: float
     scatter: float
+    fault: str
     rounds: int = 0
 
     @property
@@ -106,7 +110,7 @@ class FakeSequence:
             middle = true_seconds(self.job, key) * self.factor
             noise = [crc32(f"{key} {self.rounds} {i}".encode()) / 2**32 - 0.5 for i in range(11)]
             seconds[self.job.label(key)] = [middle * (1 + self.scatter * part) for part in noise]
-        return Round(seconds, 1.755e9)
+        return Round(seconds, 1.755e9, self.fault)
 
 
 def measure(folder: Path, gpu: FakeGpu, plan: Plan = PLAN, **changes: object) -> None:
@@ -326,6 +330,15 @@ def test_a_row_faster_than_the_machine_is_timed_again_then_refused(tmp_path: Pat
     assert "is faster than" in reason
     assert gpu.prepared.count(step) == 2
     gpu = FakeGpu(change=lambda job, times: 0.1 if (job.kind, times) == ("step", 1) else 1.0)
+    assert measured_rows(tmp_path / "once", gpu, plan)["refused"].tolist() == [""]
+
+
+def test_a_row_that_the_device_does_not_believe_is_timed_again_then_refused(tmp_path: Path) -> None:
+    plan = few_turns("step")
+    gpu = FakeGpu(fault=lambda job, times: "not finite" if job.kind == "step" else "")
+    assert measured_rows(tmp_path / "always", gpu, plan)["refused"].tolist() == ["not finite"]
+    assert gpu.prepared.count(plan.turns[-1].job) == 2
+    gpu = FakeGpu(fault=lambda job, times: "not finite" if times == 1 else "")
     assert measured_rows(tmp_path / "once", gpu, plan)["refused"].tolist() == [""]
 
 

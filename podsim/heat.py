@@ -1,0 +1,70 @@
+"""How the matrix work behind a step slows it down: the power limit lowers the clock, twice.
+
+Within about 0.05 s of matrix work the clock falls by a tenth and more; a second, slower control
+takes some per cent more after about a second. Both are seen in whole steps that are timed one after
+another from rest (`op` "sustained" of a profile's measurements), and both are fitted to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Heats(NamedTuple):
+    """Means of the loads of past steps, with weights that fall exponentially into the past.
+
+    A step's load is the share of its layers' time that is matrix products.
+    """
+
+    fast: float = 0.0
+    slow: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Warming:
+    """What each heat adds to a step's layers, and its time constant in seconds.
+
+    At the load l and the heats f and s, layers take 1 + l (heating f + slow_heating s) of their
+    time after a long rest. What a profile's operations and whole steps are timed at lies between:
+    after some 0.1 s of their own work, f is l and s is still 0.
+    """
+
+    heating: float
+    seconds: float
+    slow_heating: float
+    slow_seconds: float
+
+    @classmethod
+    def of(cls, sustained: Mapping[str, float]) -> Warming:
+        """Of a profile; the first profiles lack the slow one."""
+        return cls(
+            sustained["heating"],
+            sustained["heat_seconds"],
+            sustained.get("slow_heating", 0.0),
+            sustained.get("slow_heat_seconds", 1.0),
+        )
+
+    def factor(self, load: float, heats: Heats, seconds: float) -> float:
+        """Time of a step's layers over their measured time; a step takes `seconds` or so.
+
+        The heats at its start near the load while it runs; their means count.
+        """
+        fast = _mean(load, heats.fast, seconds, self.seconds)
+        slow = _mean(load, heats.slow, seconds, self.slow_seconds)
+        added = load * (self.heating * fast + self.slow_heating * slow)
+        return (1.0 + added) / (1.0 + self.heating * load * load)
+
+    def worked(self, heats: Heats, load: float, seconds: float) -> Heats:
+        """The heats after so many seconds at a load; at rest it is 0."""
+        return Heats(
+            load + (heats.fast - load) * math.exp(-seconds / self.seconds),
+            load + (heats.slow - load) * math.exp(-seconds / self.slow_seconds),
+        )
+
+
+def _mean(load: float, heat: float, seconds: float, tau: float) -> float:
+    """Of a heat that nears a load for so many seconds."""
+    return load + (heat - load) * tau / seconds * (1.0 - math.exp(-seconds / tau))
