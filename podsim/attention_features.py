@@ -116,6 +116,7 @@ class TileWork:
     longest: float
     """Of the longest tile."""
     tiles: int
+    num_sms: int
 
 
 Tiles = tuple[tuple[int, int], ...]
@@ -129,10 +130,16 @@ def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
     return tuple(tiles)
 
 
-def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
+def tile_work(
+    chunks: Tiles,
+    geometry: Geometry,
+    decode_blocks: Sequence[float] = (),
+    beside: int = 0,
+) -> TileWork:
     """Hand out the tiles as the kernels do (see num_long in kernels/plan.py), the longest first.
 
-    `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
+    `decode_blocks` are the blocks of decodes that are tiles of their own (unified), `beside` the
+    SMs that prefill takes beside a decode kernel; 0: it runs alone.
     """
     blocks_per_tile = geometry.block_m / geometry.pack / geometry.block_n
     sizes = list(decode_blocks)
@@ -149,25 +156,26 @@ def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] 
     heads = geometry.num_kv_heads * packs
     if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
         share = sum(sizes) * heads / geometry.num_sms
-        resident = keys * geometry.num_kv_heads <= geometry.resident_keys
+        resident = not beside and keys * geometry.num_kv_heads <= geometry.resident_keys
         num_long = len(sizes) if resident else sum(size > share for size in sizes)
     order = [size for size in sizes[:num_long] for _ in range(heads)]
     order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
-    busy_until = order[: geometry.num_sms]
+    num_sms = beside or geometry.num_sms
+    busy_until = order[:num_sms]
     heapify(busy_until)
-    for size in order[geometry.num_sms :]:
+    for size in order[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(order), sizes[0], len(order))
+    return TileWork(max(busy_until), sum(order), sizes[0], len(order), num_sms)
 
 
-def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
+def prefill_features(work: TileWork, load: float) -> tuple[float, ...]:
     """`load` is the share of the layer's time that its matrix products take: see `sustained`."""
     return (
         1.0,
         work.makespan,
         work.longest,
-        work.tiles / geometry.num_sms,
-        work.blocks / geometry.num_sms,
+        work.tiles / work.num_sms,
+        work.blocks / work.num_sms,
         work.makespan * load,
     )
 

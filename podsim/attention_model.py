@@ -34,6 +34,7 @@ from podsim.attention_features import (
     tile_work,
 )
 from podsim.batch import BatchShape
+from podsim.kernels.config import balance, config_for, is_decode_heavy, sm_shares
 from podsim.model import Model
 from podsim.overlap import BUSY, WAVES, Overlap, Place, place
 
@@ -41,6 +42,10 @@ Coefficients = Mapping[str, Sequence[float]]
 
 LOADED = FEATURES["prefill"].index("loaded_makespan")
 
+STREAMS = config_for("streams", num_q_heads=1, num_kv_heads=1, head_dim=128, kernels="hopper")
+"""Of which only the policy by which Hopper's kernels share the SMs matters."""
+
+DECODE_HEAVY = {"pod": "pod, decode-heavy"}
 _kept_tile_work = lru_cache(maxsize=100_000)(tile_work)
 """The simulations of a sweep or a search have most of their chunks in common."""
 
@@ -104,7 +109,8 @@ class AttentionModel:
             return self.decode_seconds(n, keys, longest)
         if strategy == "unified" and n:
             return dot(self.coefficients["unified"], self.unified_features(shape))
-        side = self._prefill_side(row_tiles(prefills, self.geometry))
+        sms = self._sms_beside_decode(strategy, shape) if n else 0
+        side = self._prefill_side(row_tiles(prefills, self.geometry), sms)
         _, waves, _, alone, loaded, busy_place, waves_place = side
         if not n:
             return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded
@@ -113,14 +119,15 @@ class AttentionModel:
         load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
         prefill = alone + load * loaded
         both = prefill + decode
-        paid = self.overlaps[strategy].at(prefill / both, busy_place, waves_place)
+        name = DECODE_HEAVY[strategy] if self.is_decode_heavy(strategy, shape) else strategy
+        paid = self.overlaps[name].at(prefill / both, busy_place, waves_place)
         launch, item, wave, pair = self.coefficients[strategy]
         seconds = launch + item * items + wave * waves + paid * both
         return seconds + pair * min(items, waves)
 
-    def sides(self, shape: BatchShape) -> Sides:
+    def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
-        side = self._prefill(shape)
+        side = self._prefill(strategy, shape)
         decode, items = self._decode(shape)
         load = sustained(shape.num_tokens, side.seconds + decode, self.geometry)
         return Sides(side.seconds + load * side.loaded_seconds, decode, items, load, side)
@@ -136,7 +143,7 @@ class AttentionModel:
         work = self._unified_work(
             row_tiles(shape.prefills, geometry), decode_tiles(shape, geometry)
         )
-        prefill, decode, _, load, side = self.sides(shape)
+        prefill, decode, _, load, side = self.sides("unified", shape)
         return (
             1.0,
             work.makespan,
@@ -151,19 +158,36 @@ class AttentionModel:
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))
 
-    def _prefill(self, shape: BatchShape) -> PrefillSide:
-        return self._prefill_side(row_tiles(shape.prefills, self.geometry))
+    def _prefill(self, strategy: str, shape: BatchShape) -> PrefillSide:
+        sms = self._sms_beside_decode(strategy, shape)
+        return self._prefill_side(row_tiles(shape.prefills, self.geometry), sms)
 
-    def _compute_prefill_side(self, chunks: Tiles) -> PrefillSide:
-        num_sms = self.geometry.num_sms
-        work = _kept_tile_work(chunks, self.geometry)
-        waves, busy = work.tiles / num_sms, work.blocks / (work.makespan * num_sms)
+    def _sms_beside_decode(self, strategy: str, shape: BatchShape) -> int:
+        """How many SMs the prefill of a mixed batch takes while decode runs; 0: it runs alone."""
+        geometry = self.geometry
+        if strategy == "pod":
+            return geometry.num_sms
+        if strategy != "streams" or not geometry.resident_keys:
+            return 0
+        ratio = balance(shape.prefills, (shape.decode_context_sum,), geometry.group)
+        return sm_shares(STREAMS, ratio, geometry.num_sms)[0]
+
+    def is_decode_heavy(self, strategy: str, shape: BatchShape) -> bool:
+        """Whether POD runs a mixed batch with the tiles that it has for much decode."""
+        geometry = self.geometry
+        if strategy != "pod" or not geometry.resident_keys:
+            return False
+        return is_decode_heavy(shape.prefills, (shape.decode_context_sum,), geometry.group)
+
+    def _compute_prefill_side(self, chunks: Tiles, sms_beside_decode: int) -> PrefillSide:
+        work = _kept_tile_work(chunks, self.geometry, (), sms_beside_decode)
+        waves, busy = work.tiles / work.num_sms, work.blocks / (work.makespan * work.num_sms)
         coefficients = self.coefficients["prefill"]
         return PrefillSide(
             work,
             waves,
             busy,
-            dot(coefficients, prefill_features(work, self.geometry, 0.0)),
+            dot(coefficients, prefill_features(work, 0.0)),
             coefficients[LOADED] * work.makespan,
             place(BUSY, busy),
             place(WAVES, waves),

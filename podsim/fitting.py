@@ -30,6 +30,7 @@ ERROR_OF_A_TIMING = 0.02
 """Relative errors below it count as noise (their square is minimised), above it as they are."""
 ROUGHNESS = 0.6
 """Weight of the differences of neighbouring cells of a table; by cross-validation."""
+LIKENESS = 0.1
 TILE_OVERHEADS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Blocks; those that are tried."""
 
@@ -57,7 +58,8 @@ def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> Attenti
     overlaps: dict[str, Overlap] = {}
     model = AttentionModel(geometry, coefficients, overlaps)
     for name in ("serial", "streams", "pod"):
-        coefficients[name], overlaps[name] = _fit_mixed(timings[name], model)
+        coefficients[name], found = _fit_mixed(name, timings[name], model)
+        overlaps.update(found)
     coefficients["unified"] = _fit_unified(timings["unified"], model)
     return model
 
@@ -90,7 +92,7 @@ def _prefill_rows(
             ]
         )
         features = [
-            prefill_features(work, geometry, load) for work, load in zip(works, loads, strict=True)
+            prefill_features(work, load) for work, load in zip(works, loads, strict=True)
         ]
         return np.array(features)
 
@@ -122,8 +124,8 @@ def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
     return coefficients
 
 
-def _fit_mixed(timings: Timings, model: AttentionModel) -> tuple[list[float], Overlap]:
-    sides = [model.sides(shape) for shape in timings.shapes]
+def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> tuple[list[float], dict[str, Overlap]]:
+    sides = [model.sides(name, shape) for shape in timings.shapes]
     both = np.array([s.prefill + s.decode for s in sides])
     waves = np.array([s.side.waves for s in sides])
     items = np.array([s.decode_items for s in sides])
@@ -133,13 +135,28 @@ def _fit_mixed(timings: Timings, model: AttentionModel) -> tuple[list[float], Ov
         np.array([s.side.busy for s in sides]),
         waves,
     )
+    differences = ROUGHNESS * roughness()
+    heavy = np.array([model.is_decode_heavy(name, shape) for shape in timings.shapes])
+    if heavy.any():
+        # A table for each set of tiles, alike where one has no timings.
+        cells = np.concatenate([cells * ~heavy[:, None], cells * heavy[:, None]], axis=1)
+        same = LIKENESS * np.eye(differences.shape[1])
+        differences = np.block(
+            [
+                [differences, np.zeros_like(differences)],
+                [np.zeros_like(differences), differences],
+                [same, -same],
+            ]
+        )
     # Of the order of seconds, as the cells are: the roughness is then small beside the errors.
     features = np.concatenate([launches * 1e-6, cells * both[:, None]], axis=1)
-    differences = ROUGHNESS * roughness()
     rough = np.pad(differences, ((0, 0), (launches.shape[1], 0)))
     solution = fit_non_negative(features, timings.seconds, rough)
     coefficients, values = np.split(solution, [launches.shape[1]])
-    return (coefficients * 1e-6).tolist(), Overlap.of(tables(values))
+    parts = np.split(values, 2 if heavy.any() else 1)
+    found = {name: Overlap.of(tables(parts[0]))}
+    found[f"{name}, decode-heavy"] = Overlap.of(tables(parts[-1]))
+    return (coefficients * 1e-6).tolist(), found
 
 
 def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:
