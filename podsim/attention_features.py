@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,7 @@ DECODE_FEATURES = (
     *("launch", "keys", "longest_split", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
-UNIFIED_FEATURES = (
-    *("launch", "makespan", "tiles", "loaded_makespan", "decode_keys"),
-    *("prefill", "shorter", "busy_makespan"),
-)
+UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "decode_keys")
 MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs")
 """Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
 the times of its sides: see `podsim.overlap`."""
@@ -46,8 +44,9 @@ BLOCKS_PER_ITEM = 2.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
 BLOCKS_PER_LONE_BLOCK = 2.0
 """Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
-MASKED_BLOCKS = 2.5
-"""Blocks that a decode takes beyond its keys as a tile of its own: start, end, part of a block."""
+MASKED_BLOCKS = 0.5
+"""Blocks that a decode takes beyond its keys as a tile of its own; its start and end hide behind
+the keys of its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +118,33 @@ class TileWork:
     num_sms: int
 
 
-Tiles = tuple[tuple[int, int], ...]
-"""Of each chunk: its row tiles for one KV head, and the blocks of keys of its last one."""
-
-
-def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
+class Tiles(NamedTuple):
     """What of the chunks' lengths the kernel's work depends on."""
+
+    chunks: tuple[tuple[int, int, int], ...]
+    """Of each: its row tiles for one KV head, the keys before them in tiles' tokens, and the blocks
+    of keys of its last tile."""
+    resident: bool
+    """Whether the L2 holds the keys of all heads: see num_long in kernels/plan.py."""
+
+
+def row_tiles(
+    prefills: Sequence[PrefillShape], geometry: Geometry, decode_keys: int = 0
+) -> Tiles:
+    """Of chunks, and of decodes that run with them as tiles of their own (unified)."""
     pack, block_m, block_n = geometry.pack, geometry.block_m, geometry.block_n
-    tiles = [(-(-num_tokens * pack // block_m), -(-n // block_n)) for num_tokens, n in prefills]
-    return tuple(tiles)
+    tokens = block_m // pack
+    chunks = []
+    keys = decode_keys
+    for num_tokens, n in prefills:
+        before = -(-(n - num_tokens) // tokens)
+        chunks.append((-(-num_tokens * pack // block_m), before, -(-n // block_n)))
+        keys += n
+    return Tiles(tuple(chunks), keys * geometry.num_kv_heads <= geometry.resident_keys)
 
 
 def tile_work(
-    chunks: Tiles,
+    tiles: Tiles,
     geometry: Geometry,
     decode_blocks: Sequence[float] = (),
     beside: int = 0,
@@ -141,23 +154,22 @@ def tile_work(
     `decode_blocks` are the blocks of decodes that are tiles of their own (unified), `beside` the
     SMs that prefill takes beside a decode kernel; 0: it runs alone.
     """
-    blocks_per_tile = geometry.block_m / geometry.pack / geometry.block_n
-    sizes = list(decode_blocks)
-    for num_tiles, last_blocks in chunks:
+    per_block = geometry.block_n * geometry.pack // geometry.block_m
+    sizes: list[float] = []
+    for num_tiles, before, last_blocks in tiles.chunks:
         # Causal: each tile sees its own tokens fewer than the one after it.
-        sizes += [
-            max(last_blocks - i * blocks_per_tile, 1.0) + geometry.tile_overhead
-            for i in range(num_tiles)
-        ]
-    keys = geometry.block_n * (sum(blocks for _, blocks in chunks) + sum(decode_blocks))
+        sizes += [-(-(before + i) // per_block) for i in range(1, num_tiles)]
+        sizes.append(last_blocks)
+    sizes = [size + geometry.tile_overhead for size in sizes]
+    sizes += decode_blocks
     sizes.sort(reverse=True)
     packs = geometry.group // geometry.pack
-    num_long = 0
     heads = geometry.num_kv_heads * packs
+    num_long = 0
     if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
-        share = sum(sizes) * heads / geometry.num_sms
-        resident = not beside and keys * geometry.num_kv_heads <= geometry.resident_keys
-        num_long = len(sizes) if resident else sum(size > share for size in sizes)
+        share = (sum(sizes) - geometry.tile_overhead * sum(c[0] for c in tiles.chunks)) * heads / geometry.num_sms
+        first = tiles.resident and not beside
+        num_long = len(sizes) if first else sum(size - geometry.tile_overhead > share for size in sizes)
     order = [size for size in sizes[:num_long] for _ in range(heads)]
     order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
     num_sms = beside or geometry.num_sms
@@ -165,7 +177,7 @@ def tile_work(
     heapify(busy_until)
     for size in order[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(order), sizes[0], len(order), num_sms)
+    return TileWork(max(busy_until), sum(order), order[0], len(order), num_sms)
 
 
 def prefill_features(work: TileWork, load: float) -> tuple[float, ...]:

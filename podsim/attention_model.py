@@ -141,18 +141,15 @@ class AttentionModel:
         """Of a mixed batch."""
         geometry = self.geometry
         work = self._unified_work(
-            row_tiles(shape.prefills, geometry), decode_tiles(shape, geometry)
+            row_tiles(shape.prefills, geometry, shape.decode_context_sum),
+            decode_tiles(shape, geometry),
         )
-        prefill, decode, _, load, side = self.sides("unified", shape)
         return (
             1.0,
             work.makespan,
-            work.tiles / geometry.num_sms,
-            work.makespan * load,
+            work.tiles / work.num_sms,
+            work.blocks / work.num_sms,
             shape.decode_context_sum * geometry.blocks_per_key,
-            prefill,
-            min(prefill, decode),
-            work.makespan * side.busy,
         )
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
