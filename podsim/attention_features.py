@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from podsim.batch import BatchShape, PrefillShape
 from podsim.model import Model
 
-PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles", "blocks", "loaded_makespan")
+PREFILL_FEATURES = ("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan")
 DECODE_FEATURES = (
     *("launch", "keys", "longest_split", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
@@ -40,6 +40,8 @@ FEATURES = {
 }
 """Names of the features of each kernel model, in the order of its coefficients: seconds each."""
 
+FIRST_BLOCKS = 4.0
+"""Blocks of a prefill tile that the SMs wait for, until the loads run ahead of their use."""
 BLOCKS_PER_ITEM = 2.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
 BLOCKS_PER_LONE_BLOCK = 2.0
@@ -113,7 +115,7 @@ class TileWork:
     blocks: float
     """Of all tiles."""
     longest: float
-    """Of the longest tile."""
+    """Of the longest tile; the others count what a tile costs beside its blocks too."""
     tiles: int
     num_sms: int
 
@@ -155,29 +157,30 @@ def tile_work(
     SMs that prefill takes beside a decode kernel; 0: it runs alone.
     """
     per_block = geometry.block_n * geometry.pack // geometry.block_m
-    sizes: list[float] = []
+    blocks: list[int] = []
     for num_tiles, before, last_blocks in tiles.chunks:
         # Causal: each tile sees its own tokens fewer than the one after it.
-        sizes += [-(-(before + i) // per_block) for i in range(1, num_tiles)]
-        sizes.append(last_blocks)
-    sizes = [size + geometry.tile_overhead for size in sizes]
-    sizes += decode_blocks
+        blocks += [-(-(before + i) // per_block) for i in range(1, num_tiles)]
+        blocks.append(last_blocks)
+    overhead = geometry.tile_overhead
+    sizes = [(size, size + overhead) for size in blocks]
+    sizes += [(size, size + MASKED_BLOCKS) for size in decode_blocks]
     sizes.sort(reverse=True)
     packs = geometry.group // geometry.pack
     heads = geometry.num_kv_heads * packs
     num_long = 0
     if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
-        share = (sum(sizes) - geometry.tile_overhead * sum(c[0] for c in tiles.chunks)) * heads / geometry.num_sms
+        share = sum(size for size, _ in sizes) * heads / geometry.num_sms
         first = tiles.resident and not beside
-        num_long = len(sizes) if first else sum(size - geometry.tile_overhead > share for size in sizes)
-    order = [size for size in sizes[:num_long] for _ in range(heads)]
-    order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
+        num_long = len(sizes) if first else sum(size > share for size, _ in sizes)
+    order = [taken for _, taken in sizes[:num_long] for _ in range(heads)]
+    order += [taken for _, taken in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
     num_sms = beside or geometry.num_sms
     busy_until = order[:num_sms]
     heapify(busy_until)
     for size in order[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(order), order[0], len(order), num_sms)
+    return TileWork(max(busy_until), sum(order), sizes[0][0], len(order), num_sms)
 
 
 def prefill_features(work: TileWork, load: float) -> tuple[float, ...]:
@@ -185,7 +188,7 @@ def prefill_features(work: TileWork, load: float) -> tuple[float, ...]:
     return (
         1.0,
         work.makespan,
-        work.longest,
+        min(work.longest, FIRST_BLOCKS),
         work.tiles / work.num_sms,
         work.blocks / work.num_sms,
         work.makespan * load,
@@ -284,8 +287,8 @@ def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
     """
     longest, others, mean = decodes
     if not others:
-        return [longest + MASKED_BLOCKS]
+        return [longest]
     exponent = max(longest / max(mean, 0.5) - 1.0, 0.0)
     falling = [(1.0 - i / (others + 1)) ** exponent for i in range(1, others + 1)]
     scale = mean * others / sum(falling)
-    return [longest + MASKED_BLOCKS, *(min(scale * f, longest) + MASKED_BLOCKS for f in falling)]
+    return [longest, *(min(scale * f, longest) for f in falling)]
