@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape, PrefillShape
+from podsim.kernels.config import SATURATING_SHARE
 from podsim.model import Model
 
 PREFILL_FEATURES = ("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan")
 DECODE_FEATURES = (
-    *("launch", "keys", "longest_split", "items", "has_combine"),
+    *("launch", "keys", "last_items", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
 UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "decode_keys")
@@ -42,9 +43,9 @@ FEATURES = {
 
 FIRST_BLOCKS = 4.0
 """Blocks of a prefill tile that the SMs wait for, until the loads run ahead of their use."""
-BLOCKS_PER_ITEM = 2.0
+BLOCKS_PER_ITEM = 3.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
-BLOCKS_PER_LONE_BLOCK = 2.0
+BLOCKS_PER_LONE_BLOCK = 1.0
 """Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
 MASKED_BLOCKS = 0.5
 """Blocks that a decode takes beyond its keys as a tile of its own; its start and end hide behind
@@ -215,7 +216,7 @@ def decode_seconds(
     Keys are split so that every SM gets several items, none shorter than min_split_len. In one
     piece and not as features, because a simulated step costs little more than this.
     """
-    launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
+    launch, key, last, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
@@ -224,17 +225,29 @@ def decode_seconds(
     if longest <= split:
         items = n * geometry.items_per_split
         lone = ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
-        seconds = launch + key * blocks + longest_split * lone + item * items
+        seconds = launch + key * blocks + item * items
         return seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone), items
     # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.
     splits = keys / n / split
     cut = n * (1.0 + splits * splits / (splits + 0.5))
     items = cut * geometry.items_per_split
     lone = split / block_n * BLOCKS_PER_LONE_BLOCK
-    seconds = launch + key * blocks + longest_split * lone + item * items
+    seconds = launch + key * blocks + item * items
+    if filling > least:
+        seconds = seconds + last * (lone * _idle_share(n, geometry))
     seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
     partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
     return seconds + has_combine + partial * partials + most * (longest / split), items
+
+
+def _idle_share(n: int, geometry: Geometry) -> float:
+    """Of the memory's time while the last items of n decodes run, what these leave unused.
+
+    Splits are chosen so that every SM gets the same whole number of items. Each decode is then cut
+    evenly, which makes half an item more of it for each head: a few SMs run these in the end, too
+    few to saturate the memory.
+    """
+    return max(1.0 - 0.5 * n * geometry.items_per_split / SATURATING_SHARE, 0.0)
 
 
 def decode_seconds_of_run(
@@ -245,17 +258,20 @@ def decode_seconds_of_run(
     geometry: Geometry,
 ) -> NDArray[np.float64]:
     """Of many batches of as many decodes: the operations of `decode_seconds` in NumPy."""
-    launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
+    launch, key, last, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
-    split = np.ceil(np.maximum(filling, geometry.min_split_blocks)) * block_n
+    least = geometry.min_split_blocks
+    split = np.ceil(np.maximum(filling, least)) * block_n
     is_cut = longest > split
     splits = keys / n / split
     cut = n * (1.0 + splits * splits / (splits + 0.5))
     items = np.where(is_cut, cut, n) * geometry.items_per_split
     lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
-    seconds = launch + key * blocks + longest_split * lone + item * items
+    seconds = launch + key * blocks + item * items
+    ending = last * (lone * _idle_share(n, geometry))
+    seconds = np.where(is_cut & (filling > least), seconds + ending, seconds)
     seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
     partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
     combined = seconds + has_combine + partial * partials + most * (longest / split)
