@@ -184,13 +184,13 @@ def tile_work(
     return TileWork(max(busy_until), sum(order), sizes[0][0], len(order), num_sms)
 
 
-def prefill_features(work: TileWork, load: float) -> tuple[float, ...]:
+def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
     """`load` is the share of the layer's time that its matrix products take: see `sustained`."""
     return (
         1.0,
         work.makespan,
         min(work.longest, FIRST_BLOCKS),
-        work.tiles / work.num_sms,
+        work.tiles / geometry.num_sms,
         work.blocks / work.num_sms,
         work.makespan * load,
     )

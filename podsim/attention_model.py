@@ -38,7 +38,7 @@ from podsim.kernels.config import balance, config_for, is_decode_heavy, sm_share
 from podsim.model import Model
 from podsim.overlap import BUSY, WAVES, Overlap, Place, place
 
-Coefficients = Mapping[str, Sequence[float]]
+Coefficients = dict[str, list[float]]
 
 LOADED = FEATURES["prefill"].index("loaded_makespan")
 
@@ -85,7 +85,7 @@ class AttentionModel:
     """Seconds of one layer's attention, from the coefficients and tables of a profile."""
 
     def __init__(
-        self, geometry: Geometry, coefficients: Coefficients, overlaps: Mapping[str, Overlap]
+        self, geometry: Geometry, coefficients: Coefficients, overlaps: dict[str, Overlap]
     ) -> None:
         self.geometry = geometry
         self.coefficients = coefficients
@@ -184,7 +184,7 @@ class AttentionModel:
             work,
             waves,
             busy,
-            dot(coefficients, prefill_features(work, 0.0)),
+            dot(coefficients, prefill_features(work, self.geometry, 0.0)),
             coefficients[LOADED] * work.makespan,
             place(BUSY, busy),
             place(WAVES, waves),

@@ -31,7 +31,7 @@ ERROR_OF_A_TIMING = 0.02
 ROUGHNESS = 0.6
 """Weight of the differences of neighbouring cells of a table; by cross-validation."""
 LIKENESS = 0.1
-TILE_OVERHEADS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+TILE_OVERHEADS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 """Blocks; those that are tried."""
 
 
@@ -53,27 +53,24 @@ def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> Attenti
             raise InputError(
                 f"measurements.csv: only {len(timings[name].shapes)} rows to fit '{name}' on"
             )
-    geometry, prefill = _fit_prefill(timings["prefill"], geometry)
-    coefficients = {"prefill": prefill, "decode": _fit_decode(timings["decode"], geometry)}
-    overlaps: dict[str, Overlap] = {}
-    model = AttentionModel(geometry, coefficients, overlaps)
-    for name in ("serial", "streams", "pod"):
-        coefficients[name], found = _fit_mixed(name, timings[name], model)
-        overlaps.update(found)
-    coefficients["unified"] = _fit_unified(timings["unified"], model)
-    return model
+    decode = _fit_decode(timings["decode"], geometry)
 
-
-def _fit_prefill(timings: Timings, geometry: Geometry) -> tuple[Geometry, list[float]]:
-    """With the tile overhead under which the rows fit best."""
-
-    def fitted(overhead: float) -> tuple[float, Geometry, list[float]]:
+    def with_overhead(overhead: float) -> tuple[float, AttentionModel]:
+        """The model but for POD and unified, and how badly its prefill and streams fit."""
         tried = replace(geometry, tile_overhead=overhead)
-        solution, misfit = _fit_loaded(timings, _prefill_rows(timings.shapes, tried))
-        return misfit, tried, solution
+        prefill, misfit = _fit_loaded(
+            timings["prefill"], _prefill_rows(timings["prefill"].shapes, tried)
+        )
+        model = AttentionModel(tried, {"prefill": prefill, "decode": decode}, {})
+        return misfit + _fit_mixed("streams", timings["streams"], model), model
 
-    _, best, coefficients = min(map(fitted, TILE_OVERHEADS), key=lambda fit: fit[0])
-    return best, coefficients
+    # Alone, what a tile costs is hard to tell from what its queries' traffic costs all SMs: the
+    # streams, where prefill has few SMs, tell them apart.
+    _, model = min(map(with_overhead, TILE_OVERHEADS), key=lambda fit: fit[0])
+    for name in ("serial", "pod"):
+        _fit_mixed(name, timings[name], model)
+    model.coefficients["unified"] = _fit_unified(timings["unified"], model)
+    return model
 
 
 def _prefill_rows(
@@ -92,7 +89,7 @@ def _prefill_rows(
             ]
         )
         features = [
-            prefill_features(work, load) for work, load in zip(works, loads, strict=True)
+            prefill_features(work, geometry, load) for work, load in zip(works, loads, strict=True)
         ]
         return np.array(features)
 
@@ -124,7 +121,7 @@ def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
     return coefficients
 
 
-def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> tuple[list[float], dict[str, Overlap]]:
+def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> float:
     sides = [model.sides(name, shape) for shape in timings.shapes]
     both = np.array([s.prefill + s.decode for s in sides])
     waves = np.array([s.side.waves for s in sides])
@@ -154,9 +151,11 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> tuple[list
     solution = fit_non_negative(features, timings.seconds, rough)
     coefficients, values = np.split(solution, [launches.shape[1]])
     parts = np.split(values, 2 if heavy.any() else 1)
-    found = {name: Overlap.of(tables(parts[0]))}
-    found[f"{name}, decode-heavy"] = Overlap.of(tables(parts[-1]))
-    return (coefficients * 1e-6).tolist(), found
+    model.coefficients[name] = (coefficients * 1e-6).tolist()
+    model.overlaps[name] = Overlap.of(tables(parts[0]))
+    if heavy.any():
+        model.overlaps[f"{name}, decode-heavy"] = Overlap.of(tables(parts[1]))
+    return float(np.abs(features @ solution / timings.seconds - 1).mean())
 
 
 def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:
