@@ -27,7 +27,7 @@ DECODE_FEATURES = (
     *("partials", "most_partials", "bottleneck"),
 )
 UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "decode_keys")
-MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs")
+MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs", "prefill_keys")
 """Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
 the times of its sides: see `podsim.overlap`."""
 

@@ -58,6 +58,8 @@ class PrefillSide(NamedTuple):
     """Tiles an SM."""
     busy: float
     """Share of the SMs' time that it works."""
+    keys: float
+    """Blocks of decode an SM that the keys of the chunks make."""
     seconds: float
     """Alone, while the clock is high."""
     loaded_seconds: float
@@ -111,7 +113,7 @@ class AttentionModel:
             return dot(self.coefficients["unified"], self.unified_features(shape))
         sms = self._sms_beside_decode(strategy, shape) if n else 0
         side = self._prefill_side(row_tiles(prefills, self.geometry), sms)
-        _, waves, _, alone, loaded, busy_place, waves_place = side
+        _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
         if not n:
             return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded
         coefficients = self.coefficients["decode"]
@@ -121,9 +123,9 @@ class AttentionModel:
         both = prefill + decode
         name = DECODE_HEAVY[strategy] if self.is_decode_heavy(strategy, shape) else strategy
         paid = self.overlaps[name].at(prefill / both, busy_place, waves_place)
-        launch, item, wave, pair = self.coefficients[strategy]
+        launch, item, wave, pair, key = self.coefficients[strategy]
         seconds = launch + item * items + wave * waves + paid * both
-        return seconds + pair * min(items, waves)
+        return seconds + pair * min(items, waves) + key * prefill_keys
 
     def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
@@ -177,13 +179,16 @@ class AttentionModel:
         return is_decode_heavy(shape.prefills, (shape.decode_context_sum,), geometry.group)
 
     def _compute_prefill_side(self, chunks: Tiles, sms_beside_decode: int) -> PrefillSide:
-        work = _kept_tile_work(chunks, self.geometry, (), sms_beside_decode)
+        geometry = self.geometry
+        work = _kept_tile_work(chunks, geometry, (), sms_beside_decode)
+        keys = geometry.block_n * sum(last_blocks for _, _, last_blocks in chunks.chunks)
         waves, busy = work.tiles / work.num_sms, work.blocks / (work.makespan * work.num_sms)
         coefficients = self.coefficients["prefill"]
         return PrefillSide(
             work,
             waves,
             busy,
+            keys * geometry.blocks_per_key,
             dot(coefficients, prefill_features(work, self.geometry, 0.0)),
             coefficients[LOADED] * work.makespan,
             place(BUSY, busy),

@@ -126,7 +126,10 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> float:
     both = np.array([s.prefill + s.decode for s in sides])
     waves = np.array([s.side.waves for s in sides])
     items = np.array([s.decode_items for s in sides])
-    launches = np.stack([np.ones(len(sides)), items, waves, np.minimum(items, waves)], axis=1)
+    keys = np.array([s.side.keys for s in sides])
+    launches = np.stack(
+        [np.ones(len(sides)), items, waves, np.minimum(items, waves), keys], axis=1
+    )
     cells = table_weights(
         np.array([s.prefill for s in sides]) / both,
         np.array([s.side.busy for s in sides]),
