@@ -26,7 +26,7 @@ DECODE_FEATURES = (
     *("launch", "keys", "last_items", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
-UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "decode_keys")
+UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "crowded_decode_keys")
 MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs", "prefill_keys")
 """Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
 the times of its sides: see `podsim.overlap`."""
@@ -119,6 +119,8 @@ class TileWork:
     """Of the longest tile; the others count what a tile costs beside its blocks too."""
     tiles: int
     num_sms: int
+    decode_share: float
+    """Of the blocks, those of decodes that are tiles of their own."""
 
 
 class Tiles(NamedTuple):
@@ -181,7 +183,9 @@ def tile_work(
     heapify(busy_until)
     for size in order[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(order), sizes[0][0], len(order), num_sms)
+    total = sum(order)
+    decode_share = (sum(decode_blocks) + MASKED_BLOCKS * len(decode_blocks)) * heads / total
+    return TileWork(max(busy_until), total, sizes[0][0], len(order), num_sms, decode_share)
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:

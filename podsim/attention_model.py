@@ -151,7 +151,8 @@ class AttentionModel:
             work.makespan,
             work.tiles / work.num_sms,
             work.blocks / work.num_sms,
-            shape.decode_context_sum * geometry.blocks_per_key,
+            # Keys of decodes wait for the memory where other SMs read such keys at the same time.
+            shape.decode_context_sum * geometry.blocks_per_key * work.decode_share,
         )
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
