@@ -165,7 +165,9 @@ def tile_work(
         # Causal: each tile sees its own tokens fewer than the one after it.
         blocks += [-(-(before + i) // per_block) for i in range(1, num_tiles)]
         blocks.append(last_blocks)
-    overhead = geometry.tile_overhead
+    num_sms = beside or geometry.num_sms
+    # Queries and outputs pass the memory, of which each of fewer SMs has more.
+    overhead = geometry.tile_overhead * num_sms / geometry.num_sms
     sizes = [(size, size + overhead) for size in blocks]
     sizes += [(size, size + MASKED_BLOCKS) for size in decode_blocks]
     sizes.sort(reverse=True)
@@ -178,7 +180,6 @@ def tile_work(
         num_long = len(sizes) if first else sum(size > share for size, _ in sizes)
     order = [taken for _, taken in sizes[:num_long] for _ in range(heads)]
     order += [taken for _, taken in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
-    num_sms = beside or geometry.num_sms
     busy_until = order[:num_sms]
     heapify(busy_until)
     for size in order[num_sms:]:

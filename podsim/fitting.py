@@ -53,24 +53,25 @@ def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> Attenti
             raise InputError(
                 f"measurements.csv: only {len(timings[name].shapes)} rows to fit '{name}' on"
             )
-    decode = _fit_decode(timings["decode"], geometry)
-
-    def with_overhead(overhead: float) -> tuple[float, AttentionModel]:
-        """The model but for POD and unified, and how badly its prefill and streams fit."""
-        tried = replace(geometry, tile_overhead=overhead)
-        prefill, misfit = _fit_loaded(
-            timings["prefill"], _prefill_rows(timings["prefill"].shapes, tried)
-        )
-        model = AttentionModel(tried, {"prefill": prefill, "decode": decode}, {})
-        return misfit + _fit_mixed("streams", timings["streams"], model), model
-
-    # Alone, what a tile costs is hard to tell from what its queries' traffic costs all SMs: the
-    # streams, where prefill has few SMs, tell them apart.
-    _, model = min(map(with_overhead, TILE_OVERHEADS), key=lambda fit: fit[0])
-    for name in ("serial", "pod"):
+    geometry, prefill = _fit_prefill(timings["prefill"], geometry)
+    coefficients = {"prefill": prefill, "decode": _fit_decode(timings["decode"], geometry)}
+    model = AttentionModel(geometry, coefficients, {})
+    for name in ("serial", "streams", "pod"):
         _fit_mixed(name, timings[name], model)
-    model.coefficients["unified"] = _fit_unified(timings["unified"], model)
+    coefficients["unified"] = _fit_unified(timings["unified"], model)
     return model
+
+
+def _fit_prefill(timings: Timings, geometry: Geometry) -> tuple[Geometry, list[float]]:
+    """With the tile overhead under which the rows fit best."""
+
+    def fitted(overhead: float) -> tuple[float, Geometry, list[float]]:
+        tried = replace(geometry, tile_overhead=overhead)
+        solution, misfit = _fit_loaded(timings, _prefill_rows(timings.shapes, tried))
+        return misfit, tried, solution
+
+    _, best, coefficients = min(map(fitted, TILE_OVERHEADS), key=lambda fit: fit[0])
+    return best, coefficients
 
 
 def _prefill_rows(
@@ -121,7 +122,8 @@ def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
     return coefficients
 
 
-def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> float:
+def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
+    """Leave what is fitted in the model."""
     sides = [model.sides(name, shape) for shape in timings.shapes]
     both = np.array([s.prefill + s.decode for s in sides])
     waves = np.array([s.side.waves for s in sides])
@@ -158,7 +160,6 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> float:
     model.overlaps[name] = Overlap.of(tables(parts[0]))
     if heavy.any():
         model.overlaps[f"{name}, decode-heavy"] = Overlap.of(tables(parts[1]))
-    return float(np.abs(features @ solution / timings.seconds - 1).mean())
 
 
 def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:
