@@ -42,7 +42,7 @@ FEATURES = {
 """Names of the features of each kernel model, in the order of its coefficients: seconds each."""
 
 FIRST_BLOCKS = 4.0
-"""Blocks of a prefill tile that the SMs wait for, until the loads run ahead of their use."""
+"""Blocks of the longest tile that it waits for, until the loads run ahead of their use."""
 BLOCKS_PER_ITEM = 3.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
 BLOCKS_PER_LONE_BLOCK = 1.0
@@ -85,6 +85,8 @@ class Geometry:
     min_split_blocks: float = field(init=False)
     items_per_split: float = field(init=False)
     """Items an SM for each split of a decode."""
+    unit_keys: int = field(init=False)
+    """To how many keys those before a chunk may be rounded up: its tiles walk the same blocks."""
 
     def __post_init__(self) -> None:
         per_sm = self.num_kv_heads / self.num_sms
@@ -93,6 +95,7 @@ class Geometry:
             ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.decode_block_n),
             ("min_split_blocks", self.min_split_len / self.decode_block_n),
             ("items_per_split", per_sm),
+            ("unit_keys", min(self.block_m // self.pack, self.block_n)),
         ):
             object.__setattr__(self, name, value)
 
@@ -112,13 +115,15 @@ class TileWork:
     """Row tiles of a prefill launch over all KV heads, in blocks of keys to walk."""
 
     makespan: float
-    """Blocks of the SM that has the most, when tiles go to whichever SM is free."""
+    """Blocks, and what tiles cost beside them, of the SM that has the most, when tiles go to
+    whichever SM is free."""
     blocks: float
-    """Of all tiles."""
+    """The same of all tiles."""
     longest: float
-    """Of the longest tile; the others count what a tile costs beside its blocks too."""
+    """Blocks of the longest tile."""
     tiles: int
     num_sms: int
+    """That they are handed to."""
     decode_share: float
     """Of the blocks, those of decodes that are tiles of their own."""
 
@@ -127,22 +132,20 @@ class Tiles(NamedTuple):
     """What of the chunks' lengths the kernel's work depends on."""
 
     chunks: tuple[tuple[int, int, int], ...]
-    """Of each: its row tiles for one KV head, the keys before them in tiles' tokens, and the blocks
-    of keys of its last tile."""
+    """Of each: its row tiles for one KV head, the keys before them in units of `unit_keys`, and the
+    blocks of keys of its last tile."""
     resident: bool
     """Whether the L2 holds the keys of all heads: see num_long in kernels/plan.py."""
 
 
-def row_tiles(
-    prefills: Sequence[PrefillShape], geometry: Geometry, decode_keys: int = 0
-) -> Tiles:
+def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry, decode_keys: int = 0) -> Tiles:
     """Of chunks, and of decodes that run with them as tiles of their own (unified)."""
     pack, block_m, block_n = geometry.pack, geometry.block_m, geometry.block_n
-    tokens = block_m // pack
+    unit = geometry.unit_keys
     chunks = []
     keys = decode_keys
     for num_tokens, n in prefills:
-        before = -(-(n - num_tokens) // tokens)
+        before = -(-(n - num_tokens) // unit)
         chunks.append((-(-num_tokens * pack // block_m), before, -(-n // block_n)))
         keys += n
     return Tiles(tuple(chunks), keys * geometry.num_kv_heads <= geometry.resident_keys)
@@ -159,19 +162,20 @@ def tile_work(
     `decode_blocks` are the blocks of decodes that are tiles of their own (unified), `beside` the
     SMs that prefill takes beside a decode kernel; 0: it runs alone.
     """
-    per_block = geometry.block_n * geometry.pack // geometry.block_m
+    pack, block_m, block_n = geometry.pack, geometry.block_m, geometry.block_n
     blocks: list[int] = []
     for num_tiles, before, last_blocks in tiles.chunks:
-        # Causal: each tile sees its own tokens fewer than the one after it.
-        blocks += [-(-(before + i) // per_block) for i in range(1, num_tiles)]
+        # Causal: each tile sees its own tokens more than the one before it.
+        keys = before * geometry.unit_keys
+        blocks += [-(-(keys + i * block_m // pack) // block_n) for i in range(1, num_tiles)]
         blocks.append(last_blocks)
     num_sms = beside or geometry.num_sms
     # Queries and outputs pass the memory, of which each of fewer SMs has more.
     overhead = geometry.tile_overhead * num_sms / geometry.num_sms
-    sizes = [(size, size + overhead) for size in blocks]
+    sizes: list[tuple[float, float]] = [(size, size + overhead) for size in blocks]
     sizes += [(size, size + MASKED_BLOCKS) for size in decode_blocks]
     sizes.sort(reverse=True)
-    packs = geometry.group // geometry.pack
+    packs = geometry.group // pack
     heads = geometry.num_kv_heads * packs
     num_long = 0
     if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
@@ -252,7 +256,8 @@ def _idle_share(n: int, geometry: Geometry) -> float:
     evenly, which makes half an item more of it for each head: a few SMs run these in the end, too
     few to saturate the memory.
     """
-    return max(1.0 - 0.5 * n * geometry.items_per_split / SATURATING_SHARE, 0.0)
+    idle: float = 1.0 - 0.5 * n * geometry.items_per_split / SATURATING_SHARE
+    return max(idle, 0.0)
 
 
 def decode_seconds_of_run(

@@ -2,9 +2,10 @@
 
 Each side alone is described by its features. A mixed batch under `serial`, `streams` and `pod` is
 described by the two times that its sides would take alone, of which a share is paid: the rest hides
-where the prefill leaves SMs free or waits for the busiest (`podsim.overlap`). `unified` runs
-decodes as prefill tiles of one token. The matrix products of the layer slow its prefill down, as
-they draw the power of the GPU (`attention_features.sustained`).
+where the prefill leaves SMs free or waits for the busiest (`podsim.overlap`). Under `streams` the
+prefill is that on the SMs that it gets beside the decode, and `pod` has a table for each of its two
+sets of tiles. `unified` runs decodes as prefill tiles of one token. The matrix products of the
+layer slow its prefill down, as they draw the power of the GPU (`attention_features.sustained`).
 
 All coefficients are seconds a unit of their feature, and none is negative.
 """
@@ -45,7 +46,9 @@ LOADED = FEATURES["prefill"].index("loaded_makespan")
 STREAMS = config_for("streams", num_q_heads=1, num_kv_heads=1, head_dim=128, kernels="hopper")
 """Of which only the policy by which Hopper's kernels share the SMs matters."""
 
-DECODE_HEAVY = {"pod": "pod, decode-heavy"}
+DECODE_HEAVY = "pod, decode-heavy"
+"""Name of POD's tables for the batches that it runs with tiles for much decode."""
+
 _kept_tile_work = lru_cache(maxsize=100_000)(tile_work)
 """The simulations of a sweep or a search have most of their chunks in common."""
 
@@ -100,7 +103,7 @@ class AttentionModel:
         """From what a profile holds of attention."""
         return cls(
             Geometry.of(model, attention["geometry"]),
-            attention["coefficients"],
+            dict(attention["coefficients"]),
             {name: Overlap.of(values) for name, values in attention["overlap"].items()},
         )
 
@@ -121,7 +124,7 @@ class AttentionModel:
         load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
         prefill = alone + load * loaded
         both = prefill + decode
-        name = DECODE_HEAVY[strategy] if self.is_decode_heavy(strategy, shape) else strategy
+        name = DECODE_HEAVY if self.is_decode_heavy(strategy, shape) else strategy
         paid = self.overlaps[name].at(prefill / both, busy_place, waves_place)
         launch, item, wave, pair, key = self.coefficients[strategy]
         seconds = launch + item * items + wave * waves + paid * both
@@ -170,19 +173,21 @@ class AttentionModel:
         if strategy != "streams" or not geometry.resident_keys:
             return 0
         ratio = balance(shape.prefills, (shape.decode_context_sum,), geometry.group)
-        return sm_shares(STREAMS, ratio, geometry.num_sms)[0]
+        sms, _ = sm_shares(STREAMS, ratio, geometry.num_sms)
+        return int(sms)
 
     def is_decode_heavy(self, strategy: str, shape: BatchShape) -> bool:
         """Whether POD runs a mixed batch with the tiles that it has for much decode."""
         geometry = self.geometry
         if strategy != "pod" or not geometry.resident_keys:
             return False
-        return is_decode_heavy(shape.prefills, (shape.decode_context_sum,), geometry.group)
+        decodes = (shape.decode_context_sum,)
+        return bool(is_decode_heavy(shape.prefills, decodes, geometry.group))
 
     def _compute_prefill_side(self, chunks: Tiles, sms_beside_decode: int) -> PrefillSide:
         geometry = self.geometry
         work = _kept_tile_work(chunks, geometry, (), sms_beside_decode)
-        keys = geometry.block_n * sum(last_blocks for _, _, last_blocks in chunks.chunks)
+        keys = geometry.block_n * sum(blocks for _, _, blocks in chunks.chunks)
         waves, busy = work.tiles / work.num_sms, work.blocks / (work.makespan * work.num_sms)
         coefficients = self.coefficients["prefill"]
         return PrefillSide(

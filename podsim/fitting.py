@@ -17,7 +17,7 @@ from podsim.attention_features import (
     sustained,
     tile_work,
 )
-from podsim.attention_model import AttentionModel
+from podsim.attention_model import DECODE_HEAVY, AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
 from podsim.overlap import Overlap, roughness, table_weights, tables
@@ -31,6 +31,7 @@ ERROR_OF_A_TIMING = 0.02
 ROUGHNESS = 0.6
 """Weight of the differences of neighbouring cells of a table; by cross-validation."""
 LIKENESS = 0.1
+"""Weight of the differences of POD's tables for its two sets of tiles."""
 TILE_OVERHEADS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 """Blocks; those that are tried."""
 
@@ -129,9 +130,7 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
     waves = np.array([s.side.waves for s in sides])
     items = np.array([s.decode_items for s in sides])
     keys = np.array([s.side.keys for s in sides])
-    launches = np.stack(
-        [np.ones(len(sides)), items, waves, np.minimum(items, waves), keys], axis=1
-    )
+    launches = np.stack([np.ones(len(sides)), items, waves, np.minimum(items, waves), keys], axis=1)
     cells = table_weights(
         np.array([s.prefill for s in sides]) / both,
         np.array([s.side.busy for s in sides]),
@@ -158,8 +157,8 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
     parts = np.split(values, 2 if heavy.any() else 1)
     model.coefficients[name] = (coefficients * 1e-6).tolist()
     model.overlaps[name] = Overlap.of(tables(parts[0]))
-    if heavy.any():
-        model.overlaps[f"{name}, decode-heavy"] = Overlap.of(tables(parts[1]))
+    if name == "pod":
+        model.overlaps[DECODE_HEAVY] = Overlap.of(tables(parts[-1]))
 
 
 def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:
