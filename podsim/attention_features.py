@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from math import ceil
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +84,10 @@ class Geometry:
     min_split_blocks: float = field(init=False)
     items_per_split: float = field(init=False)
     """Items an SM for each split of a decode."""
+    ending_share: float = field(init=False)
+    """Of the memory's bandwidth that the last items use, for each decode. Splits are chosen so that
+    every SM gets the same whole number of items; each decode is then cut evenly, which makes about
+    half an item more of it for each head, and few SMs run these in the end."""
     unit_keys: int = field(init=False)
     """To how many keys those before a chunk may be rounded up: its tiles walk the same blocks."""
 
@@ -95,6 +98,7 @@ class Geometry:
             ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.decode_block_n),
             ("min_split_blocks", self.min_split_len / self.decode_block_n),
             ("items_per_split", per_sm),
+            ("ending_share", 0.5 * per_sm / SATURATING_SHARE),
             ("unit_keys", min(self.block_m // self.pack, self.block_n)),
         ):
             object.__setattr__(self, name, value)
@@ -128,14 +132,10 @@ class TileWork:
     """Of the blocks, those of decodes that are tiles of their own."""
 
 
-class Tiles(NamedTuple):
-    """What of the chunks' lengths the kernel's work depends on."""
-
-    chunks: tuple[tuple[int, int, int], ...]
-    """Of each: its row tiles for one KV head, the keys before them in units of `unit_keys`, and the
-    blocks of keys of its last tile."""
-    resident: bool
-    """Whether the L2 holds the keys of all heads: see num_long in kernels/plan.py."""
+Tiles = tuple[tuple[tuple[int, int, int], ...], bool]
+"""What of the chunks' lengths the kernel's work depends on. Of each: its row tiles for one KV head,
+the keys before them in units of `unit_keys`, and the blocks of keys of its last tile. Of all:
+whether the L2 holds the keys of all heads (see num_long in kernels/plan.py)."""
 
 
 def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry, decode_keys: int = 0) -> Tiles:
@@ -145,10 +145,10 @@ def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry, decode_keys:
     chunks = []
     keys = decode_keys
     for num_tokens, n in prefills:
-        before = -(-(n - num_tokens) // unit)
+        before = -((num_tokens - n) // unit)
         chunks.append((-(-num_tokens * pack // block_m), before, -(-n // block_n)))
         keys += n
-    return Tiles(tuple(chunks), keys * geometry.num_kv_heads <= geometry.resident_keys)
+    return tuple(chunks), keys * geometry.num_kv_heads <= geometry.resident_keys
 
 
 def tile_work(
@@ -162,35 +162,45 @@ def tile_work(
     `decode_blocks` are the blocks of decodes that are tiles of their own (unified), `beside` the
     SMs that prefill takes beside a decode kernel; 0: it runs alone.
     """
-    pack, block_m, block_n = geometry.pack, geometry.block_m, geometry.block_n
-    blocks: list[int] = []
-    for num_tiles, before, last_blocks in tiles.chunks:
+    chunks, resident = tiles
+    block_n, tokens = geometry.block_n, geometry.block_m // geometry.pack
+    blocks: list[float] = []
+    for num_tiles, before, last_blocks in chunks:
         # Causal: each tile sees its own tokens more than the one before it.
         keys = before * geometry.unit_keys
-        blocks += [-(-(keys + i * block_m // pack) // block_n) for i in range(1, num_tiles)]
+        blocks += [
+            -(-n // block_n) for n in range(keys + tokens, keys + num_tiles * tokens, tokens)
+        ]
         blocks.append(last_blocks)
     num_sms = beside or geometry.num_sms
     # Queries and outputs pass the memory, of which each of fewer SMs has more.
     overhead = geometry.tile_overhead * num_sms / geometry.num_sms
-    sizes: list[tuple[float, float]] = [(size, size + overhead) for size in blocks]
-    sizes += [(size, size + MASKED_BLOCKS) for size in decode_blocks]
-    sizes.sort(reverse=True)
-    packs = geometry.group // pack
+    if decode_blocks:
+        pairs = [(size, size + overhead) for size in blocks]
+        pairs += [(size, size + MASKED_BLOCKS) for size in decode_blocks]
+        pairs.sort(reverse=True)
+        blocks, taken = ([pair[i] for pair in pairs] for i in (0, 1))
+    else:
+        blocks.sort(reverse=True)
+        taken = [size + overhead for size in blocks]
+    packs = geometry.group // geometry.pack
     heads = geometry.num_kv_heads * packs
     num_long = 0
-    if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
-        share = sum(size for size, _ in sizes) * heads / geometry.num_sms
-        first = tiles.resident and not beside
-        num_long = len(sizes) if first else sum(size > share for size, _ in sizes)
-    order = [taken for _, taken in sizes[:num_long] for _ in range(heads)]
-    order += [taken for _, taken in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
+    if geometry.resident_keys and len(blocks) * heads > geometry.num_sms:
+        share = sum(blocks) * heads / geometry.num_sms
+        if resident and not beside:
+            num_long = len(blocks)
+        elif blocks[0] > share:
+            num_long = sum(size > share for size in blocks)
+    order = [size for size in taken[:num_long] for _ in range(heads)]
+    order += [size for size in taken[num_long:] for _ in range(packs)] * geometry.num_kv_heads
     busy_until = order[:num_sms]
     heapify(busy_until)
     for size in order[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
     total = sum(order)
     decode_share = (sum(decode_blocks) + MASKED_BLOCKS * len(decode_blocks)) * heads / total
-    return TileWork(max(busy_until), total, sizes[0][0], len(order), num_sms, decode_share)
+    return TileWork(max(busy_until), total, blocks[0], len(order), num_sms, decode_share)
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
@@ -222,8 +232,9 @@ def decode_seconds(
 ) -> tuple[float, float]:
     """Seconds of n decodes with so many keys together, and the items that an SM gets of them.
 
-    Keys are split so that every SM gets several items, none shorter than min_split_len. In one
-    piece and not as features, because a simulated step costs little more than this.
+    Keys are split so that every SM gets several items, none shorter than min_split_len; the memory
+    idles while few SMs run the last ones. In one piece and not as features, because a simulated
+    step costs little more than this.
     """
     launch, key, last, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
@@ -242,22 +253,12 @@ def decode_seconds(
     items = cut * geometry.items_per_split
     lone = split / block_n * BLOCKS_PER_LONE_BLOCK
     seconds = launch + key * blocks + item * items
-    if filling > least:
-        seconds = seconds + last * (lone * _idle_share(n, geometry))
+    idle = 1.0 - n * geometry.ending_share
+    if filling > least and idle > 0.0:
+        seconds = seconds + last * (lone * idle)
     seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
     partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
     return seconds + has_combine + partial * partials + most * (longest / split), items
-
-
-def _idle_share(n: int, geometry: Geometry) -> float:
-    """Of the memory's time while the last items of n decodes run, what these leave unused.
-
-    Splits are chosen so that every SM gets the same whole number of items. Each decode is then cut
-    evenly, which makes half an item more of it for each head: a few SMs run these in the end, too
-    few to saturate the memory.
-    """
-    idle: float = 1.0 - 0.5 * n * geometry.items_per_split / SATURATING_SHARE
-    return max(idle, 0.0)
 
 
 def decode_seconds_of_run(
@@ -280,8 +281,9 @@ def decode_seconds_of_run(
     items = np.where(is_cut, cut, n) * geometry.items_per_split
     lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
     seconds = launch + key * blocks + item * items
-    ending = last * (lone * _idle_share(n, geometry))
-    seconds = np.where(is_cut & (filling > least), seconds + ending, seconds)
+    idle = 1.0 - n * geometry.ending_share
+    if idle > 0.0:
+        seconds = np.where(is_cut & (filling > least), seconds + last * (lone * idle), seconds)
     seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
     partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
     combined = seconds + has_combine + partial * partials + most * (longest / split)

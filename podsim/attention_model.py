@@ -187,7 +187,7 @@ class AttentionModel:
     def _compute_prefill_side(self, chunks: Tiles, sms_beside_decode: int) -> PrefillSide:
         geometry = self.geometry
         work = _kept_tile_work(chunks, geometry, (), sms_beside_decode)
-        keys = geometry.block_n * sum(blocks for _, _, blocks in chunks.chunks)
+        keys = geometry.block_n * sum(blocks for _, _, blocks in chunks[0])
         waves, busy = work.tiles / work.num_sms, work.blocks / (work.makespan * work.num_sms)
         coefficients = self.coefficients["prefill"]
         return PrefillSide(
