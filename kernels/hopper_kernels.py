@@ -124,20 +124,20 @@ def pod_kernel(
     decode_mail = make_mailbox(1)
     qp_full = _barriers(1, 1)
     qp_empty = _barriers(1, 2)
-    turns = _barriers(2, 1)
     qd_full = _barriers(1, 1)
     qd_empty = _barriers(1, 1)
     fence_async_shared()
     warps_barrier()
+    no_turns = qp_empty  # not waited for: a barrier of its own would be dead, and its memory reused
     prefill_ctas = gl.load(counts + 3)
     decode_ctas = gl.load(counts + 4)
     Q_HEADS: gl.constexpr = KV_HEADS * GROUP
     gl.warp_specialize(
         [
-            (compute_prefill, (0, out, qp_tiles, qp_full, qp_empty, turns, prefill_ring,
+            (compute_prefill, (0, out, qp_tiles, qp_full, qp_empty, no_turns, prefill_ring,
                                prefill_mail, scale, 1, Q_HEADS, PACK, HEAD_DIM, PREFILL_BLOCK_N,
                                False)),
-            (compute_prefill, (1, out, qp_tiles, qp_full, qp_empty, turns, prefill_ring,
+            (compute_prefill, (1, out, qp_tiles, qp_full, qp_empty, no_turns, prefill_ring,
                                prefill_mail, scale, 1, Q_HEADS, PACK, HEAD_DIM, PREFILL_BLOCK_N,
                                False)),
             (compute_decode, (out, partial_out, partial_lse, qd_tile, qd_full, qd_empty, p_tile,

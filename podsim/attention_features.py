@@ -17,18 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape, PrefillShape
+from podsim.kernels.config import SATURATING_SHARE
 from podsim.model import Model
 
-PREFILL_FEATURES = ("launch", "makespan", "longest", "tiles", "blocks", "loaded_makespan")
+PREFILL_FEATURES = ("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan")
 DECODE_FEATURES = (
-    *("launch", "keys", "longest_split", "items", "has_combine"),
+    *("launch", "keys", "last_items", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
-UNIFIED_FEATURES = (
-    *("launch", "makespan", "tiles", "loaded_makespan", "decode_keys"),
-    *("prefill", "shorter", "busy_makespan"),
-)
-MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs")
+UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "crowded_decode_keys")
+MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs", "prefill_keys")
 """Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
 the times of its sides: see `podsim.overlap`."""
 
@@ -42,12 +40,15 @@ FEATURES = {
 }
 """Names of the features of each kernel model, in the order of its coefficients: seconds each."""
 
-BLOCKS_PER_ITEM = 2.0
+FIRST_BLOCKS = 4.0
+"""Blocks of the longest tile that it waits for, until the loads run ahead of their use."""
+BLOCKS_PER_ITEM = 3.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
-BLOCKS_PER_LONE_BLOCK = 2.0
+BLOCKS_PER_LONE_BLOCK = 1.0
 """Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
-MASKED_BLOCKS = 2.5
-"""Blocks that a decode takes beyond its keys as a tile of its own: start, end, part of a block."""
+MASKED_BLOCKS = 0.5
+"""Blocks that a decode takes beyond its keys as a tile of its own; its start and end hide behind
+the keys of its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,12 @@ class Geometry:
     min_split_blocks: float = field(init=False)
     items_per_split: float = field(init=False)
     """Items an SM for each split of a decode."""
+    ending_share: float = field(init=False)
+    """Of the memory's bandwidth that the last items use, for each decode. Splits are chosen so that
+    every SM gets the same whole number of items; each decode is then cut evenly, which makes about
+    half an item more of it for each head, and few SMs run these in the end."""
+    unit_keys: int = field(init=False)
+    """To how many keys those before a chunk may be rounded up: its tiles walk the same blocks."""
 
     def __post_init__(self) -> None:
         per_sm = self.num_kv_heads / self.num_sms
@@ -91,6 +98,8 @@ class Geometry:
             ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.decode_block_n),
             ("min_split_blocks", self.min_split_len / self.decode_block_n),
             ("items_per_split", per_sm),
+            ("ending_share", 0.5 * per_sm / SATURATING_SHARE),
+            ("unit_keys", min(self.block_m // self.pack, self.block_n)),
         ):
             object.__setattr__(self, name, value)
 
@@ -110,54 +119,88 @@ class TileWork:
     """Row tiles of a prefill launch over all KV heads, in blocks of keys to walk."""
 
     makespan: float
-    """Blocks of the SM that has the most, when tiles go to whichever SM is free."""
+    """Blocks, and what tiles cost beside them, of the SM that has the most, when tiles go to
+    whichever SM is free."""
     blocks: float
-    """Of all tiles."""
+    """The same of all tiles."""
     longest: float
-    """Of the longest tile."""
+    """Blocks of the longest tile."""
     tiles: int
+    num_sms: int
+    """That they are handed to."""
+    decode_share: float
+    """Of the blocks, those of decodes that are tiles of their own."""
 
 
-Tiles = tuple[tuple[int, int], ...]
-"""Of each chunk: its row tiles for one KV head, and the blocks of keys of its last one."""
+Tiles = tuple[tuple[tuple[int, int, int], ...], bool]
+"""What of the chunks' lengths the kernel's work depends on. Of each: its row tiles for one KV head,
+the keys before them in units of `unit_keys`, and the blocks of keys of its last tile. Of all:
+whether the L2 holds the keys of all heads (see num_long in kernels/plan.py)."""
 
 
-def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry) -> Tiles:
-    """What of the chunks' lengths the kernel's work depends on."""
+def row_tiles(prefills: Sequence[PrefillShape], geometry: Geometry, decode_keys: int = 0) -> Tiles:
+    """Of chunks, and of decodes that run with them as tiles of their own (unified)."""
     pack, block_m, block_n = geometry.pack, geometry.block_m, geometry.block_n
-    tiles = [(-(-num_tokens * pack // block_m), -(-n // block_n)) for num_tokens, n in prefills]
-    return tuple(tiles)
+    unit = geometry.unit_keys
+    chunks = []
+    keys = decode_keys
+    for num_tokens, n in prefills:
+        before = -((num_tokens - n) // unit)
+        chunks.append((-(-num_tokens * pack // block_m), before, -(-n // block_n)))
+        keys += n
+    return tuple(chunks), keys * geometry.num_kv_heads <= geometry.resident_keys
 
 
-def tile_work(chunks: Tiles, geometry: Geometry, decode_blocks: Sequence[float] = ()) -> TileWork:
+def tile_work(
+    tiles: Tiles,
+    geometry: Geometry,
+    decode_blocks: Sequence[float] = (),
+    beside: int = 0,
+) -> TileWork:
     """Hand out the tiles as the kernels do (see num_long in kernels/plan.py), the longest first.
 
-    `decode_blocks` are the blocks of decodes that are tiles of their own (unified).
+    `decode_blocks` are the blocks of decodes that are tiles of their own (unified), `beside` the
+    SMs that prefill takes beside a decode kernel; 0: it runs alone.
     """
-    blocks_per_tile = geometry.block_m / geometry.pack / geometry.block_n
-    sizes = list(decode_blocks)
-    for num_tiles, last_blocks in chunks:
-        # Causal: each tile sees its own tokens fewer than the one after it.
-        sizes += [
-            max(last_blocks - i * blocks_per_tile, 1.0) + geometry.tile_overhead
-            for i in range(num_tiles)
+    chunks, resident = tiles
+    block_n, tokens = geometry.block_n, geometry.block_m // geometry.pack
+    blocks: list[float] = []
+    for num_tiles, before, last_blocks in chunks:
+        # Causal: each tile sees its own tokens more than the one before it.
+        keys = before * geometry.unit_keys
+        blocks += [
+            -(-n // block_n) for n in range(keys + tokens, keys + num_tiles * tokens, tokens)
         ]
-    keys = geometry.block_n * (sum(blocks for _, blocks in chunks) + sum(decode_blocks))
-    sizes.sort(reverse=True)
+        blocks.append(last_blocks)
+    num_sms = beside or geometry.num_sms
+    # Queries and outputs pass the memory, of which each of fewer SMs has more.
+    overhead = geometry.tile_overhead * num_sms / geometry.num_sms
+    if decode_blocks:
+        pairs = [(size, size + overhead) for size in blocks]
+        pairs += [(size, size + MASKED_BLOCKS) for size in decode_blocks]
+        pairs.sort(reverse=True)
+        blocks, taken = ([pair[i] for pair in pairs] for i in (0, 1))
+    else:
+        blocks.sort(reverse=True)
+        taken = [size + overhead for size in blocks]
     packs = geometry.group // geometry.pack
-    num_long = 0
     heads = geometry.num_kv_heads * packs
-    if geometry.resident_keys and len(sizes) * heads > geometry.num_sms:
-        share = sum(sizes) * heads / geometry.num_sms
-        resident = keys * geometry.num_kv_heads <= geometry.resident_keys
-        num_long = len(sizes) if resident else sum(size > share for size in sizes)
-    order = [size for size in sizes[:num_long] for _ in range(heads)]
-    order += [s for s in sizes[num_long:] for _ in range(packs)] * geometry.num_kv_heads
-    busy_until = order[: geometry.num_sms]
+    num_long = 0
+    if geometry.resident_keys and len(blocks) * heads > geometry.num_sms:
+        share = sum(blocks) * heads / geometry.num_sms
+        if resident and not beside:
+            num_long = len(blocks)
+        elif blocks[0] > share:
+            num_long = sum(size > share for size in blocks)
+    order = [size for size in taken[:num_long] for _ in range(heads)]
+    order += [size for size in taken[num_long:] for _ in range(packs)] * geometry.num_kv_heads
+    busy_until = order[:num_sms]
     heapify(busy_until)
-    for size in order[geometry.num_sms :]:
+    for size in order[num_sms:]:
         heapreplace(busy_until, busy_until[0] + size)
-    return TileWork(max(busy_until), sum(order), sizes[0], len(order))
+    total = sum(order)
+    decode_share = (sum(decode_blocks) + MASKED_BLOCKS * len(decode_blocks)) * heads / total
+    return TileWork(max(busy_until), total, blocks[0], len(order), num_sms, decode_share)
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
@@ -165,9 +208,9 @@ def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[f
     return (
         1.0,
         work.makespan,
-        work.longest,
+        min(work.longest, FIRST_BLOCKS),
         work.tiles / geometry.num_sms,
-        work.blocks / geometry.num_sms,
+        work.blocks / work.num_sms,
         work.makespan * load,
     )
 
@@ -189,10 +232,11 @@ def decode_seconds(
 ) -> tuple[float, float]:
     """Seconds of n decodes with so many keys together, and the items that an SM gets of them.
 
-    Keys are split so that every SM gets several items, none shorter than min_split_len. In one
-    piece and not as features, because a simulated step costs little more than this.
+    Keys are split so that every SM gets several items, none shorter than min_split_len; the memory
+    idles while few SMs run the last ones. In one piece and not as features, because a simulated
+    step costs little more than this.
     """
-    launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
+    launch, key, last, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
@@ -201,14 +245,17 @@ def decode_seconds(
     if longest <= split:
         items = n * geometry.items_per_split
         lone = ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
-        seconds = launch + key * blocks + longest_split * lone + item * items
+        seconds = launch + key * blocks + item * items
         return seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone), items
     # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.
     splits = keys / n / split
     cut = n * (1.0 + splits * splits / (splits + 0.5))
     items = cut * geometry.items_per_split
     lone = split / block_n * BLOCKS_PER_LONE_BLOCK
-    seconds = launch + key * blocks + longest_split * lone + item * items
+    seconds = launch + key * blocks + item * items
+    idle = 1.0 - n * geometry.ending_share
+    if filling > least and idle > 0.0:
+        seconds = seconds + last * (lone * idle)
     seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
     partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
     return seconds + has_combine + partial * partials + most * (longest / split), items
@@ -222,17 +269,21 @@ def decode_seconds_of_run(
     geometry: Geometry,
 ) -> NDArray[np.float64]:
     """Of many batches of as many decodes: the operations of `decode_seconds` in NumPy."""
-    launch, key, longest_split, item, has_combine, partial, most, bound = coefficients
+    launch, key, last, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
-    split = np.ceil(np.maximum(filling, geometry.min_split_blocks)) * block_n
+    least = geometry.min_split_blocks
+    split = np.ceil(np.maximum(filling, least)) * block_n
     is_cut = longest > split
     splits = keys / n / split
     cut = n * (1.0 + splits * splits / (splits + 0.5))
     items = np.where(is_cut, cut, n) * geometry.items_per_split
     lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
-    seconds = launch + key * blocks + longest_split * lone + item * items
+    seconds = launch + key * blocks + item * items
+    idle = 1.0 - n * geometry.ending_share
+    if idle > 0.0:
+        seconds = np.where(is_cut & (filling > least), seconds + last * (lone * idle), seconds)
     seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
     partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
     combined = seconds + has_combine + partial * partials + most * (longest / split)
@@ -264,8 +315,8 @@ def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
     """
     longest, others, mean = decodes
     if not others:
-        return [longest + MASKED_BLOCKS]
+        return [longest]
     exponent = max(longest / max(mean, 0.5) - 1.0, 0.0)
     falling = [(1.0 - i / (others + 1)) ** exponent for i in range(1, others + 1)]
     scale = mean * others / sum(falling)
-    return [longest + MASKED_BLOCKS, *(min(scale * f, longest) + MASKED_BLOCKS for f in falling)]
+    return [longest, *(min(scale * f, longest) for f in falling)]

@@ -2,9 +2,10 @@
 
 Each side alone is described by its features. A mixed batch under `serial`, `streams` and `pod` is
 described by the two times that its sides would take alone, of which a share is paid: the rest hides
-where the prefill leaves SMs free or waits for the busiest (`podsim.overlap`). `unified` runs
-decodes as prefill tiles of one token. The matrix products of the layer slow its prefill down, as
-they draw the power of the GPU (`attention_features.sustained`).
+where the prefill leaves SMs free or waits for the busiest (`podsim.overlap`). Under `streams` the
+prefill is that on the SMs that it gets beside the decode, and `pod` has a table for each of its two
+sets of tiles. `unified` runs decodes as prefill tiles of one token. The matrix products of the
+layer slow its prefill down, as they draw the power of the GPU (`attention_features.sustained`).
 
 All coefficients are seconds a unit of their feature, and none is negative.
 """
@@ -34,12 +35,19 @@ from podsim.attention_features import (
     tile_work,
 )
 from podsim.batch import BatchShape
+from podsim.kernels.config import balance, config_for, is_decode_heavy, sm_shares
 from podsim.model import Model
 from podsim.overlap import BUSY, WAVES, Overlap, Place, place
 
-Coefficients = Mapping[str, Sequence[float]]
+Coefficients = dict[str, list[float]]
 
 LOADED = FEATURES["prefill"].index("loaded_makespan")
+
+STREAMS = config_for("streams", num_q_heads=1, num_kv_heads=1, head_dim=128, kernels="hopper")
+"""Of which only the policy by which Hopper's kernels share the SMs matters."""
+
+DECODE_HEAVY = "pod, decode-heavy"
+"""Name of POD's tables for the batches that it runs with tiles for much decode."""
 
 _kept_tile_work = lru_cache(maxsize=100_000)(tile_work)
 """The simulations of a sweep or a search have most of their chunks in common."""
@@ -53,6 +61,8 @@ class PrefillSide(NamedTuple):
     """Tiles an SM."""
     busy: float
     """Share of the SMs' time that it works."""
+    keys: float
+    """Blocks of decode an SM that the keys of the chunks make."""
     seconds: float
     """Alone, while the clock is high."""
     loaded_seconds: float
@@ -80,7 +90,7 @@ class AttentionModel:
     """Seconds of one layer's attention, from the coefficients and tables of a profile."""
 
     def __init__(
-        self, geometry: Geometry, coefficients: Coefficients, overlaps: Mapping[str, Overlap]
+        self, geometry: Geometry, coefficients: Coefficients, overlaps: dict[str, Overlap]
     ) -> None:
         self.geometry = geometry
         self.coefficients = coefficients
@@ -97,7 +107,7 @@ class AttentionModel:
         """From what a profile holds of attention."""
         return cls(
             Geometry.of(model, attention["geometry"]),
-            attention["coefficients"],
+            dict(attention["coefficients"]),
             {name: Overlap.of(values) for name, values in attention["overlap"].items()},
         )
 
@@ -108,8 +118,9 @@ class AttentionModel:
             return self.decode_seconds(n, keys, longest)
         if strategy == "unified" and n:
             return dot(self.coefficients["unified"], self.unified_features(shape))
-        side = self._prefill_side(row_tiles(prefills, self.geometry))
-        _, waves, _, alone, loaded, busy_place, waves_place = side
+        sms = self._sms_beside_decode(strategy, shape) if n else 0
+        side = self._prefill_side(row_tiles(prefills, self.geometry), sms)
+        _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
         if not n:
             return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded
         coefficients = self.coefficients["decode"]
@@ -117,14 +128,15 @@ class AttentionModel:
         load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
         prefill = alone + load * loaded
         both = prefill + decode
-        paid = self.overlaps[strategy].at(prefill / both, busy_place, waves_place)
-        launch, item, wave, pair = self.coefficients[strategy]
+        name = DECODE_HEAVY if self.is_decode_heavy(strategy, shape) else strategy
+        paid = self.overlaps[name].at(prefill / both, busy_place, waves_place)
+        launch, item, wave, pair, key = self.coefficients[strategy]
         seconds = launch + item * items + wave * waves + paid * both
-        return seconds + pair * min(items, waves)
+        return seconds + pair * min(items, waves) + key * prefill_keys
 
-    def sides(self, shape: BatchShape) -> Sides:
+    def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
-        side = self._prefill(shape)
+        side = self._prefill(strategy, shape)
         decode, items = self._decode(shape)
         load = sustained(shape.num_tokens, side.seconds + decode, self.geometry)
         return Sides(side.seconds + load * side.loaded_seconds, decode, items, load, side)
@@ -138,35 +150,55 @@ class AttentionModel:
         """Of a mixed batch."""
         geometry = self.geometry
         work = self._unified_work(
-            row_tiles(shape.prefills, geometry), decode_tiles(shape, geometry)
+            row_tiles(shape.prefills, geometry, shape.decode_context_sum),
+            decode_tiles(shape, geometry),
         )
-        prefill, decode, _, load, side = self.sides(shape)
         return (
             1.0,
             work.makespan,
-            work.tiles / geometry.num_sms,
-            work.makespan * load,
-            shape.decode_context_sum * geometry.blocks_per_key,
-            prefill,
-            min(prefill, decode),
-            work.makespan * side.busy,
+            work.tiles / work.num_sms,
+            work.blocks / work.num_sms,
+            # Keys of decodes wait for the memory where other SMs read such keys at the same time.
+            shape.decode_context_sum * geometry.blocks_per_key * work.decode_share,
         )
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))
 
-    def _prefill(self, shape: BatchShape) -> PrefillSide:
-        return self._prefill_side(row_tiles(shape.prefills, self.geometry))
+    def _prefill(self, strategy: str, shape: BatchShape) -> PrefillSide:
+        sms = self._sms_beside_decode(strategy, shape)
+        return self._prefill_side(row_tiles(shape.prefills, self.geometry), sms)
 
-    def _compute_prefill_side(self, chunks: Tiles) -> PrefillSide:
-        num_sms = self.geometry.num_sms
-        work = _kept_tile_work(chunks, self.geometry)
-        waves, busy = work.tiles / num_sms, work.blocks / (work.makespan * num_sms)
+    def _sms_beside_decode(self, strategy: str, shape: BatchShape) -> int:
+        """How many SMs the prefill of a mixed batch takes while decode runs; 0: it runs alone."""
+        geometry = self.geometry
+        if strategy == "pod":
+            return geometry.num_sms
+        if strategy != "streams" or not geometry.resident_keys:
+            return 0
+        ratio = balance(shape.prefills, (shape.decode_context_sum,), geometry.group)
+        sms, _ = sm_shares(STREAMS, ratio, geometry.num_sms)
+        return int(sms)
+
+    def is_decode_heavy(self, strategy: str, shape: BatchShape) -> bool:
+        """Whether POD runs a mixed batch with the tiles that it has for much decode."""
+        geometry = self.geometry
+        if strategy != "pod" or not geometry.resident_keys:
+            return False
+        decodes = (shape.decode_context_sum,)
+        return bool(is_decode_heavy(shape.prefills, decodes, geometry.group))
+
+    def _compute_prefill_side(self, chunks: Tiles, sms_beside_decode: int) -> PrefillSide:
+        geometry = self.geometry
+        work = _kept_tile_work(chunks, geometry, (), sms_beside_decode)
+        keys = geometry.block_n * sum(blocks for _, _, blocks in chunks[0])
+        waves, busy = work.tiles / work.num_sms, work.blocks / (work.makespan * work.num_sms)
         coefficients = self.coefficients["prefill"]
         return PrefillSide(
             work,
             waves,
             busy,
+            keys * geometry.blocks_per_key,
             dot(coefficients, prefill_features(work, self.geometry, 0.0)),
             coefficients[LOADED] * work.makespan,
             place(BUSY, busy),

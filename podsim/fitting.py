@@ -17,7 +17,7 @@ from podsim.attention_features import (
     sustained,
     tile_work,
 )
-from podsim.attention_model import AttentionModel
+from podsim.attention_model import DECODE_HEAVY, AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
 from podsim.heat import Warming
@@ -31,7 +31,9 @@ ERROR_OF_A_TIMING = 0.02
 """Relative errors below it count as noise (their square is minimised), above it as they are."""
 ROUGHNESS = 0.6
 """Weight of the differences of neighbouring cells of a table; by cross-validation."""
-TILE_OVERHEADS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+LIKENESS = 0.1
+"""Weight of the differences of POD's tables for its two sets of tiles."""
+TILE_OVERHEADS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 """Blocks; those that are tried."""
 SLOW_FROM = 0.3
 """Seconds: the time constant of the fast heat is below it, that of the slow one above."""
@@ -57,10 +59,9 @@ def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> Attenti
             )
     geometry, prefill = _fit_prefill(timings["prefill"], geometry)
     coefficients = {"prefill": prefill, "decode": _fit_decode(timings["decode"], geometry)}
-    overlaps: dict[str, Overlap] = {}
-    model = AttentionModel(geometry, coefficients, overlaps)
+    model = AttentionModel(geometry, coefficients, {})
     for name in ("serial", "streams", "pod"):
-        coefficients[name], overlaps[name] = _fit_mixed(timings[name], model)
+        _fit_mixed(name, timings[name], model)
     coefficients["unified"] = _fit_unified(timings["unified"], model)
     return model
 
@@ -125,24 +126,42 @@ def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
     return coefficients
 
 
-def _fit_mixed(timings: Timings, model: AttentionModel) -> tuple[list[float], Overlap]:
-    sides = [model.sides(shape) for shape in timings.shapes]
+def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
+    """Leave what is fitted in the model."""
+    sides = [model.sides(name, shape) for shape in timings.shapes]
     both = np.array([s.prefill + s.decode for s in sides])
     waves = np.array([s.side.waves for s in sides])
     items = np.array([s.decode_items for s in sides])
-    launches = np.stack([np.ones(len(sides)), items, waves, np.minimum(items, waves)], axis=1)
+    keys = np.array([s.side.keys for s in sides])
+    launches = np.stack([np.ones(len(sides)), items, waves, np.minimum(items, waves), keys], axis=1)
     cells = table_weights(
         np.array([s.prefill for s in sides]) / both,
         np.array([s.side.busy for s in sides]),
         waves,
     )
+    differences = ROUGHNESS * roughness()
+    heavy = np.array([model.is_decode_heavy(name, shape) for shape in timings.shapes])
+    if heavy.any():
+        # A table for each set of tiles, alike where one has no timings.
+        cells = np.concatenate([cells * ~heavy[:, None], cells * heavy[:, None]], axis=1)
+        same = LIKENESS * np.eye(differences.shape[1])
+        differences = np.block(
+            [
+                [differences, np.zeros_like(differences)],
+                [np.zeros_like(differences), differences],
+                [same, -same],
+            ]
+        )
     # Of the order of seconds, as the cells are: the roughness is then small beside the errors.
     features = np.concatenate([launches * 1e-6, cells * both[:, None]], axis=1)
-    differences = ROUGHNESS * roughness()
     rough = np.pad(differences, ((0, 0), (launches.shape[1], 0)))
     solution = fit_non_negative(features, timings.seconds, rough)
     coefficients, values = np.split(solution, [launches.shape[1]])
-    return (coefficients * 1e-6).tolist(), Overlap.of(tables(values))
+    parts = np.split(values, 2 if heavy.any() else 1)
+    model.coefficients[name] = (coefficients * 1e-6).tolist()
+    model.overlaps[name] = Overlap.of(tables(parts[0]))
+    if name == "pod":
+        model.overlaps[DECODE_HEAVY] = Overlap.of(tables(parts[-1]))
 
 
 def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:

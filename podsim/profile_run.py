@@ -16,7 +16,6 @@ from statistics import median, quantiles
 from typing import Protocol
 
 from podsim import calibration
-from podsim.clock_state import refuse_held_down
 from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.model import Model
@@ -204,7 +203,7 @@ def _finish(
     scratch = folder / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    rows = _both_refused(refuse_held_down(journal.rows))
+    rows = _both_refused(journal.rows)
     measured = {
         **provenance,
         "quick": plan.quick,

@@ -18,15 +18,17 @@ from podsim import calibration
 from podsim.attention_features import (
     DECODE_FEATURES,
     Geometry,
+    TileWork,
     decode_seconds,
     decode_seconds_of_run,
     decode_tile_blocks,
     decode_tiles,
+    row_tiles,
     sustained,
     tile_work,
 )
 from podsim.attention_model import AttentionModel
-from podsim.batch import BatchShape
+from podsim.batch import BatchShape, PrefillShape
 from podsim.cli import app
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
@@ -151,13 +153,33 @@ TWO_SMS = Geometry(
 )  # fmt: skip
 
 
+def work(*chunks: tuple[int, int], geometry: Geometry, beside: int = 0) -> TileWork:
+    """Of chunks as blocks of queries at blocks of keys."""
+    prefills = [PrefillShape(64 * queries, 64 * keys) for queries, keys in chunks]
+    return tile_work(row_tiles(prefills, geometry), geometry, beside=beside)
+
+
 def test_tiles_go_to_the_sm_that_is_free() -> None:
-    geometry = TWO_SMS
     # Four tiles of a prompt, 1 to 4 blocks each: 4 + 1 and 3 + 2 on two SMs.
-    assert tile_work(((4, 4),), geometry).makespan == 5.0
-    assert tile_work(((4, 4),), geometry).blocks == 10.0
+    assert work((4, 4), geometry=TWO_SMS).makespan == 5.0
+    assert work((4, 4), geometry=TWO_SMS).blocks == 10.0
     # Three equal tiles take two turns.
-    assert tile_work(((1, 4), (1, 4), (1, 4)), geometry).makespan == 8.0
+    assert work((1, 4), (1, 4), (1, 4), geometry=TWO_SMS).makespan == 8.0
+
+
+def test_a_tile_walks_whole_blocks_of_the_keys_that_it_sees() -> None:
+    packed = replace(TWO_SMS, group=4, pack=4, num_sms=1)  # tiles of 16 tokens
+    # Tiles that end at keys 56, 72, 88 and 100: 1, 2, 2 and 2 blocks.
+    tiles = row_tiles([PrefillShape(60, 100)], packed)
+    assert tile_work(tiles, packed).blocks == 7.0
+    large = replace(TWO_SMS, block_m=128, num_sms=1)  # tiles of two blocks of tokens
+    assert work((4, 5), geometry=large).blocks == 3.0 + 5.0
+
+
+def test_beside_decode_prefill_has_fewer_sms_and_a_tile_costs_less() -> None:
+    costly = replace(TWO_SMS, tile_overhead=1.0)
+    assert work((4, 4), geometry=costly).makespan == 7.0
+    assert work((4, 4), geometry=costly, beside=1).makespan == 10.0 + 4 * 0.5
 
 
 def test_long_tiles_come_first_of_all_heads() -> None:
@@ -165,34 +187,40 @@ def test_long_tiles_come_first_of_all_heads() -> None:
     long_first = replace(two_heads, resident_keys=1)
     # One tile of 9 blocks and two of 1 for each head: 9 + 1 + 1 twice, or 9 late on top of 1 + 1.
     chunks = ((1, 9), (1, 1), (1, 1))
-    assert tile_work(chunks, long_first).makespan == 11.0
-    assert tile_work(chunks, two_heads).makespan == 11.0
+    assert work(*chunks, geometry=long_first).makespan == 11.0
+    assert work(*chunks, geometry=two_heads).makespan == 11.0
     three_sms = replace(long_first, num_sms=3)
-    assert tile_work(chunks, three_sms).makespan == 9.0
-    assert tile_work(chunks, replace(three_sms, resident_keys=0)).makespan == 10.0
+    assert work(*chunks, geometry=three_sms).makespan == 9.0
+    assert work(*chunks, geometry=replace(three_sms, resident_keys=0)).makespan == 10.0
 
 
 def test_the_longest_tiles_come_first_where_the_l2_holds_the_keys() -> None:
     heads = replace(TWO_SMS, num_kv_heads=3, group=1)
+    resident = replace(heads, resident_keys=10**6)
     # Tiles of 2 and 1 blocks for each of three heads, on two SMs: 2 1 2 1 2 1, or 2 2 2 1 1 1.
-    assert tile_work(((2, 2),), heads).makespan == 5.0
-    assert tile_work(((2, 2),), replace(heads, resident_keys=10**6)).makespan == 5.0
-    assert tile_work(((1, 3), (1, 1)), heads).makespan == 7.0
-    assert tile_work(((1, 3), (1, 1)), replace(heads, resident_keys=10**6)).makespan == 6.0
+    assert work((2, 2), geometry=heads).makespan == 5.0
+    assert work((2, 2), geometry=resident).makespan == 5.0
+    assert work((1, 3), (1, 1), geometry=heads).makespan == 7.0
+    assert work((1, 3), (1, 1), geometry=resident).makespan == 6.0
+    # Exactly as many keys as fit, and one more.
+    fitting = replace(heads, resident_keys=3 * 64 * 4)
+    assert work((1, 3), (1, 1), geometry=fitting).makespan == 6.0
+    assert work((1, 3), (1, 1), geometry=replace(fitting, resident_keys=767)).makespan == 7.0
+    # Beside a decode, only those that are longer than an SM's share.
+    assert work((1, 3), (1, 1), geometry=resident, beside=2).makespan == 7.0
 
 
 def test_heads_that_do_not_pack_are_tiles_of_their_own() -> None:
     five = replace(TWO_SMS, group=5, pack=1, num_sms=5)
-    assert tile_work(((1, 4),), five).tiles == 5
-    assert tile_work(((1, 4),), five).makespan == 4.0
+    assert work((1, 4), geometry=five).tiles == 5
+    assert work((1, 4), geometry=five).makespan == 4.0
 
 
 @given(contexts.filter(len))
 def test_decodes_as_tiles_keep_their_longest_and_nearly_their_sum(decodes: list[int]) -> None:
     geometry = AttentionModel.of(LLAMA, PROFILE.attention).geometry
     tiles = decode_tiles(BatchShape.of((), decodes), geometry)
-    overhead = decode_tile_blocks((0, 0, 0))[0]
-    blocks = [size - overhead for size in decode_tile_blocks(tiles)]
+    blocks = decode_tile_blocks(tiles)
     assert len(blocks) == len(decodes)
     assert max(blocks) == blocks[0] == -(-max(decodes) // geometry.block_n)
     assert blocks == sorted(blocks, reverse=True)

@@ -31,7 +31,6 @@ LAYERS = [
         "row_checks",
         "profile_plan",
         "profile_journal",
-        "clock_state",
         "profile_run",
         "profile_extend",
         "profile_checks",
