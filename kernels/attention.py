@@ -6,7 +6,8 @@ unified   one variable-length launch in which a decode is a chunk of one token
 pod       one launch that runs both operations on each SM
 
 q, out            [num_tokens, num_q_heads, head_dim]: the chunks' tokens, then the decodes'
-k_cache, v_cache  [num_slots, max_len, num_kv_heads, head_dim]: one slot a request
+k_cache, v_cache  [num_slots, max_len, num_kv_heads, head_dim]: one slot a request; keys lie at
+                  equal distances, so a layer's slice of one tensor over all layers will do
 """
 
 from collections.abc import Callable, Sequence

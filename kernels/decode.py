@@ -39,6 +39,7 @@ def decode_item(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
@@ -73,7 +74,7 @@ def decode_item(
         low,
         high,
         scale,
-        KV_HEADS * HEAD_DIM,
+        KV_STRIDE,
         BLOCK_N,
         PAGE,
     )
@@ -103,6 +104,7 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
@@ -124,6 +126,7 @@ def _decode_kernel(
             KV_HEADS,
             GROUP,
             HEAD_DIM,
+            KV_STRIDE,
             BLOCK_M,
             BLOCK_N,
             PAGE,
@@ -179,7 +182,7 @@ def decode_attention(
     """Write the attention of the plan's decodes to their rows of out; the chunks' rows stay."""
     if plan.config.decode is None:
         raise ValueError("the plan lists decodes as chunks: it is one for unified_attention")
-    plan.require_tensors(q, k_cache, v_cache, out)
+    kv_stride = plan.require_tensors(q, k_cache, v_cache, out)
     if not plan.num_decode_items:
         return
     tile = plan.config.decode
@@ -198,6 +201,7 @@ def decode_attention(
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.num_q_heads // plan.num_kv_heads,
         HEAD_DIM=plan.head_dim,
+        KV_STRIDE=kv_stride,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         PAGE=plan.page_size,

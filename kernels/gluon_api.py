@@ -29,6 +29,6 @@ def require_hopper(device: torch.device) -> None:
 
 
 def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """A TMA descriptor that reads blocks of a contiguous tensor, swizzled as wgmma reads them."""
+    """A TMA descriptor that reads blocks of a tensor, swizzled as wgmma reads them."""
     layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)

@@ -61,13 +61,13 @@ def prefill_attention(
     Shared: on as many SMs as the plan leaves to prefill, beside another kernel.
     """
     require_hopper(q.device)
-    plan.require_tensors(q, k_cache, v_cache, out)
+    kv_stride = plan.require_tensors(q, k_cache, v_cache, out)
     if not plan.num_tiles:
         return
     tile = plan.config.prefill
     prefill_kernel[(min(plan.num_sms, plan.num_prefill_items),)](
         _prefill_queries(q, plan),
-        *_caches(k_cache, v_cache, plan, tile.block_n),
+        *_caches(k_cache, v_cache, kv_stride, plan, tile.block_n),
         out,
         plan.counts,
         plan.tiles,
@@ -90,14 +90,14 @@ def decode_attention(
 ) -> None:
     """Write the attention of the plan's decodes to their rows of out; the chunks' rows stay."""
     require_hopper(q.device)
-    plan.require_tensors(q, k_cache, v_cache, out)
+    kv_stride = plan.require_tensors(q, k_cache, v_cache, out)
     if not plan.num_splits:
         return
     tile = plan.config.decode
     assert tile is not None
     decode_kernel[(min(plan.num_sms, plan.num_decode_items),)](
         _decode_queries(q, plan),
-        *_caches(k_cache, v_cache, plan, tile.block_n),
+        *_caches(k_cache, v_cache, kv_stride, plan, tile.block_n),
         out,
         plan.partial_out,
         plan.partial_lse,
@@ -121,7 +121,7 @@ def pod_attention(
 ) -> None:
     """Write the attention of all of the plan's tokens to out."""
     require_hopper(q.device)
-    plan.require_tensors(q, k_cache, v_cache, out)
+    kv_stride = plan.require_tensors(q, k_cache, v_cache, out)
     prefill, decode = plan.config.prefill, plan.config.decode
     assert decode is not None
     prefill_registers, decode_registers, loader_registers = plan.config.registers
@@ -130,9 +130,9 @@ def pod_attention(
         loader_registers += 16
     pod_kernel[(plan.num_sms,)](
         _prefill_queries(q, plan),
-        *_caches(k_cache, v_cache, plan, prefill.block_n),
+        *_caches(k_cache, v_cache, kv_stride, plan, prefill.block_n),
         _decode_queries(q, plan),
-        *_caches(k_cache, v_cache, plan, decode.block_n),
+        *_caches(k_cache, v_cache, kv_stride, plan, decode.block_n),
         out,
         plan.partial_out,
         plan.partial_lse,
@@ -176,10 +176,11 @@ def _decode_queries(q: torch.Tensor, plan: Plan) -> Any:
     return descriptor(q.view(-1, plan.head_dim), [plan.config.decode.block_m, plan.head_dim])
 
 
-def _caches(k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Plan, block_n: int) -> list[Any]:
+def _caches(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, kv_stride: int, plan: Plan, block_n: int
+) -> list[Any]:
     """K and V as rows of all heads, read in blocks of keys of one head, at most a page each."""
-    rows = min(block_n, plan.page_size or block_n)
-    columns = plan.num_kv_heads * plan.head_dim
-    return [
-        descriptor(cache.view(-1, columns), [rows, plan.head_dim]) for cache in (k_cache, v_cache)
-    ]
+    block = [min(block_n, plan.page_size or block_n), plan.head_dim]
+    num_keys = k_cache.shape[0] * k_cache.shape[1]
+    rows = (num_keys, plan.num_kv_heads * plan.head_dim), (kv_stride, 1)
+    return [descriptor(cache.as_strided(*rows), block) for cache in (k_cache, v_cache)]

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checks import require_heads, require_runnable, require_tensor
+from .checks import require_caches, require_heads, require_runnable, require_tensor
 from .config import RESIDENT_KEYS, AttentionConfig, balance, packed_heads, sm_shares
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -277,19 +277,22 @@ class Plan:
 
     def require_tensors(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Refuse tensors that are not those the plan was made for."""
+    ) -> int:
+        """Refuse tensors that are not those the plan was made for.
+
+        Return the elements from a key to the next in both caches.
+        """
         queries = (self.num_tokens, self.num_q_heads, self.head_dim)
         heads = (self.num_kv_heads, self.head_dim)
         cache = (self.num_slots, self.max_len, *heads)
         if self.page_size:
             cache = (len(k_cache), self.page_size, *heads)
         require_tensor("q", q, queries)
-        require_tensor("k_cache", k_cache, cache, like=q)
-        require_tensor("v_cache", v_cache, cache, like=q)
+        kv_stride = require_caches(k_cache, v_cache, cache, like=q)
         require_tensor("out", out, queries, like=q)
         if self.counts.device != q.device:
             raise ValueError(f"the plan is on {self.counts.device}, q on {q.device}")
+        return kv_stride
 
 
 class AttentionPlan(Plan):

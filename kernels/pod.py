@@ -111,6 +111,7 @@ def _pod_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     PREFILL_BLOCK_N: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
@@ -141,6 +142,7 @@ def _pod_kernel(
                 KV_HEADS,
                 GROUP,
                 HEAD_DIM,
+                KV_STRIDE,
                 PREFILL_BLOCK_M,
                 PREFILL_BLOCK_N,
                 PAGE,
@@ -161,6 +163,7 @@ def _pod_kernel(
                 KV_HEADS,
                 GROUP,
                 HEAD_DIM,
+                KV_STRIDE,
                 DECODE_BLOCK_M,
                 DECODE_BLOCK_N,
                 PAGE,
@@ -182,7 +185,7 @@ def pod_attention(
         raise ValueError("the plan lists decodes as chunks: make it with config_for('pod', ...)")
     if (prefill.num_warps, prefill.num_stages) != (decode.num_warps, decode.num_stages):
         raise ValueError(f"one launch needs one num_warps and num_stages, got {plan.config}")
-    plan.require_tensors(q, k_cache, v_cache, out)
+    kv_stride = plan.require_tensors(q, k_cache, v_cache, out)
     _pod_kernel[(plan.num_prefill_items + plan.num_decode_items,)](
         q,
         k_cache,
@@ -200,6 +203,7 @@ def pod_attention(
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.num_q_heads // plan.num_kv_heads,
         HEAD_DIM=plan.head_dim,
+        KV_STRIDE=kv_stride,
         PREFILL_BLOCK_M=prefill.block_m,
         PREFILL_BLOCK_N=prefill.block_n,
         DECODE_BLOCK_M=decode.block_m,

@@ -30,6 +30,7 @@ def prefill_item(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
@@ -65,7 +66,7 @@ def prefill_item(
         tl.zeros([], tl.int32),
         chunk_start + last_row // GROUP + 1,
         scale,
-        KV_HEADS * HEAD_DIM,
+        KV_STRIDE,
         BLOCK_N,
         PAGE,
     )
@@ -86,6 +87,7 @@ def _prefill_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
@@ -107,6 +109,7 @@ def _prefill_kernel(
             KV_HEADS,
             GROUP,
             HEAD_DIM,
+            KV_STRIDE,
             BLOCK_M,
             BLOCK_N,
             PAGE,
@@ -134,7 +137,7 @@ def launch_tiles(
     plan: Plan,
 ) -> None:
     """Launch the kernel over all row tiles of the plan."""
-    plan.require_tensors(q, k_cache, v_cache, out)
+    kv_stride = plan.require_tensors(q, k_cache, v_cache, out)
     if not plan.num_prefill_items:
         return
     tile = plan.config.prefill
@@ -151,6 +154,7 @@ def launch_tiles(
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.num_q_heads // plan.num_kv_heads,
         HEAD_DIM=plan.head_dim,
+        KV_STRIDE=kv_stride,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         PAGE=plan.page_size,

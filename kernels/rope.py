@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import require_heads, require_tensor
+from .checks import require_caches, require_heads, require_tensor
 
 BLOCK_HEADS = 8
 
@@ -43,6 +43,7 @@ def _rope_kernel(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
     """Rotate and store BLOCK_HEADS of the q, k and v heads of one token."""
@@ -68,7 +69,7 @@ def _rope_kernel(
     q_to = q_out + token * (Q_HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims
     tl.store(q_to, first, mask=is_q)
     tl.store(q_to + HALF, second, mask=is_q)
-    cached = slot * slot_stride + position * (KV_HEADS * HEAD_DIM)
+    cached = slot * slot_stride + position * KV_STRIDE
     k_to = k_cache + cached + (heads - Q_HEADS)[:, None] * HEAD_DIM + dims
     tl.store(k_to, first, mask=is_k)
     tl.store(k_to + HALF, second, mask=is_k)
@@ -97,8 +98,7 @@ def rope_and_cache(
     cache = (num_slots, max_len, num_kv_heads, head_dim)
     require_tensor("qkv", qkv, (num_tokens, num_heads * head_dim))
     require_tensor("q_out", q_out, (num_tokens, num_q_heads, head_dim), like=qkv)
-    require_tensor("k_cache", k_cache, cache, like=qkv)
-    require_tensor("v_cache", v_cache, cache, like=qkv)
+    kv_stride = require_caches(k_cache, v_cache, cache, like=qkv)
     _require_table("cos_sin", cos_sin, (max_len, head_dim), torch.float32, qkv)
     _require_table("positions", positions, (num_tokens,), torch.int32, qkv)
     _require_table("slots", slots, (num_tokens,), torch.int32, qkv)
@@ -110,10 +110,11 @@ def rope_and_cache(
         q_out,
         k_cache,
         v_cache,
-        k_cache.stride(0),
+        max_len * kv_stride,
         Q_HEADS=num_q_heads,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        KV_STRIDE=kv_stride,
         BLOCK_HEADS=BLOCK_HEADS,
         num_warps=2,
     )

@@ -22,6 +22,8 @@ HEADS = ((32, 8), (32, 32), (8, 1), (32, 2), (28, 4), (20, 4))
 PAGE_SIZES = (0, 16, 64, 256)
 POISON = {torch.bfloat16: 1e30, torch.float16: 6e4}
 """What the cache holds past the contexts: no result may depend on it."""
+SLICED = 0.25
+"""Share of the batches whose cache is a layer's slice of a tensor over several layers."""
 MAX_LEN = 4096
 LONG_LEN = 131072
 
@@ -160,9 +162,18 @@ def _tensors(
     for request in (*chunks, *decodes):
         for cache in (k_cache, v_cache):
             cache[request.slot, request.context_len :] = POISON[case.dtype]
-    if table is None:
-        return q, k_cache, v_cache
-    return q, _paged(k_cache, table, case.page_size), _paged(v_cache, table, case.page_size)
+    if table is not None:
+        k_cache, v_cache = (_paged(cache, table, case.page_size) for cache in (k_cache, v_cache))
+    if rng.random() < SLICED:
+        k_cache, v_cache = (_sliced(cache, POISON[case.dtype]) for cache in (k_cache, v_cache))
+    return q, k_cache, v_cache
+
+
+def _sliced(cache: torch.Tensor, poison: float) -> torch.Tensor:
+    """The same as the second layer of a tensor over two, whose keys lie beside one another."""
+    layers = torch.full_like(cache, poison).unsqueeze(2).repeat(1, 1, 2, 1, 1)
+    layers[:, :, 1] = cache
+    return layers[:, :, 1]
 
 
 def _paged(cache: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:

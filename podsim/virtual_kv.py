@@ -114,11 +114,7 @@ class StepMapping:
 
 
 def require_virtual_memory(deployment: Deployment, page_groups: PageGroups) -> None:
-    """InputError for what the kernels cannot read: they step from token to token in one layer, and
-    from slot to slot by whole tokens.
-    """
-    if deployment.kv_tensors == "sliced":
-        raise InputError("the engine's kernels need kv_tensors 'per_layer', not 'sliced'")
+    """InputError for what the kernels cannot read: they step from slot to slot by whole tokens."""
     if page_groups.page_group % page_groups.token_bytes:
         raise InputError(
             f"a token of {page_groups.token_bytes} bytes does not divide page_group "

@@ -305,6 +305,43 @@ def test_a_captured_plan_refuses_what_its_grid_cannot_hold(device):
         )
 
 
+def layer_of(cache, num_layers=3, layer=1):
+    """The same cache as a slice of a tensor over all layers, of which the others are NaN."""
+    shape = (*cache.shape[:2], num_layers, *cache.shape[2:])
+    whole = torch.full(shape, float("nan"), dtype=cache.dtype, device=cache.device)
+    whole[:, :, layer] = cache
+    return whole[:, :, layer]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_slice_of_a_tensor_over_all_layers_is_a_cache(strategy, device):
+    plan = plan_for(strategy, MIXED, device)
+    q, k_cache, v_cache, out = tensors_for(plan, MIXED, torch.bfloat16, device)
+    attention(strategy, q, layer_of(k_cache), layer_of(v_cache), out, plan)
+    expected = torch.full_like(out, float("nan"))
+    attention(strategy, q, k_cache, v_cache, expected, plan)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("spoilt", ["keys that overlap", "one sliced", "slots apart"])
+def test_refuses_keys_at_unequal_distances(spoilt, device):
+    plan = plan_for("serial", MIXED, device)
+    q, k_cache, v_cache, out = tensors_for(plan, MIXED, torch.bfloat16, device)
+    if spoilt == "keys that overlap":
+        shape, (slots, _, *rest) = k_cache.shape, k_cache.stride()
+        k_cache, v_cache = (
+            c.as_strided(shape, (MAX_LEN * 64, 64, *rest)) for c in (k_cache, v_cache)
+        )
+        match = "keys of 128 values overlap: they are 64 apart"
+    elif spoilt == "one sliced":
+        v_cache, match = layer_of(v_cache), "v_cache has strides"
+    else:
+        k_cache, v_cache = (c.repeat(1, 2, 1, 1)[:, :MAX_LEN] for c in (k_cache, v_cache))
+        match = "k_cache has strides"
+    with pytest.raises(ValueError, match=match):
+        attention("serial", q, k_cache, v_cache, out, plan)
+
+
 SPOIL = {
     "dtype": lambda tensor: tensor.float(),
     "shape": lambda tensor: tensor[..., :-1].contiguous(),

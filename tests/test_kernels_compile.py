@@ -85,6 +85,7 @@ def compile_triton(strategy: str, wanted: Kernel, config):
         "KV_HEADS": wanted.heads[1],
         "GROUP": wanted.heads[0] // wanted.heads[1],
         "HEAD_DIM": wanted.head_dim,
+        "KV_STRIDE": wanted.heads[1] * wanted.head_dim,
         "PAGE": wanted.page_size,
     }
     if strategy == "pod":

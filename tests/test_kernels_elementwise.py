@@ -50,17 +50,19 @@ def test_silu_mul(num_tokens, intermediate, dtype, device):
 
 
 @DTYPES
+@pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(4, 1), (14, 2), (3, 3)])
-def test_rope_and_cache(num_q_heads, num_kv_heads, head_dim, dtype, device):
+def test_rope_and_cache(num_q_heads, num_kv_heads, head_dim, num_layers, dtype, device):
+    """Into caches of their own, or into a layer's slices of tensors over all layers."""
     num_slots, max_len, base = 3, 50, 500000.0
     positions = torch.tensor([7, 8, 0, 49], dtype=torch.int32, device=device)
     slots = torch.tensor([2, 2, 0, 1], dtype=torch.int32, device=device)
     width = (num_q_heads + 2 * num_kv_heads) * head_dim
     qkv = normal(len(positions), width, dtype=dtype, device=device)
-    shape = (num_slots, max_len, num_kv_heads, head_dim)
-    k_cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
-    v_cache = k_cache.clone()
+    shape = (2, num_slots, max_len, num_layers, num_kv_heads, head_dim)
+    whole = torch.full(shape, float("nan"), dtype=dtype, device=device)
+    k_cache, v_cache = whole[:, :, :, -1]
     q_out = torch.empty(len(positions), num_q_heads, head_dim, dtype=dtype, device=device)
     q_out.fill_(float("nan"))
 
@@ -74,7 +76,7 @@ def test_rope_and_cache(num_q_heads, num_kv_heads, head_dim, dtype, device):
     assert torch.equal(v_cache[at].double(), v)
     for kv_cache in (k_cache, v_cache):  # and nothing else was written
         kv_cache[at] = float("nan")
-        assert torch.isnan(kv_cache).all()
+    assert torch.isnan(whole).all()
 
 
 def test_refuses_wrong_arguments(device):

@@ -131,8 +131,8 @@ def serve(requests, options, kv_cache, llama, mapping=None):
     return tokens, forward, recording
 
 
-def contiguous(requests, options, weights):
-    llama = Llama(ONE_LAYER, weights, attention=options.attention, **SIZES)
+def contiguous(requests, options, weights, model=ONE_LAYER):
+    llama = Llama(model, weights, attention=options.attention, **SIZES)
     return serve(requests, options, PagedKVCache(options.num_blocks, BLOCK), llama)
 
 
@@ -152,13 +152,12 @@ def paged(requests, options, weights, shuffle=None):
     return serve(requests, options, cache, llama)
 
 
-def vattention(requests, options, weights, device):
-    """Blocks of 16 tokens, one page-group of the checked driver in each tensor."""
-    groups = PageGroups.of(ONE_LAYER, PAGE, "per_layer")
-    assert groups.tokens_per_block == BLOCK
+def vattention(requests, options, weights, device, model=ONE_LAYER):
+    """One page-group of the checked driver in each tensor a block."""
+    groups = PageGroups.of(model, PAGE, options.kv_tensors)
     kv = VirtualKV(
         CheckedDriver(),
-        ONE_LAYER,
+        model,
         groups,
         num_slots=4,
         min_len=MAX_LEN,
@@ -166,7 +165,7 @@ def vattention(requests, options, weights, device):
         device=device,
     )
     cache = VAttentionCache(options.num_blocks, groups, 4)
-    llama = Llama(ONE_LAYER, weights, attention=options.attention, caches=kv.caches, **SIZES)
+    llama = Llama(model, weights, attention=options.attention, caches=kv.caches, **SIZES)
     mapping = StepMapping(kv, cache, options)
     served = serve(requests, options, cache, llama, mapping)
     mapping.close()
@@ -217,6 +216,22 @@ def test_mapped_slots_give_the_same_tokens(with_few_blocks, weights, device):
         pytest.skip("the checked driver maps host memory; CUDA's own is in same_tokens.py")
     options = deployment(FEW, kv="vattention", mapping="synchronous")
     require_same(vattention(REQUESTS, options, weights, device), with_few_blocks)
+
+
+@pytest.mark.parametrize("attention", ["serial", "pod"])
+def test_slices_of_tensors_over_all_layers_give_the_same_tokens(attention, device):
+    if device == "cuda":
+        pytest.skip("the checked driver maps host memory; CUDA's own is in same_tokens.py")
+    two_layers = replace(MODEL, num_layers=2)
+    weights = random_weights(two_layers, 1, device)
+    requests = [(0.0, 30, 3), (0.0, 17, 2)]
+    options = deployment(2 * ENOUGH, attention=attention, mapping="synchronous")
+    sliced = replace(options, kv="vattention", kv_tensors="sliced")
+    theirs = contiguous(requests, options, weights, two_layers)
+    ours = vattention(requests, sliced, weights, device, two_layers)
+    assert ours[0] == theirs[0]
+    for one, other in zip(ours[1].logits, theirs[1].logits, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_pod_over_blocks_gives_the_tokens_of_slots(weights):
