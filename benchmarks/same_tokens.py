@@ -3,8 +3,9 @@
 All requests are there from the beginning, so that every kind forms the same batches whatever its
 steps take, and the kinds serve in turn, several times, so that a warmer card is no difference
 between them. What the second kind and those after it differ from the first by is then simulated.
-The memory costs of each kind have to be there (`podsim profile-memory mapping`, `paged`). Exits
-with 1 if a token differs.
+The memory costs of each kind have to be there (`podsim profile-memory mapping`, `paged`). A kind
+is one of --kv, or `sliced`: vattention whose layers are slices of one tensor. Exits with 1 if a
+token differs.
 
     python benchmarks/same_tokens.py --kv vattention,paged --memory-costs my-memory --out tokens.csv
 """
@@ -126,7 +127,8 @@ def deployment(kv: str, options: argparse.Namespace) -> Deployment:
     base = Deployment(
         model=options.model,
         attention=options.attention,
-        kv=kv,
+        kv="vattention" if kv == "sliced" else kv,
+        kv_tensors="sliced" if kv == "sliced" else "per_layer",
         block_size=options.block_size,
         token_budget=512,
         max_num_seqs=MAX_NUM_SEQS,
@@ -135,7 +137,7 @@ def deployment(kv: str, options: argparse.Namespace) -> Deployment:
         memory_costs=options.memory_costs,
     )
     size = base.block_size
-    if kv == "vattention":
+    if base.kv == "vattention":
         size = page_groups_for(base, model_named(base.model)).tokens_per_block
     return replace(base, num_blocks=MAX_NUM_SEQS * -(-options.longest // size))
 

@@ -82,9 +82,12 @@ def test_every_kind_has_room_for_the_same_requests(same_tokens):
     options = argparse.Namespace(
         model="llama-3-8b", attention="pod", block_size=32, longest=3000, memory_costs=None
     )
-    blocks = {kv: same_tokens.deployment(kv, options) for kv in ("ideal", "paged", "vattention")}
+    kinds = ("ideal", "paged", "vattention", "sliced")
+    blocks = {kv: same_tokens.deployment(kv, options) for kv in kinds}
     assert blocks["ideal"].num_blocks == blocks["paged"].num_blocks == 48 * 94
     assert blocks["vattention"].num_blocks == 48 * 3
+    assert blocks["sliced"].num_blocks == 48 * 94
+    assert (blocks["sliced"].kv, blocks["sliced"].kv_tensors) == ("vattention", "sliced")
     trace = same_tokens.requests(50, 3000)
     assert (trace.num_prompt_tokens + trace.num_output_tokens).max() <= 3000
     assert set(trace.arrival_time) == {0.0}
