@@ -294,6 +294,7 @@ class Llama:
         qkv, q, attended = self.qkv[:n], self.q[:n], self.attended[:n]
         gate_up, activated = self.gate_up[:n], self.activated[:n]
         self._embed(inputs.token_ids[:n], residual)
+        cos_sin = self.cos_sin[:1] if self.page_size else self.cos_sin  # read as far as positions go
         carried = None  # the first norm finds the embedding in the residual itself
         for layer, (k_cache, v_cache) in zip(self.weights.layers, self.caches, strict=True):
             source = residual if carried is None else hidden
@@ -301,7 +302,7 @@ class Llama:
             carried = residual
             torch.mm(normed, layer.qkv.t(), out=qkv)
             written = self._written(k_cache), self._written(v_cache)
-            rope.rope_and_cache(qkv, positions, slots, self.cos_sin, *written, q)
+            rope.rope_and_cache(qkv, positions, slots, cos_sin, *written, q)
             attention(strategy, q, k_cache, v_cache, attended, plan)
             torch.mm(attended.view(n, -1), layer.output.t(), out=hidden)
             self._add_up(hidden)
@@ -326,10 +327,7 @@ class Llama:
 
     def _written(self, cache: torch.Tensor) -> torch.Tensor:
         """A cache as RoPE's kernel writes to it, at [slot, position] of `StepBuffers.slots_of`."""
-        if not self.page_size:
-            return cache
-        row, *strides = cache.stride()[1:]
-        return cache.as_strided((1, self.max_len, *cache.shape[2:]), (row, row, *strides))
+        return cache.flatten(0, 1).unsqueeze(1) if self.page_size else cache
 
     def _head(self, size: int) -> None:
         """From the normed tokens to the most likely successors of the sampled ones."""
