@@ -129,6 +129,7 @@ def deployment(kv: str, options: argparse.Namespace) -> Deployment:
         attention=options.attention,
         kv="vattention" if kv == "sliced" else kv,
         kv_tensors="sliced" if kv == "sliced" else "per_layer",
+        page_group="8MB" if kv == "sliced" else "2MB",
         block_size=options.block_size,
         token_budget=512,
         max_num_seqs=MAX_NUM_SEQS,

@@ -24,8 +24,9 @@ ORDERS = ("fcfs", "shortest_first", "priority")
 KV_CACHES = ("ideal", "paged", "vattention")
 """How the KV cache is kept: in blocks whose table costs nothing, as podsim's kernels are measured
 on contiguous keys; in blocks with what a table costs; contiguous, by mapping memory on demand."""
-PAGE_GROUPS = {"64KB": 2**16, "128KB": 2**17, "256KB": 2**18, "2MB": 2**21}
-"""Bytes: 2 MB is the driver's own size, the others are those of vAttention's modified driver."""
+PAGE_GROUPS = {"64KB": 2**16, "128KB": 2**17, "256KB": 2**18, "2MB": 2**21, "8MB": 2**23}
+"""Bytes: 2 MB is the driver's own size, of which it maps any multiple as one; the smaller ones are
+those of vAttention's modified driver."""
 KV_TENSORS = ("per_layer", "sliced")
 """Virtual tensors: K and V of each layer, or one of K and one of V that hold all layers."""
 MAPPINGS = ("overlapped", "synchronous")

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from statistics import median, quantiles
 
 import torch
@@ -21,7 +23,8 @@ from podsim.page_groups import PageGroups
 from podsim.vattention import Change
 from podsim.virtual_memory import CudaDriver, VirtualMemory
 
-PAGE_GROUP = 2**21
+PAGE_GROUPS = (2**21, 2**23)
+"""The driver's own, and one that holds a block of keys of all layers of a small model."""
 RANGES = (1, 2, 4, 8, 16, 32, 64)
 """Page-groups that one call makes accessible or unmaps."""
 CALLS = 256
@@ -44,57 +47,60 @@ def measure(on_progress: Progress = lambda text: None) -> list[Row]:
     on_progress(f"{CYCLES} cycles")
     rows = [_cycles(driver)]
     for number in range(PASSES):
-        for gpu in ("idle", "busy"):
-            for thread in ("main", "background"):
-                on_progress(f"pass {number}, {gpu} GPU, {thread} thread")
-                rows += _in_thread(thread, driver, lambda: _rows(driver), gpu, number)
-        on_progress(f"pass {number}, steps beside mapping")
-        rows += _interference(driver, number)
+        for size, gpu, thread in product(PAGE_GROUPS, ("idle", "busy"), ("main", "background")):
+            on_progress(f"pass {number}, {size >> 20} MB, {gpu} GPU, {thread} thread")
+            labels = {"page_group": size, "gpu": gpu, "thread": thread, "pass": number}
+            timed = _in_thread(thread, driver, partial(_rows, driver, size), gpu)
+            rows += [labels | row for row in timed]
+        for size in PAGE_GROUPS:
+            on_progress(f"pass {number}, steps beside mapping of {size >> 20} MB")
+            rows += _interference(driver, size, number)
     return rows
 
 
 def _in_thread(
-    thread: str, driver: CudaDriver, work: Callable[[], list[Row]], gpu: str, number: int
+    thread: str, driver: CudaDriver, work: Callable[[], list[Row]], gpu: str
 ) -> list[Row]:
-    labels = {"page_group": PAGE_GROUP, "gpu": gpu, "thread": thread, "pass": number}
     with _busy_gpu() if gpu == "busy" else _nothing():
         if thread == "main":
-            return [labels | row for row in work()]
+            return work()
         with ThreadPoolExecutor(1, initializer=driver.use_in_this_thread) as pool:
-            return [labels | row for row in pool.submit(work).result()]
+            return pool.submit(work).result()
 
 
-def _rows(driver: CudaDriver) -> list[Row]:
+def _rows(driver: CudaDriver, size: int) -> list[Row]:
     """Every call, over every size of range; the times of the repetitions as one row."""
     rows = []
-    address = driver.reserve(CALLS * PAGE_GROUP)
+    address = driver.reserve(CALLS * size)
     for count in RANGES:
         times: dict[str, list[float]] = {}
         for _ in range(REPEATS):
-            for api, seconds in _repetition(driver, address, count):
+            for api, seconds in _repetition(driver, address, size, count):
                 times.setdefault(api, []).append(seconds)
         # Physical page-groups are created, mapped and released one by one: no range to vary.
         names = times if count == 1 else ("set_access", "unmap")
         rows += [{"api": api, "page_groups": count, **_timing(times[api])} for api in names]
-    driver.free_address(address, CALLS * PAGE_GROUP)
+    driver.free_address(address, CALLS * size)
     return rows
 
 
-def _repetition(driver: CudaDriver, address: int, count: int) -> Iterator[tuple[str, float]]:
+def _repetition(
+    driver: CudaDriver, address: int, size: int, count: int
+) -> Iterator[tuple[str, float]]:
     """Create, map, open, unmap and release CALLS page-groups; seconds of a call of each API."""
-    starts = range(address, address + CALLS * PAGE_GROUP, count * PAGE_GROUP)
-    pages = range(address, address + CALLS * PAGE_GROUP, PAGE_GROUP)
+    starts = range(address, address + CALLS * size, count * size)
+    pages = range(address, address + CALLS * size, size)
     begin = time.perf_counter()
-    handles = [driver.create(PAGE_GROUP) for _ in range(CALLS)]
+    handles = [driver.create(size) for _ in range(CALLS)]
     begin = yield from _lap("create", begin, CALLS)
     for page, handle in zip(pages, handles, strict=True):
-        driver.map(page, PAGE_GROUP, handle)
+        driver.map(page, size, handle)
     begin = yield from _lap("map", begin, CALLS)
     for start in starts:
-        driver.set_access(start, count * PAGE_GROUP)
+        driver.set_access(start, count * size)
     begin = yield from _lap("set_access", begin, len(starts))
     for start in starts:
-        driver.unmap(start, count * PAGE_GROUP)
+        driver.unmap(start, count * size)
     begin = yield from _lap("unmap", begin, len(starts))
     for handle in handles:
         driver.release(handle)
@@ -150,13 +156,13 @@ def _busy_gpu() -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-def _interference(driver: CudaDriver, number: int) -> list[Row]:
+def _interference(driver: CudaDriver, size: int, number: int) -> list[Row]:
     """Seconds of a step, alone and while a thread maps and unmaps without a pause."""
     step = _small_step()
     rows = []
     for thread in ("none", "background"):
         stop, mapped = threading.Event(), [0.0]
-        worker = threading.Thread(target=_keep_mapping, args=(driver, stop, mapped))
+        worker = threading.Thread(target=_keep_mapping, args=(driver, size, stop, mapped))
         if thread == "background":
             worker.start()
         started = time.perf_counter()
@@ -173,7 +179,7 @@ def _interference(driver: CudaDriver, number: int) -> list[Row]:
         rows.append(
             {
                 "api": "step",
-                "page_group": PAGE_GROUP,
+                "page_group": size,
                 "page_groups": 0,
                 "gpu": "busy",
                 "thread": thread,
@@ -205,10 +211,12 @@ def _small_step() -> Callable[[], None]:
     return graph.replay
 
 
-def _keep_mapping(driver: CudaDriver, stop: threading.Event, mapped: list[float]) -> None:
+def _keep_mapping(
+    driver: CudaDriver, size: int, stop: threading.Event, mapped: list[float]
+) -> None:
     """Grow and free a slot of 64 tensors; `mapped` is added the seconds in the driver."""
     driver.use_in_this_thread()
-    groups = PageGroups(PAGE_GROUP, 64, PAGE_GROUP)
+    groups = PageGroups(size, 64, size)
     memory = VirtualMemory(driver, groups, num_slots=1, blocks_per_slot=1, num_blocks=1)
     while not stop.is_set():
         begin = time.perf_counter()
@@ -224,9 +232,10 @@ def _check_data(driver: CudaDriver) -> None:
     """What is written through a tensor over mapped memory is read back, after growth too."""
     from podsim.memory_view import tensor_at
 
-    groups = PageGroups(PAGE_GROUP, 2, 4)
+    size = PAGE_GROUPS[0]
+    groups = PageGroups(size, 2, 4)
     memory = VirtualMemory(driver, groups, num_slots=2, blocks_per_slot=3, num_blocks=4)
-    words = PAGE_GROUP // 4
+    words = size // 4
     memory.apply([Change(1, 0, 1, maps=True)])
     shape, strides = (2, 3 * words), (3 * words, 1)
     views = [tensor_at(a, shape, strides, torch.int32, "cuda:0") for a in memory.tensors]
@@ -246,8 +255,9 @@ def _check_out_of_memory(driver: CudaDriver) -> None:
     """More than the GPU has is refused, leaves nothing behind, and all works afterwards."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
-    too_many = total // PAGE_GROUP + 1
-    groups = PageGroups(PAGE_GROUP, 1, PAGE_GROUP)
+    size = PAGE_GROUPS[0]
+    too_many = total // size + 1
+    groups = PageGroups(size, 1, size)
     try:
         VirtualMemory(driver, groups, 1, too_many, too_many)
     except InputError:
@@ -262,7 +272,8 @@ def _check_out_of_memory(driver: CudaDriver) -> None:
 
 def _cycles(driver: CudaDriver) -> Row:
     """Grow a request block by block and free it, CYCLES times; RuntimeError if memory is lost."""
-    groups = PageGroups(PAGE_GROUP, 2, PAGE_GROUP)
+    size = PAGE_GROUPS[0]
+    groups = PageGroups(size, 2, size)
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info()[0]
     memory = VirtualMemory(driver, groups, num_slots=4, blocks_per_slot=4, num_blocks=8)
@@ -281,5 +292,5 @@ def _cycles(driver: CudaDriver) -> Row:
     if lost > 0:
         raise RuntimeError(f"{lost} bytes of the GPU were lost in {CYCLES} cycles")
     timing = _timing([seconds / CYCLES])
-    labels = {"api": "cycle", "page_group": PAGE_GROUP, "page_groups": 4, "gpu": "idle"}
+    labels = {"api": "cycle", "page_group": size, "page_groups": 4, "gpu": "idle"}
     return labels | {"thread": "main", "pass": 0, **timing, "repeats": CYCLES}

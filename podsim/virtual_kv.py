@@ -15,6 +15,9 @@ from podsim.page_groups import PageGroups
 from podsim.vattention import Change, VAttentionCache
 from podsim.virtual_memory import Driver, VirtualMemory
 
+READ_KEYS = 128
+"""Keys of the largest block of an attention kernel (`podsim.kernels.config`)."""
+
 
 class VirtualKV:
     """K and V of each layer as [num_slots, max_len, num_kv_heads, head_dim] over virtual memory.
@@ -114,9 +117,19 @@ class StepMapping:
 
 
 def require_virtual_memory(deployment: Deployment, page_groups: PageGroups) -> None:
-    """InputError for what the kernels cannot read: they step from slot to slot by whole tokens."""
+    """InputError for what the kernels cannot read.
+
+    They step from slot to slot by whole tokens, and read up to READ_KEYS keys at once, though not
+    all of the last are used: those have to be mapped.
+    """
     if page_groups.page_group % page_groups.token_bytes:
         raise InputError(
             f"a token of {page_groups.token_bytes} bytes does not divide page_group "
             f"{deployment.page_group}: the engine's kernels need whole tokens"
+        )
+    if page_groups.tokens_per_block % READ_KEYS:
+        raise InputError(
+            f"a page_group of {deployment.page_group} holds {page_groups.tokens_per_block} tokens "
+            f"of a {deployment.kv_tensors} tensor: the engine's kernels read {READ_KEYS} at once, "
+            "of which a multiple must be mapped; take a larger one"
         )

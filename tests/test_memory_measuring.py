@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             **{"MOST_TOKENS": 400, "SHAPES": TINY, "POINTS_PER_MODEL": 2},
             **{"REPEATS": 1, "FRACTIONS": (0.9, 1.0, 1.1)},
         },
-        measure_mapping: {"PAGE_GROUP": PAGE, "CALLS": 64, "CYCLES": 30, "STEPS": 20},
+        measure_mapping: {"PAGE_GROUPS": (PAGE, 4 * PAGE), "CALLS": 64, "CYCLES": 30, "STEPS": 20},
     }
     for module, values in small.items():
         for name, value in values.items():
@@ -145,9 +146,9 @@ def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
     rows = pd.read_csv(tmp_path / "mapping.csv")
     assert set(rows["api"]) == {"create", "map", "set_access", "unmap", "release", "step", "cycle"}
     costs = read_memory_costs(tmp_path, "costs")
-    for state in ("idle", "busy"):
-        assert costs.mapping_costs(PAGE, state).map_seconds(4, 1) > 0
-    assert set(costs.interference) == {str(PAGE)}
+    for state, size in product(("idle", "busy"), (PAGE, 4 * PAGE)):
+        assert costs.mapping_costs(size, state).map_seconds(4, 1) > 0
+    assert set(costs.interference) == {str(PAGE), str(4 * PAGE)}
     assert costs.provenance == {"mapping": {"command": "podsim profile-memory mapping --gpu h200"}}
 
 

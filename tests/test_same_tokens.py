@@ -86,7 +86,7 @@ def test_every_kind_has_room_for_the_same_requests(same_tokens):
     blocks = {kv: same_tokens.deployment(kv, options) for kv in kinds}
     assert blocks["ideal"].num_blocks == blocks["paged"].num_blocks == 48 * 94
     assert blocks["vattention"].num_blocks == 48 * 3
-    assert blocks["sliced"].num_blocks == 48 * 94
+    assert blocks["sliced"].num_blocks == 48 * 24
     assert (blocks["sliced"].kv, blocks["sliced"].kv_tensors) == ("vattention", "sliced")
     trace = same_tokens.requests(50, 3000)
     assert (trace.num_prompt_tokens + trace.num_output_tokens).max() <= 3000

@@ -16,13 +16,14 @@ from podsim.batch import Batch, Chunk
 from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
 from podsim.errors import InputError
+from podsim.kv_cache import page_groups_for
 from podsim.mapping_thread import MappingThread
 from podsim.memory_view import tensor_at
-from podsim.model import Model
+from podsim.model import MODELS, Model
 from podsim.page_groups import PageGroups
 from podsim.request import Request
 from podsim.vattention import Change, VAttentionCache
-from podsim.virtual_kv import StepMapping, VirtualKV
+from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
 from podsim.virtual_memory import OutOfDeviceMemory, VirtualMemory
 from tests.checked_driver import PAGE, CheckedDriver
 
@@ -103,10 +104,9 @@ def test_page_groups_that_the_driver_cannot_map_are_named() -> None:
 
 
 def test_the_calls_are_timed_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_mapping, "PAGE_GROUP", PAGE)
     monkeypatch.setattr(measure_mapping, "CALLS", 64)
     driver = CheckedDriver()
-    rows = measure_mapping._rows(driver)  # type: ignore[arg-type]
+    rows = measure_mapping._rows(driver, PAGE)  # type: ignore[arg-type]
     assert not driver.holds_anything()
     counts: dict[object, list[object]] = {}
     for row in rows:
@@ -263,3 +263,23 @@ def test_what_a_step_needs_is_mapped_when_it_begins(
     assert all(kv.memory.mapped_blocks(slot) == 0 for slot in range(3))
     kv.close()
     assert not driver.holds_anything()
+
+
+@pytest.mark.parametrize(
+    ("page_group", "tensors", "fault"),
+    [
+        ("2MB", "per_layer", None),
+        ("8MB", "sliced", None),
+        ("2MB", "sliced", "holds 32 tokens of a sliced tensor: the engine's kernels read 128 at"),
+    ],
+)
+def test_page_groups_hold_what_a_kernel_reads_at_once(
+    page_group: str, tensors: str, fault: str | None
+) -> None:
+    deployment = Deployment(kv="vattention", page_group=page_group, kv_tensors=tensors)
+    groups = page_groups_for(deployment, MODELS["llama-3-8b"])
+    if fault is None:
+        require_virtual_memory(deployment, groups)
+    else:
+        with pytest.raises(InputError, match=fault):
+            require_virtual_memory(deployment, groups)
