@@ -67,8 +67,9 @@ class CheckedDriver:
         assert handle in self.handles
         assert handle not in self.mapped.values(), "a page-group in two places"
         assert any(a <= address and address + size <= a + n for a, n in self.ranges.items())
-        assert address not in self.mapped, "two page-groups in one place"
-        self.mapped[address] = handle
+        for page in range(address, address + size, PAGE):
+            assert page not in self.mapped, "two page-groups in one place"
+            self.mapped[page] = handle
 
     def set_access(self, address: int, size: int) -> None:
         self._count("set_access")
