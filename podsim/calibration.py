@@ -92,6 +92,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
             },
         },
         sustained={"slowdown": 0.0, "steps": 0, "heating": 0.0, "heat_seconds": 1.0},
+        clock_falls=_clock_falls(grid, provenance),
         errors={},
         hull=_hull(grid),
     )
@@ -126,7 +127,10 @@ def _measured(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
-    """One row a point: the median over the passes of its timings, but for refused ones."""
+    """One row a point: the median of its timings over the passes, the mean of the clocks.
+
+    Refused rows do not count.
+    """
     try:
         rows = pd.read_csv(path, keep_default_na=False)
         missing = set(COLUMNS) - set(rows.columns)
@@ -141,7 +145,10 @@ def read_measurements(path: Path) -> pd.DataFrame:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a table of measurements: {error}") from None
-    return rows.groupby(_POINT, sort=False)["time_us"].median().reset_index()
+    clocks = rows["sm_clock_mhz"] if "sm_clock_mhz" in rows.columns else np.nan
+    rows["sm_clock_mhz"] = pd.to_numeric(clocks, errors="coerce")
+    points = rows.groupby(_POINT, sort=False)
+    return points.agg({"time_us": "median", "sm_clock_mhz": "mean"}).reset_index()
 
 
 def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:
@@ -167,6 +174,17 @@ def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
             "seconds": rows["seconds"].round(10).tolist(),
         }
     return tables
+
+
+def _clock_falls(grid: pd.DataFrame, provenance: Mapping[str, object]) -> dict[str, list[float]]:
+    """Of layers over every number of tokens; nothing where the card did not tell its clock."""
+    rows = grid[grid["op"] == MATRIX_OPS[0]].sort_values("num_tokens")
+    clocks = rows["sm_clock_mhz"].to_numpy(float)
+    if not np.isfinite(clocks).all():
+        return {}
+    most = float(str(provenance["max_sm_clock"]).removesuffix("MHz"))
+    falls = np.maximum(most / clocks - 1, 0.0)
+    return {"num_tokens": rows["num_tokens"].tolist(), "falls": falls.round(4).tolist()}
 
 
 def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float:
@@ -206,14 +224,15 @@ def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, fl
     if rows.empty:
         return {}
     latency = ProfiledLatency(profile, model, "serial")
-    loads, seconds = [], []
+    loads, drives, seconds = [], [], []
     for _, windows in rows.groupby(["prefills", "decodes"], sort=False):
         shape = shapes_of(windows.head(1))[0]
         parts = latency.breakdown(shape)
         loads.append(latency.load(shape.num_tokens, parts.attention + parts.layers))
+        drives.append(loads[-1] * latency.clock_fall(shape.num_tokens))
         seconds.append(windows["seconds"].to_numpy() - parts.once)
     ends = [float(text.removesuffix(" s")) for text in windows["strategy"]]
-    warming = fit_heating(np.array(ends), np.array(loads), np.array(seconds))
+    warming = fit_heating(np.array(ends), np.array(loads), np.array(drives), np.array(seconds))
     return {
         "heating": warming.heating,
         "heat_seconds": warming.seconds,

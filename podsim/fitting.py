@@ -192,12 +192,12 @@ def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None
     return np.asarray(solution / scale)
 
 
-def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> Warming:
+def fit_heating(ends: Floats, loads: Floats, drives: Floats, seconds: Floats) -> Warming:
     """What the heats add to a step, and their time constants: least squares of logarithms.
 
     `seconds` [batches, windows] are mean steps of rows of equal steps from rest, in windows that
-    end at `ends` [windows] seconds; `loads` [batches] are the batches' loads. At the time t a heat
-    of such a row is load (1 - exp(-t / its seconds)); see `heat.Warming`.
+    end at `ends` [windows] seconds; `loads` and `drives` [batches] are the batches'. At the time t
+    a heat of such a row is drive (1 - exp(-t / its seconds)); see `heat.Warming`.
     """
     from scipy.optimize import least_squares  # takes half a second to load
 
@@ -208,12 +208,12 @@ def fit_heating(ends: Floats, loads: Floats, seconds: Floats) -> Warming:
 
     def slower(heating: float, tau: float, slow_heating: float, slow_tau: float) -> Floats:
         added = heating * reached(tau) + slow_heating * reached(slow_tau)
-        return np.asarray(1 + np.outer(loads**2, added))
+        return np.asarray(1 + np.outer(loads * drives, added))
 
     def residuals(parameters: Floats) -> Floats:
         at_rest = np.log(seconds / slower(*parameters))
         return np.ravel(at_rest - at_rest.mean(axis=1, keepdims=True))
 
-    bounds = ([0.0, 0.005, 0.0, SLOW_FROM], [2.0, SLOW_FROM, 2.0, 10.0])
+    bounds = ([0.0, 0.005, 0.0, SLOW_FROM], [10.0, SLOW_FROM, 10.0, 10.0])
     found = least_squares(residuals, [0.2, 0.05, 0.05, 1.0], bounds=bounds)
     return Warming(*(float(value) for value in found.x))

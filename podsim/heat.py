@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 
 class Heats(NamedTuple):
-    """Means of the loads of past steps, with weights that fall exponentially into the past.
+    """Means of what past steps drove, with weights that fall exponentially into the past.
 
-    A step's load is the share of its layers' time that is matrix products.
+    A step's load is the share of its layers' time that is matrix products: what a lower clock
+    slows. Its drive is the load times how far the clock falls under nothing but such steps, which
+    is measured for every number of tokens: products that fill the SMs draw the most power.
     """
 
     fast: float = 0.0
@@ -29,7 +31,7 @@ class Warming:
 
     At the load l and the heats f and s, layers take 1 + l (heating f + slow_heating s) of their
     time after a long rest. What a profile's operations and whole steps are timed at lies between:
-    after some 0.1 s of their own work, f is l and s is still 0.
+    after some 0.1 s of their own work, f is their drive and s is still 0.
     """
 
     heating: float
@@ -47,24 +49,24 @@ class Warming:
             sustained.get("slow_heat_seconds", 1.0),
         )
 
-    def factor(self, load: float, heats: Heats, seconds: float) -> float:
+    def factor(self, load: float, drive: float, heats: Heats, seconds: float) -> float:
         """Time of a step's layers over their measured time; a step takes `seconds` or so.
 
-        The heats at its start near the load while it runs; their means count.
+        The heats at its start near the drive while it runs; their means count.
         """
-        fast = _mean(load, heats.fast, seconds, self.seconds)
-        slow = _mean(load, heats.slow, seconds, self.slow_seconds)
+        fast = _mean(drive, heats.fast, seconds, self.seconds)
+        slow = _mean(drive, heats.slow, seconds, self.slow_seconds)
         added = load * (self.heating * fast + self.slow_heating * slow)
-        return (1.0 + added) / (1.0 + self.heating * load * load)
+        return (1.0 + added) / (1.0 + self.heating * load * drive)
 
-    def worked(self, heats: Heats, load: float, seconds: float) -> Heats:
-        """The heats after so many seconds at a load; at rest it is 0."""
+    def worked(self, heats: Heats, drive: float, seconds: float) -> Heats:
+        """The heats after so many seconds of a drive; at rest it is 0."""
         return Heats(
-            load + (heats.fast - load) * math.exp(-seconds / self.seconds),
-            load + (heats.slow - load) * math.exp(-seconds / self.slow_seconds),
+            drive + (heats.fast - drive) * math.exp(-seconds / self.seconds),
+            drive + (heats.slow - drive) * math.exp(-seconds / self.slow_seconds),
         )
 
 
-def _mean(load: float, heat: float, seconds: float, tau: float) -> float:
-    """Of a heat that nears a load for so many seconds."""
-    return load + (heat - load) * tau / seconds * (1.0 - math.exp(-seconds / tau))
+def _mean(drive: float, heat: float, seconds: float, tau: float) -> float:
+    """Of a heat that nears a drive for so many seconds."""
+    return drive + (heat - drive) * tau / seconds * (1.0 - math.exp(-seconds / tau))

@@ -71,7 +71,7 @@ class WarmsUp(Protocol):
     warming: Warming
 
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
-        """Seconds of a step with prefill, and the load that it adds to the heats."""
+        """Seconds of a step with prefill, and its drive: what the heats near meanwhile."""
 
 
 class Heat:
@@ -93,8 +93,8 @@ class Heat:
         if model is None or not shape.prefills:
             return self._model.step_time(shape)
         heats = model.warming.worked(self._heats, 0.0, start - self._time)
-        seconds, load = model.step_time_at(shape, heats)
-        self._heats = model.warming.worked(heats, load, seconds)
+        seconds, drive = model.step_time_at(shape, heats)
+        self._heats = model.warming.worked(heats, drive, seconds)
         self._time = start + seconds
         return seconds
 
@@ -197,6 +197,7 @@ class ProfiledLatency:
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
         self.warming = Warming.of(profile.sustained)
+        self._clock_falls = _clock_falls(profile, graph_padding)
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"] * matrix_ratio
         )
@@ -214,9 +215,10 @@ class ProfiledLatency:
         """See `WarmsUp`."""
         attention, layers, once, collectives = self._parts(shape)
         load = self.load(shape.num_tokens, attention + layers)
+        drive = load * self.clock_fall(shape.num_tokens)
         seconds = attention + layers + once + collectives
-        kernels = (attention + layers) * self.warming.factor(load, heats, seconds)
-        return self._count(shape, (kernels + once + collectives) * self.scale), load
+        kernels = (attention + layers) * self.warming.factor(load, drive, heats, seconds)
+        return self._count(shape, (kernels + once + collectives) * self.scale), drive
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds
@@ -227,6 +229,10 @@ class ProfiledLatency:
     def load(self, num_tokens: int, seconds: float) -> float:
         """The share of the layers' seconds that is matrix products."""
         return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
+
+    def clock_fall(self, num_tokens: int) -> float:
+        """How far nothing but layers over so many tokens takes the clock down: see `heat.Heats`."""
+        return self._clock_falls[min(num_tokens, len(self._clock_falls) - 1)]
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
@@ -375,6 +381,23 @@ def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> N
     return np.where(wanted % 8 == 0, on, off)
 
 
+def _clock_falls(profile: Profile, graph_padding: bool) -> list[float]:
+    """For every number of tokens that was measured; 1 in a profile without clocks."""
+    if not profile.clock_falls:
+        return [1.0]
+    measured = profile.clock_falls["num_tokens"]
+    table = {"num_tokens": measured, "seconds": profile.clock_falls["falls"]}
+    falls: list[float] = op_seconds(table, _token_counts(int(measured[-1]), graph_padding)).tolist()
+    return falls
+
+
+def _token_counts(measured: int, graph_padding: bool) -> NDArray[np.int64]:
+    """What steps of 0 to so many tokens compute, with graphs of whole sizes or without."""
+    if not graph_padding:
+        return np.arange(measured + 1)
+    return np.minimum([graph_size(n) for n in range(measured + 1)], measured)
+
+
 class _Table(dict[int, float]):
     """Seconds of some operations together, for every number of tokens.
 
@@ -387,10 +410,7 @@ class _Table(dict[int, float]):
     ) -> None:
         tables = [(profile.ops[name], count) for name, count in counts.items()]
         self._measured = min(int(table["num_tokens"][-1]) for table, _ in tables)
-        num_tokens = np.arange(self._measured + 1)
-        if graph_padding:
-            padded = [graph_size(n) for n in range(self._measured + 1)]
-            num_tokens = np.minimum(padded, self._measured)
+        num_tokens = _token_counts(self._measured, graph_padding)
         seconds = sum(count * op_seconds(table, num_tokens) for table, count in tables)
         super().__init__(enumerate(np.asarray(seconds).tolist()))
         self[0] = 0.0

@@ -9,7 +9,7 @@ import json
 import math
 import tokenize
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -50,6 +50,9 @@ class Profile:
     """Of each kernel model: relative error on held-out points, and the batch of the worst."""
     hull: Mapping[str, int]
     """The largest values that were measured."""
+    clock_falls: Mapping[str, list[float]] = field(default_factory=dict)
+    """`num_tokens`, and of each the `falls`: the highest clock over that of layers over so many
+    tokens, minus 1. The first profiles lack them, as do those of cards that do not tell."""
     scaling: Scaling | None = None
     """None: measured. Otherwise how its costs come from those of another GPU; in no file."""
 
@@ -78,6 +81,7 @@ class Profile:
             "errors": self.errors,
             "launch": self.launch,
             "sustained": self.sustained,
+            "clock_falls": self.clock_falls,
             "attention": self.attention,
             "ops": self.ops,
         }

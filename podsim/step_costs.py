@@ -106,9 +106,10 @@ def _warmth(
             heats = warming.worked(heats, 0.0, starts[i] - time)
             for _ in range(3):  # the load is that of the layers without the factor
                 load = model.load(int(tokens[i]), in_layers[i] / found[i])
+                drive = load * model.clock_fall(int(tokens[i]))
                 cooler = in_layers[i] - in_layers[i] / found[i]
-                found[i] = warming.factor(load, heats, durations[i] - cooler)
-            heats = warming.worked(heats, load, durations[i])
+                found[i] = warming.factor(load, drive, heats, durations[i] - cooler)
+            heats = warming.worked(heats, drive, durations[i])
             time = starts[i] + durations[i]
     return found
 

@@ -435,7 +435,7 @@ def test_held_out_errors_are_recorded_for_every_kernel() -> None:
         assert np.isfinite(error["bias"])
 
 
-WARMING = Warming(heating=0.3, seconds=0.06, slow_heating=0.1, slow_seconds=1.2)
+WARMING = Warming(heating=0.9, seconds=0.06, slow_heating=0.3, slow_seconds=1.2)
 
 
 def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
@@ -445,26 +445,27 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
     parts = latency.breakdown(prompt)
     layers = parts.attention + parts.layers
     load = latency.load(512, layers)
-    assert 0.5 < load < 1.0
+    drive = load * latency.clock_fall(512)
+    assert 0.1 < drive < 0.5 < load < 1.0
 
     def at(fast: float, slow: float) -> float:
         moments = np.linspace(0, parts.total, 1001)
-        fast = np.mean(load + (fast - load) * np.exp(-moments / 0.06))
-        slow = np.mean(load + (slow - load) * np.exp(-moments / 1.2))
-        slower = (1 + load * (0.3 * fast + 0.1 * slow)) / (1 + 0.3 * load * load)
+        fast = np.mean(drive + (fast - drive) * np.exp(-moments / 0.06))
+        slow = np.mean(drive + (slow - drive) * np.exp(-moments / 1.2))
+        slower = (1 + load * (0.9 * fast + 0.3 * slow)) / (1 + 0.9 * load * drive)
         return layers * slower + parts.once
 
     heat, time, fast, slow = Heat(latency), 0.0, 0.0, 0.0
     for _ in range(500):
         seconds = heat.step_time(prompt, time)
         assert seconds == pytest.approx(at(fast, slow), rel=1e-4)
-        fast += (load - fast) * (1 - math.exp(-seconds / 0.06))
-        slow += (load - slow) * (1 - math.exp(-seconds / 1.2))
+        fast += (drive - fast) * (1 - math.exp(-seconds / 0.06))
+        slow += (drive - slow) * (1 - math.exp(-seconds / 1.2))
         time += seconds
     assert time > 5.0
-    assert seconds == pytest.approx(at(load, load), rel=1e-3)  # a long row
+    assert seconds == pytest.approx(at(drive, drive), rel=1e-3)  # a long row
     assert at(0.0, 0.0) < 0.9 * latency.step_time(prompt) < 0.9 * seconds
-    assert at(load, 0.0) == pytest.approx(latency.step_time(prompt), rel=2e-3)  # as it is timed
+    assert at(drive, 0.0) == pytest.approx(latency.step_time(prompt), rel=2e-3)  # as it is timed
     decode = BatchShape.of([], [100])
     assert heat.step_time(decode, time) == latency.step_time(decode)  # waits for the memory
     rested = at(fast * math.exp(-1), slow * math.exp(-0.06 / 1.2))
@@ -475,9 +476,9 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
 def test_a_profile_without_the_slow_heat_has_none() -> None:
     sustained = {"heating": 0.3, "heat_seconds": 0.1}
     warming = Warming.of(sustained)
-    assert warming.factor(0.8, Heats(0.8, 0.8), 0.02) == pytest.approx(1.0)
+    assert warming.factor(0.8, 0.4, Heats(0.4, 0.4), 0.02) == pytest.approx(1.0)
     both = Warming.of({**sustained, "slow_heating": 0.1, "slow_heat_seconds": 2.0})
-    assert both.factor(0.8, Heats(0.8, 0.8), 0.02) == pytest.approx(1 + 0.064 / 1.192)
+    assert both.factor(0.8, 0.4, Heats(0.4, 0.4), 0.02) == pytest.approx(1 + 0.032 / 1.096)
 
 
 def test_a_model_without_heat_keeps_its_times() -> None:
@@ -488,13 +489,14 @@ def test_a_model_without_heat_keeps_its_times() -> None:
 def test_heating_is_found_from_rows_of_steps() -> None:
     ends = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.4])
     loads, at_rest = np.array([0.2, 0.5, 0.8]), np.array([0.01, 0.02, 0.05])
+    drives = np.array([0.03, 0.15, 0.2])
     starts = np.concatenate([[0.0], ends[:-1]])
     means = np.empty((3, 7))
-    for i, load in enumerate(loads):
+    for i, (load, drive) in enumerate(zip(loads, drives, strict=True)):
         for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
             moments = np.linspace(start, end, 20_001)
-            fast, slow = (load * (1 - np.exp(-moments / tau)) for tau in (0.06, 1.2))
-            slower = 1 + load * (0.3 * fast + 0.1 * slow)
+            fast, slow = (drive * (1 - np.exp(-moments / tau)) for tau in (0.06, 1.2))
+            slower = 1 + load * (0.9 * fast + 0.3 * slow)
             means[i, j] = at_rest[i] * np.trapezoid(slower, moments) / (end - start)
-    found = fit_heating(ends, loads, means)
+    found = fit_heating(ends, loads, drives, means)
     assert astuple(found) == pytest.approx(astuple(WARMING), rel=1e-3)
