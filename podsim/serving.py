@@ -127,7 +127,7 @@ class Server:
         self.llama = llama_of(deployment, max_len, self.num_blocks, group, caches)
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
-        self.host_time = self._measure_host_time(on_progress)
+        self.host_time = self.measure_host_time(on_progress)
 
     def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
         """Serve a trace from its first arrival to its last token, in real time."""
@@ -206,7 +206,7 @@ class Server:
         yield
         memory.apply([Change(0, 0, 1, maps=False)])
 
-    def _measure_host_time(self, on_progress: Progress) -> HostTime:
+    def measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
         prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
         most = self._most_at_once(prompt + HOST_STEPS)

@@ -22,11 +22,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FOLDERS = accuracy_table.recordings(ROOT / "validation" / "h200")
 WORST = {
-    "request_throughput": 0.22,
+    "request_throughput": 0.03,
     "gpu_decode_bias": 0.06,
     "gpu_decode_median": 0.06,
-    "gpu_mixed_bias": 0.25,
-    "gpu_mixed_median": 0.25,
+    "gpu_mixed_bias": 0.04,
+    "gpu_mixed_median": 0.04,
 }
 """What no run may reach; docs/accuracy.md says what makes them so large."""
 SAME = 5e-4
@@ -172,8 +172,8 @@ def test_groups_are_recorded_in_the_order_they_are_asked_for(
     assert "chat-serial-512-0.85" in plan
     assert "chat-serial-512-0.50" not in plan, "it is recorded"
     assert "no time left" not in plan
-    monkeypatch.setattr("sys.argv", [*arguments, "--within", "65"])
+    monkeypatch.setattr("sys.argv", [*arguments, "--within", "140"])
     record_runs.main()
     lines = capsys.readouterr().out.splitlines()
     assert any("0.30" in line and line.endswith("no time left") for line in lines)
-    assert 35 < float(lines[-1].removeprefix("all: ").removesuffix(" s")) <= 65
+    assert 110 < float(lines[-1].removeprefix("all: ").removesuffix(" s")) <= 140
