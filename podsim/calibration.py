@@ -180,10 +180,10 @@ def _clock_falls(grid: pd.DataFrame, provenance: Mapping[str, object]) -> dict[s
     """Of layers over every number of tokens; nothing where the card did not tell its clock."""
     rows = grid[grid["op"] == MATRIX_OPS[0]].sort_values("num_tokens")
     clocks = rows["sm_clock_mhz"].to_numpy(float)
-    if not np.isfinite(clocks).all():
+    most = str(provenance.get("max_sm_clock", ""))
+    if not most or not np.isfinite(clocks).all():
         return {}
-    most = float(str(provenance["max_sm_clock"]).removesuffix("MHz"))
-    falls = np.maximum(most / clocks - 1, 0.0)
+    falls = np.maximum(float(most.removesuffix("MHz")) / clocks - 1, 0.0)
     return {"num_tokens": rows["num_tokens"].tolist(), "falls": falls.round(4).tolist()}
 
 
