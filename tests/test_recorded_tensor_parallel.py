@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import collectives_in_steps
+import pandas as pd
 import pytest
 
 from podsim.latency import ProfiledLatency
@@ -76,3 +77,13 @@ def test_the_page_shows_the_run(comparison: Comparison) -> None:
         for row in zip(*(column.cells for column in table.columns), strict=True):
             cells = " | ".join(str(cell) for cell in row if cell)
             assert f"| {cells} |" in PAGE
+
+
+def test_the_page_shows_the_logits_of_several_gpus() -> None:
+    rows = pd.read_csv(ROOT / "benchmarks/tensor_parallel/h200.csv")
+    assert rows["gpus"].tolist() == [1, 2, 4]
+    assert f"| 1 | | | | {rows['gpu_ms_of_a_step'][0]:.2f} |" in PAGE
+    for row in rows[1:].itertuples():
+        errors = f"{row.error_median:.3f} | {row.error_worst:.3f}"
+        same = f"{row.same_tokens} of {row.tokens}"
+        assert f"| {row.gpus} | {errors} | {same} | {row.gpu_ms_of_a_step:.2f} |" in PAGE
