@@ -173,8 +173,8 @@ def test_a_share_has_a_shape_and_a_profile_of_its_own() -> None:
     assert LARGE.command_options == "--model llama-3-70b"
     with pytest.raises(InputError, match="`podsim profile --gpu a100 --model llama-3-70b --tp 2"):
         find_profile("a100", LARGE.shard(2))
-    for num_gpus in (4, 8):
-        share = LARGE.shard(num_gpus)
+    for count in (4, 8):
+        share = LARGE.shard(count)
         assert find_profile("h200", share).shape == share.shape
 
 
