@@ -18,6 +18,8 @@ from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
 NUM_POINTS = 4
+PAGE_GROUP = 2 * 2**20
+"""Bytes of the page-groups that are shown."""
 
 
 def plot_mapping(axis: Axes, rows: pd.DataFrame) -> None:
@@ -97,6 +99,7 @@ def main() -> None:
     costs = read_memory_costs(options.costs, str(options.costs))
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     calls = pd.read_csv(options.costs / "mapping.csv")
+    calls = calls[calls["page_group"] == PAGE_GROUP]
     plot_mapping(axes[0, 0], calls)
     plot_batches(axes[0, 1], calls)
     plot_transfers(axes[1, 0], pd.read_csv(options.costs / "transfer.csv"))

@@ -1,6 +1,7 @@
-"""The tables of docs/memory.md, from the rows of measured memory costs.
+"""The tables of docs/memory.md: of measured memory costs, and of what same_tokens.py left.
 
-python benchmarks/memory_table.py --costs profiles/h200/memory
+python benchmarks/memory_table.py --costs profiles/h200/memory \
+    --same-tokens benchmarks/memory/h200-same-tokens.csv
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from podsim.memory_calibration import RESIDENT, predicted_layer
 from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
+PAGE_GROUP = 2 * 2**20
+"""Bytes of the page-groups that are shown."""
 POINT = ["model", "batch", "context", "layers"]
 SIZES = (16 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20, 2**30)
 SIZE_NAMES = ("16 KB", "256 KB", "4 MB", "64 MB", "1 GB")
+SHARES = ["throughput measured %", "simulated %", "step measured %", "step simulated %"]
+SHARES += ["gpu measured %"]
 ONE_CALL = {"create": (1,), "map": (1,), "set_access": (1, 8, 64), "unmap": (1, 8, 64)}
 ONE_CALL["release"] = (1,)
 """Page-groups of a call, for each that is shown."""
@@ -28,9 +33,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def mapping_table(rows: pd.DataFrame) -> str:
-    """Microseconds a page-group, by call, state of the GPU and thread."""
-    calls = rows[rows["api"].isin(APIS)]
+def mapping_table(rows: pd.DataFrame, page_group: int) -> str:
+    """Microseconds a page-group of so many bytes, by call, state of the GPU and thread."""
+    calls = rows[rows["api"].isin(APIS) & (rows["page_group"] == page_group)]
     medians = calls.groupby(["api", "page_groups", "gpu", "thread"])["time_us"].median()
     states = [(gpu, thread) for gpu in ("idle", "busy") for thread in ("main", "background")]
     lines = []
@@ -39,10 +44,8 @@ def mapping_table(rows: pd.DataFrame) -> str:
             times = [medians[api, count, *state] / count for state in states]
             what = f"`{api}`" + (f", {count} in a call" if count > 1 else "")
             lines.append([what, *(f"{time:.1f}" for time in times)])
-    return markdown(
-        ["us a page-group of 2 MB", *(f"{gpu} GPU, {thread} thread" for gpu, thread in states)],
-        lines,
-    )
+    size = f"us a page-group of {page_group >> 20} MB"
+    return markdown([size, *(f"{gpu} GPU, {thread} thread" for gpu, thread in states)], lines)
 
 
 def transfer_table(rows: pd.DataFrame) -> str:
@@ -75,7 +78,7 @@ def errors_table(costs: MemoryCosts) -> str:
     """Of fitted lines, on rows that were held out."""
     lines = []
     for name, error in costs.errors.items():
-        if name.startswith("layers"):
+        if name.startswith(("layers", "growth")):
             continue
         shares = (f"{error[part]:.1%}" for part in ("median", "p90", "worst"))
         lines.append([name, str(int(error["points"])), *shares, f"{error['bias']:+.1%}"])
@@ -155,6 +158,21 @@ def layers_summary(points: pd.DataFrame) -> str:
     return markdown([*header, "worst regret", "l within 10 %"], lines)
 
 
+def same_tokens_table(rows: pd.DataFrame) -> str:
+    """What benchmarks/same_tokens.py found: percent, points and numbers of tokens."""
+    lines = [
+        [
+            row["kv"],
+            *(f"{row[name]:+.1f} %" for name in SHARES),
+            f"{row['points off']:+.2f}",
+            str(row["tokens differing"]),
+        ]
+        for row in rows.to_dict("records")
+    ]
+    header = ["", "throughput", "simulated", "step", "simulated", "GPU's part of it"]
+    return markdown([*header, "points off", "tokens that differ"], lines)
+
+
 def tables(folder: Path) -> dict[str, str]:
     """Every table, by what it is about."""
     costs = read_memory_costs(folder, str(folder))
@@ -162,7 +180,7 @@ def tables(folder: Path) -> dict[str, str]:
     chains = [pd.read_csv(folder / f"{part}.csv") for part in ("layers", "layers-column")]
     points = judged(costs, pd.concat(chains))
     return {
-        "mapping": mapping_table(rows["mapping"]),
+        "mapping": mapping_table(rows["mapping"], PAGE_GROUP),
         "transfer": transfer_table(rows["transfer"]),
         "paged": paged_table(costs),
         "errors": errors_table(costs),
@@ -174,8 +192,12 @@ def tables(folder: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--costs", type=Path, required=True)
-    for table in tables(parser.parse_args().costs).values():
+    parser.add_argument("--same-tokens", type=Path)
+    options = parser.parse_args()
+    for table in tables(options.costs).values():
         print(table, end="\n\n")
+    if options.same_tokens:
+        print(same_tokens_table(pd.read_csv(options.same_tokens)))
 
 
 if __name__ == "__main__":

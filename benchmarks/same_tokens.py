@@ -5,15 +5,18 @@ steps take, and the kinds serve in turn, several times, so that a warmer card is
 between them. What the second kind and those after it differ from the first by is then simulated.
 The memory costs of each kind have to be there (`podsim profile-memory mapping`, `paged`). A kind
 is one of --kv, or `sliced`: vattention whose layers are slices of one tensor. Exits with 1 if a
-token differs.
+token differs. Every round is kept as a recording of `podsim validate`, from which `--from` prints
+the same again, simulated anew, without a GPU.
 
-    python benchmarks/same_tokens.py --kv vattention,paged --memory-costs my-memory --out tokens.csv
+    python benchmarks/same_tokens.py --kv vattention,paged --keep served --out tokens.csv
+    python benchmarks/same_tokens.py --from served
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,15 +25,23 @@ import pandas as pd
 
 from podsim.config import Deployment
 from podsim.engine import Engine
+from podsim.errors import InputError
 from podsim.kv_cache import page_groups_for
+from podsim.memory_system import memory_costs_for
 from podsim.model import model_named
-from podsim.serving import Served, Server
+from podsim.paged_latency import PagedLatency
+from podsim.serving import Server
 from podsim.simulation import latency_model_for
-from podsim.validation import Recorded, compare
+from podsim.validation import MAPPING_COLUMNS, TABLE_COLUMN, Recorded, compare, read_recording
 from podsim.workload import Trace
 
 MAX_NUM_SEQS = 48
 SHORTEST, LONGEST_OUTPUT = 8, 192
+OUTPUT_FILE = "output.csv.gz"
+"""Beside a recording: every token of every request."""
+PARTS = ["step", "gpu", "mapping", "table", "host"]
+"""Seconds of a step and what they are: the GPU's work, and the waits for memory to be mapped, for
+the block table and for all else of the host."""
 
 Tokens = dict[int, list[int]]
 
@@ -59,49 +70,59 @@ class KeepingServer(Server):
 
 @dataclass
 class Kind:
-    """A kind of KV cache, ready to serve, and what it did."""
+    """What a kind of KV cache did."""
 
-    deployment: Deployment
-    server: KeepingServer
+    rounds: list[Recorded] = field(default_factory=list)
     tokens: Tokens = field(default_factory=dict)
-    served: list[Served] = field(default_factory=list)
     num_changed: int = 0
     """Tokens that another round had otherwise."""
 
-    def serve(self, trace: Trace) -> None:
-        latency_model = latency_model_for(self.deployment, model_named(self.deployment.model))
-        self.served.append(self.server.serve(trace, latency_model.step_time))
-        self.tokens = self.tokens or self.server.tokens
-        self.num_changed += differing(self.tokens, self.server.tokens)[1]
+    def add(self, recorded: Recorded, tokens: Tokens) -> None:
+        """One more round."""
+        self.rounds.append(recorded)
+        self.tokens = self.tokens or tokens
+        self.num_changed += differing(self.tokens, tokens)[1]
 
-    def rounds(self) -> pd.DataFrame:
-        """Of each round: output tokens/s, seconds of a step, and of the GPU in it."""
-        rounds = []
-        for served in self.served:
-            steps, gpu = served.recording.log.steps, served.recording.gpu_seconds
-            seconds = sum(steps["duration"])
-            tokens = len(served.recording.token_request)
-            rounds.append((tokens / seconds, seconds / len(gpu), sum(gpu) / len(gpu)))
-        return pd.DataFrame(rounds, columns=RATES)
+    def each_round(self) -> pd.DataFrame:
+        """Output tokens/s, and the mean of each of PARTS."""
+        rows = []
+        for recorded in self.rounds:
+            steps = recorded.steps
+            mapping, table = (
+                steps[name].mean() if name in steps else 0.0
+                for name in (MAPPING_COLUMNS[0], TABLE_COLUMN)
+            )
+            step, gpu = steps["duration"].mean(), steps["gpu_seconds"].mean()
+            speed = len(recorded.tokens) / steps["duration"].sum()
+            rows.append((speed, step, gpu, mapping, table, step - gpu - mapping - table))
+        return pd.DataFrame(rows, columns=["tokens_per_s", *PARTS])
 
     def measured(self) -> pd.Series:
-        return self.rounds().median()
+        return self.each_round().median()
 
     def simulated(self) -> pd.Series:
         """The same of a simulation of what was served."""
-        recorded = Recorded.of(
-            self.served[0].recording,
-            self.deployment,
-            self.served[0].engine({}),
-            self.deployment.kv,
-        )
+        recorded = self.rounds[0]
         result = compare(recorded, error_bars=False).simulated
         durations = np.asarray(result.steps["duration"])
-        tokens = int(recorded.trace.num_output_tokens.sum())
-        return pd.Series((tokens / durations.sum(), durations.mean()), RATES[:2])
-
-
-RATES = ["tokens_per_s", "step_s", "gpu_s"]
+        held_up = sum(sum(memory.log.held_up) for memory in result.memory)
+        model, shapes = result.latency_model, recorded.shapes
+        table = 0.0
+        if isinstance(model, PagedLatency):
+            table = float(np.mean([model.table_seconds(shape) for shape in shapes]))
+        of = recorded.deployment
+        host = np.mean(
+            [
+                of.host_overhead
+                + of.host_overhead_per_request * (len(shape.prefills) + shape.num_decodes)
+                + of.host_overhead_with_prefill * bool(shape.prefills)
+                for shape in shapes
+            ]
+        )
+        step, mapping = durations.mean(), held_up / len(durations)
+        speed = recorded.trace.num_output_tokens.sum() / durations.sum()
+        parts = (step, step - mapping - table - host, mapping, table, host)
+        return pd.Series((speed, *parts), ["tokens_per_s", *PARTS])
 
 
 def differing(ours: Tokens, theirs: Tokens) -> tuple[int, int]:
@@ -143,14 +164,83 @@ def deployment(kv: str, options: argparse.Namespace) -> Deployment:
     return replace(base, num_blocks=MAX_NUM_SEQS * -(-options.longest // size))
 
 
-def table(kinds: dict[str, Kind]) -> pd.DataFrame:
+# ------------------------------------------------------------------------- served and kept
+
+
+def serve(names: Sequence[str], options: argparse.Namespace) -> dict[str, Kind]:
+    """Serve with every kind in turn; each round is in --keep as soon as it is over."""
+    deployments = {kv: deployment(kv, options) for kv in names}
+    servers = {kv: KeepingServer(own, options.longest) for kv, own in deployments.items()}
+    trace = requests(options.requests, options.longest)
+    kinds = {kv: Kind() for kv in names}
+    for number in range(options.rounds):
+        for i in np.random.default_rng(number).permutation(len(names)):
+            kv = names[i]
+            own, server = deployments[kv], servers[kv]
+            latency_model = latency_model_for(own, model_named(own.model))
+            served = server.serve(trace, latency_model.step_time)
+            recorded = Recorded.of(served.recording, own, served.engine({}), kv, served.gpu_samples)
+            if options.keep:
+                keep(options.keep / f"{kv}-{number}", recorded, server.tokens)
+            kinds[kv].add(recorded, server.tokens)
+    for server in servers.values():
+        server.close()
+    return kinds
+
+
+def keep(folder: Path, recorded: Recorded, tokens: Tokens) -> None:
+    """A recording of `podsim validate`, and the tokens."""
+    folder.mkdir(parents=True)
+    recorded.save(folder)
+    rows = [(number, token) for number, every in tokens.items() for token in every]
+    table = pd.DataFrame(rows, columns=["request_id", "token"])
+    compression = {"method": "gzip", "mtime": 1}
+    table.to_csv(folder / OUTPUT_FILE, index=False, compression=compression)
+
+
+def read_kept(names: Sequence[str], folder: Path, memory_costs: str | None) -> dict[str, Kind]:
+    """The rounds that --keep left. InputError if a kind has none, or one cannot be read."""
+    kinds = {}
+    for kv in names:
+        kinds[kv] = Kind()
+        for path in sorted(folder.glob(f"{kv}-*")):
+            recorded = read_recording(path)
+            own = recorded.deployment
+            if memory_costs:
+                recorded = replace(recorded, deployment=replace(own, memory_costs=memory_costs))
+            source = path / OUTPUT_FILE
+            try:
+                rows = pd.read_csv(source).groupby("request_id", sort=False)["token"]
+            except (OSError, ValueError, KeyError) as error:
+                raise InputError(f"{source}: not a table of tokens: {error}") from None
+            kinds[kv].add(recorded, {int(number): list(tokens) for number, tokens in rows})
+        if not kinds[kv].rounds:
+            raise InputError(f"{folder}: no rounds of {kv}, which would be {kv}-0 and so on")
+    return kinds
+
+
+# ---------------------------------------------------------------------------- what is reported
+
+
+def parts(kinds: dict[str, Kind]) -> pd.DataFrame:
+    """Of each kind, measured and simulated: output tokens/s, and milliseconds of PARTS."""
+    rows = {}
+    for kv, kind in kinds.items():
+        rows[kv, "measured"], rows[kv, "simulated"] = kind.measured(), kind.simulated()
+    found = pd.DataFrame(rows).T.rename_axis(["kv", ""])
+    found[PARTS] *= 1e3
+    return found.rename(columns={name: f"{name}_ms" for name in PARTS})
+
+
+def table(kinds: dict[str, Kind], found: pd.DataFrame) -> pd.DataFrame:
     """Differences from the first kind in percent, measured and simulated, and of tokens."""
     (first, base), *others = kinds.items()
-    was, expected = base.measured(), base.simulated()
     rows = []
     for name, kind in others:
-        measured = (kind.measured() / was - 1) * 100
-        simulated = (kind.simulated() / expected - 1) * 100
+        measured, simulated = (
+            (found.loc[name, source] / found.loc[first, source] - 1) * 100
+            for source in ("measured", "simulated")
+        )
         num_requests, num_tokens = differing(base.tokens, kind.tokens)
         points = simulated["tokens_per_s"] - measured["tokens_per_s"]
         same_sign = measured["tokens_per_s"] * simulated["tokens_per_s"] > 0
@@ -159,9 +249,10 @@ def table(kinds: dict[str, Kind]) -> pd.DataFrame:
                 "kv": f"{name} over {first}",
                 "throughput measured %": measured["tokens_per_s"],
                 "simulated %": simulated["tokens_per_s"],
-                "step measured %": measured["step_s"],
-                "step simulated %": simulated["step_s"],
-                "gpu measured %": measured["gpu_s"],
+                "step measured %": measured["step_ms"],
+                "step simulated %": simulated["step_ms"],
+                "gpu measured %": measured["gpu_ms"],
+                "gpu simulated %": simulated["gpu_ms"],
                 "points off": points,
                 "same sign": "yes" if same_sign else "no",
                 "same tokens": "no" if num_tokens else "yes",
@@ -170,6 +261,45 @@ def table(kinds: dict[str, Kind]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def summary(kv: str, kind: Kind) -> str:
+    """How much was served, how fast in each round, and the host's time."""
+    every = kind.each_round()["tokens_per_s"]
+    host = kind.rounds[0].engine["host_time"]
+    return (
+        f"{kv}: {len(kind.tokens)} requests, {len(kind.rounds[0].steps)} steps, "
+        f"{every.min():.1f} to {every.max():.1f} output tokens/s; {kind.num_changed} tokens "
+        f"changed from round to round; host {host['fixed'] * 1e6:.0f} us a step, "
+        f"{host['per_request'] * 1e6:.2f} a request, {host['with_prefill'] * 1e6:.0f} with prefill"
+    )
+
+
+def mapping_summary(kv: str, kind: Kind) -> str:
+    """What a page-group took that a step mapped: served, before that, and by the memory costs.
+
+    While the host's time is measured nothing asks the card for its clock and power.
+    """
+    seconds, page_groups = MAPPING_COLUMNS
+    steps = pd.concat([recorded.steps for recorded in kind.rounds])
+    steps = steps[steps[page_groups] > 0]
+    own = kind.rounds[0].deployment
+    groups = page_groups_for(own, model_named(own.model))
+    costs = memory_costs_for(own).mapping_costs(groups.page_group, "idle")
+    before = np.array(kind.rounds[0].engine["host_time"].get("mapping_rows", [])).reshape(-1, 2)
+    times = {
+        "served": steps[seconds].sum() / steps[page_groups].sum(),
+        "before": before[:, 1].sum() / before[:, 0].sum() if len(before) else np.nan,
+        "costs": costs.map_seconds(1, 1),
+    }
+    each = (steps[seconds] / steps[page_groups]).quantile([0.1, 0.5, 0.9]) * 1e6
+    return (
+        f"{kv}: {len(steps) / len(kind.rounds):.0f} steps a round mapped "
+        f"{steps[page_groups].sum() / len(kind.rounds):.0f} page-groups; us of one: "
+        f"{times['served'] * 1e6:.1f} (by step: P10 {each[0.1]:.1f}, P50 {each[0.5]:.1f}, P90 "
+        f"{each[0.9]:.1f}), {times['before'] * 1e6:.1f} while the host's time was measured, "
+        f"{times['costs'] * 1e6:.1f} by the memory costs"
+    )
 
 
 def report(found: pd.DataFrame, out: Path | None) -> None:
@@ -191,27 +321,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-costs", help="default: those shipped for the GPU")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", type=Path, help="folder for a recording of every round")
+    parser.add_argument("--from", type=Path, dest="kept", help="what --keep left: serve nothing")
     options = parser.parse_args()
     names = options.kv.split(",")
     if len(names) < 2:
         parser.error("--kv needs at least two kinds of KV cache to compare")
-    deployments = {kv: deployment(kv, options) for kv in names}
-    kinds = {kv: Kind(own, KeepingServer(own, options.longest)) for kv, own in deployments.items()}
-    trace = requests(options.requests, options.longest)
-    for number in range(options.rounds):
-        for i in np.random.default_rng(number).permutation(len(names)):
-            kinds[names[i]].serve(trace)
-    found = table(kinds)
+    if options.keep and options.keep.exists():
+        parser.error(f"--keep {options.keep} is there already")
+    try:
+        if options.kept:
+            kinds = read_kept(names, options.kept, options.memory_costs)
+        else:
+            kinds = serve(names, options)
+    except InputError as error:
+        sys.exit(f"Error: {error}")
     for kv, kind in kinds.items():
-        speed, step, gpu = kind.measured()
-        every = kind.rounds()["tokens_per_s"]
-        steps = len(kind.served[0].recording.shapes)
-        print(
-            f"{kv}: {len(kind.tokens)} requests, {steps} steps of {step * 1e3:.3f} ms ("
-            f"{gpu * 1e3:.3f} of the GPU), {speed:.1f} output tokens/s ({every.min():.1f} to "
-            f"{every.max():.1f}); {kind.num_changed} tokens changed from round to round"
-        )
-        kind.server.close()
+        print(summary(kv, kind))
+        if kind.rounds[0].deployment.kv == "vattention":
+            print(mapping_summary(kv, kind))
+    by_part = parts(kinds)
+    print(by_part.to_string(float_format="{:.3f}".format))
+    found = table(kinds, by_part)
     report(found, options.out)
     if found["tokens differing"].sum():
         sys.exit(1)

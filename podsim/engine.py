@@ -93,6 +93,10 @@ class Recording:
     """Of each step: what the GPU took; the rest of its duration it waited for the host."""
     table_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Of each step: in which the host prepared the block table; 0 if there is none."""
+    mapping_seconds: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step: what it waited for memory to be mapped; 0 if none is."""
+    mapped_page_groups: array[int] = field(default_factory=lambda: array("q"))
+    """Of each step: how many it mapped itself before it was launched."""
     token_request: array[int] = field(default_factory=lambda: array("q"))
     token_step: array[int] = field(default_factory=lambda: array("q"))
     """Of each token that came out: whose it is, and at the end of which step."""
@@ -100,6 +104,11 @@ class Recording:
 
 class Mapping(Protocol):
     """Memory that is mapped as requests grow."""
+
+    seconds: float
+    """Of the latest step: what it waited for mapping."""
+    page_groups: int
+    """Of the latest step: how many it had mapped while it waited."""
 
     def begin(self, batch: Batch, decodes: Decodes) -> None:
         """Called before each batch is computed: what it reads and writes is mapped on return."""
@@ -217,6 +226,9 @@ class Engine:
         is_paged = isinstance(self.kv_cache, PagedBlocks)
         preparing = allotting + self.forward.table_seconds if is_paged else 0.0
         self.recording.table_seconds.append(preparing)
+        mapping = self.mapping
+        self.recording.mapping_seconds.append(0.0 if mapping is None else mapping.seconds)
+        self.recording.mapped_page_groups.append(0 if mapping is None else mapping.page_groups)
         self._deliver(sampled_for, sampled.tolist())
         self._book(batch, end)
         return end

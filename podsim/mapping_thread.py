@@ -40,7 +40,8 @@ class MappingThread:
                 self._changes.append(change)
                 self._num_submitted += 1
                 self._last[change.slot] = self._num_submitted
-            self._moved.notify_all()
+            if self._changes:  # a thread that wakes for nothing takes turns with the caller
+                self._moved.notify_all()
 
     def wait(self, slots: Iterable[int] | None = None) -> None:
         """Until the changes of these slots, or all changes, are done."""

@@ -2,7 +2,8 @@
 
 Rows of `mapping.csv` (docs/memory.md). A GPU is kept busy by matrix products that another stream
 replays without end; what mapping in a background thread costs the steps is timed on a graph of
-small matrix products, whose host time counts, as in decode steps.
+small matrix products, whose host time counts, as in decode steps. Requests that grow between such
+steps, as in serving, are timed whole; nothing is fitted to them, they judge.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from statistics import median, quantiles
@@ -19,6 +20,8 @@ from statistics import median, quantiles
 import torch
 
 from podsim.errors import InputError
+from podsim.gpu_sampler import gpu_samples
+from podsim.memory_calibration import GROWTH
 from podsim.page_groups import PageGroups
 from podsim.vattention import Change
 from podsim.virtual_memory import CudaDriver, VirtualMemory
@@ -32,7 +35,14 @@ CALLS = 256
 REPEATS = 7
 PASSES = 3
 STEPS = 200
+GROWTHS, GROWING_SLOTS = 200, 32
+"""Blocks mapped between steps, and the slots that they are in."""
 CYCLES = 10_000
+
+TENSORS = 64
+"""Virtual tensors of a request that grows: K and V of 32 layers."""
+BESIDE = ("nothing", "sampling")
+"""What else asks the driver: nothing, or what samples the card's clock and power in serving."""
 
 Row = dict[str, object]
 Progress = Callable[[str], None]
@@ -55,6 +65,8 @@ def measure(on_progress: Progress = lambda text: None) -> list[Row]:
         for size in PAGE_GROUPS:
             on_progress(f"pass {number}, steps beside mapping of {size >> 20} MB")
             rows += _interference(driver, size, number)
+            on_progress(f"pass {number}, growth by {size >> 20} MB between steps")
+            rows += [_growths(driver, size, number, beside) for beside in BESIDE]
     return rows
 
 
@@ -214,15 +226,35 @@ def _small_step() -> Callable[[], None]:
 def _keep_mapping(
     driver: CudaDriver, size: int, stop: threading.Event, mapped: list[float]
 ) -> None:
-    """Grow and free a slot of 64 tensors; `mapped` is added the seconds in the driver."""
+    """Grow and free a slot of TENSORS; `mapped` is added the seconds in the driver."""
     driver.use_in_this_thread()
-    groups = PageGroups(size, 64, size)
+    groups = PageGroups(size, TENSORS, size)
     memory = VirtualMemory(driver, groups, num_slots=1, blocks_per_slot=1, num_blocks=1)
     while not stop.is_set():
         begin = time.perf_counter()
         memory.apply([Change(0, 0, 1, maps=True), Change(0, 0, 1, maps=False)])
         mapped[0] += time.perf_counter() - begin
     memory.close()
+
+
+def _growths(driver: CudaDriver, size: int, number: int, beside: str) -> Row:
+    """Seconds in which a block is mapped into all tensors of a slot, each right after a step."""
+    step, groups = _small_step(), PageGroups(size, TENSORS, size)
+    memory = VirtualMemory(driver, groups, GROWING_SLOTS, 1, GROWING_SLOTS)
+    seconds = []
+    with gpu_samples(time.perf_counter) if beside == "sampling" else nullcontext():
+        for growth in range(GROWTHS):
+            slot = growth % GROWING_SLOTS
+            if memory.mapped_blocks(slot):
+                memory.apply([Change(slot, 0, 1, maps=False)])
+            step()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            memory.apply([Change(slot, 0, 1, maps=True)])
+            seconds.append(time.perf_counter() - begin)
+    memory.close()
+    labels = {"api": GROWTH, "page_group": size, "page_groups": TENSORS, "gpu": "between steps"}
+    return labels | {"thread": "main", "pass": number, "beside": beside, **_timing(seconds)}
 
 
 # ------------------------------------------------------------------------------------- checks

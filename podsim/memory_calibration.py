@@ -41,6 +41,8 @@ COLUMNS = {
 STATES = {"idle": ("idle", "main"), "busy": ("busy", "background")}
 """State of the GPU and thread in which the calls of each set of costs were timed."""
 RESIDENT = -1
+GROWTH = "growth"
+"""In the place of a call: a block mapped into all tensors of a slot, between steps."""
 HANDOFF = "handoff"
 """In the place of a direction: not a copy, but what passes between a copy and a kernel."""
 
@@ -76,6 +78,8 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
     if "paged" in rows:
         fitted["paged"] = _paged(rows["paged"])
     costs = MemoryCosts(str(folder), gpu, provenance, **fitted, errors=errors)  # type: ignore[arg-type]
+    if "mapping" in rows:
+        errors |= judge_growth(costs, rows["mapping"])
     for part in ("layers", "layers-column"):
         if part in rows:
             errors |= judge_layers(costs, rows[part])
@@ -164,6 +168,19 @@ def _interference(rows: pd.DataFrame) -> dict[str, object]:
         mapping = float(beside["share"].median()) * longer
         found[str(size)] = max(0.0, (longer - alone) / mapping)
     return found
+
+
+def judge_growth(costs: MemoryCosts, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """How far the times of calls in a loop are from growing a slot between steps; none of these
+    rows is fitted, and the first files have none.
+    """
+    found: dict[str, list[float]] = {}
+    for row in rows[rows["api"] == GROWTH].to_dict("records"):
+        mapping = costs.mapping_costs(int(row["page_group"]), "idle")
+        predicted = mapping.map_seconds(int(row["page_groups"]), 1)
+        name = f"growth between steps, beside {row['beside']}"
+        found.setdefault(name, []).append(predicted / (row["time_us"] * 1e-6) - 1)
+    return {name: error_summary(np.array(values)) for name, values in found.items()}
 
 
 # ----------------------------------------------------------------------- transfers, recompute

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +50,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of a step in which the GPU waits for the host, but for those of a block table."""
+    """Seconds of a step in which the GPU waits for the host.
+
+    Without those of a block table, and of memory being mapped: the simulation has these by itself.
+    """
 
     fixed: float
     per_request: float
@@ -59,17 +63,23 @@ class HostTime:
     """What it was fitted to: requests of a step of decodes, and seconds,"""
     prefill_rows: Sequence[tuple[int, float]]
     """and the same of steps with prefill."""
+    mapping_rows: Sequence[tuple[int, float]] = ()
+    """Of steps before which memory was mapped: page-groups, and the seconds that it took."""
 
     @classmethod
     def fit(
-        cls, rows: Sequence[tuple[int, float]], prefill_rows: Sequence[tuple[int, float]]
+        cls,
+        rows: Sequence[tuple[int, float]],
+        prefill_rows: Sequence[tuple[int, float]],
+        mapping_rows: Sequence[tuple[int, float]] = (),
     ) -> HostTime:
         """A line through the steps of decodes, and the median of what the others are above it."""
         requests, seconds = np.array(rows, dtype=np.float64).T
         slope = max(float(np.polyfit(requests, seconds, 1)[0]), 0.0)
         fixed = max(float(np.median(seconds - slope * requests)), 0.0)
         above = [seconds - fixed - slope * requests for requests, seconds in prefill_rows]
-        return cls(fixed, slope, max(statistics.median(above), 0.0), rows, prefill_rows)
+        with_prefill = max(statistics.median(above), 0.0)
+        return cls(fixed, slope, with_prefill, rows, prefill_rows, mapping_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +225,28 @@ class Server:
         for done, size in enumerate([most, *sizes]):
             on_progress("measuring host time", done, len(sizes) + 2)
             waits = [
-                seconds
-                for shape, seconds in self._waits([(prompt, HOST_STEPS)] * size)
-                if shape.num_decodes == size and not shape.prefills
+                wait.seconds
+                for wait in self._waits([(prompt, HOST_STEPS)] * size)
+                if wait.shape.num_decodes == size and not wait.shape.prefills
             ]
             if done:  # the first batch only warms up
                 rows.append((size, statistics.median(waits)))
         on_progress("measuring host time", len(sizes) + 1, len(sizes) + 2)
         prompt = max(1, min(self.deployment.token_budget, self.llama.max_len - PREFILL_OUTPUTS))
-        prefill_rows = [
-            (shape.num_decodes + len(shape.prefills), seconds)
-            for shape, seconds in self._waits([(prompt, PREFILL_OUTPUTS)] * PREFILL_REQUESTS)
-            if shape.prefills
+        waits_with_prefill = [
+            wait
+            for wait in self._waits([(prompt, PREFILL_OUTPUTS)] * PREFILL_REQUESTS)
+            if wait.shape.prefills
         ]
         on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
-        return HostTime.fit(rows, prefill_rows)
+        prefill_rows = [
+            (wait.shape.num_decodes + len(wait.shape.prefills), wait.seconds)
+            for wait in waits_with_prefill
+        ]
+        mapping_rows = [
+            (wait.page_groups, wait.mapping) for wait in waits_with_prefill if wait.page_groups
+        ]
+        return HostTime.fit(rows, prefill_rows, mapping_rows)
 
     def _most_at_once(self, num_tokens: int) -> int:
         """Requests of so many tokens that are let in together."""
@@ -238,18 +255,29 @@ class Server:
         fit = room // kv_cache.blocks_for(num_tokens)
         return max(1, min(self.deployment.max_num_seqs, fit))
 
-    def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[tuple[BatchShape, float]]:
-        """Serve requests of (prompt, output) tokens at once: of each step the host's seconds.
-
-        Preparing a block table is not among them: `podsim.paged_latency` has it for itself.
-        """
+    def _waits(self, lengths: Sequence[tuple[int, int]]) -> Iterator[_Wait]:
+        """Serve requests of (prompt, output) tokens at once: what each step waited for."""
         engine = self._engine(lambda shape: 0.0, seed=1)
         recording = engine.serve(Request(i, 0.0, *length) for i, length in enumerate(lengths))
         _end_mapping(engine)
         self._count_from_the_last_start(recording)
-        durations = np.asarray(recording.log.steps["duration"])
-        others = np.asarray(recording.gpu_seconds) + np.asarray(recording.table_seconds)
-        yield from zip(recording.shapes, (durations - others).tolist(), strict=True)
+        seconds = np.asarray(recording.log.steps["duration"])
+        for others in ("gpu_seconds", "table_seconds", "mapping_seconds"):
+            seconds = seconds - np.asarray(getattr(recording, others))
+        mapped = recording.mapped_page_groups, recording.mapping_seconds
+        columns = (recording.shapes, seconds.tolist(), *mapped)
+        yield from (_Wait(*row) for row in zip(*columns, strict=True))
+
+
+class _Wait(NamedTuple):
+    """What a step waited for, in seconds."""
+
+    shape: BatchShape
+    seconds: float
+    """For the host: not in `podsim.paged_latency` or `podsim.mapping_time`, which have theirs."""
+    page_groups: int
+    mapping: float
+    """For memory to be mapped."""
 
 
 def _end_mapping(engine: Engine) -> None:

@@ -33,6 +33,7 @@ from podsim.simulation import latency_model_for, workload_trace
 from podsim.validation import (
     ENGINE_FILE,
     LATENCIES,
+    MAPPING_COLUMNS,
     TABLE_COLUMN,
     Comparison,
     Recorded,
@@ -231,10 +232,13 @@ def _profile_lines(comparison: Comparison) -> list[str]:
 def _lines(comparison: Comparison) -> list[str]:
     engine = comparison.recorded.engine
     host, steps = engine["host_time"], comparison.recorded.steps
-    tables = []
+    waits = []
     if TABLE_COLUMN in steps:
         mean = steps[TABLE_COLUMN].mean() * 1e6
-        tables = [f"Block table  {mean:.0f} us of the host a step, beside that"]
+        waits = [f"Block table  {mean:.0f} us of the host a step, beside that"]
+    if MAPPING_COLUMNS[0] in steps:
+        mean = steps[MAPPING_COLUMNS[0]].mean() * 1e6
+        waits = [f"Mapping      {mean:.0f} us of waiting a step, beside that"]
     kernels = f", {engine['kernels']} kernels" if "kernels" in engine else ""
     return [
         f"Engine       {engine['device_name']}, driver {engine['driver']}, torch "
@@ -243,6 +247,6 @@ def _lines(comparison: Comparison) -> list[str]:
         f"Host time    {host['fixed'] * 1e6:.0f} us a step and "
         f"{host['per_request'] * 1e6:.2f} us a request, "
         f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
-        *tables,
+        *waits,
         *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
     ]

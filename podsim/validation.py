@@ -47,6 +47,8 @@ COLUMNS = {
 }
 TABLE_COLUMN = "table_seconds"
 """Of the steps over a paged KV cache: in which the host prepared the block table."""
+MAPPING_COLUMNS = ("mapping_seconds", "mapped_page_groups")
+"""Of the steps over mapped memory: what each waited for it, and how much it mapped itself."""
 
 STEP_KINDS = ("decode", "mixed", "prefill", "all")
 LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e_latency": "End-to-end latency"}
@@ -64,7 +66,8 @@ class Recorded:
     """`metrics.request_table` of the engine."""
     steps: pd.DataFrame
     """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds, and
-    table_seconds where there was a block table."""
+    table_seconds where there was a block table, mapping_seconds and mapped_page_groups where
+    memory was mapped."""
     tokens: pd.DataFrame
     """request_id of each token that came out, in order, and the index of the step it ended."""
     gpu: pd.DataFrame
@@ -99,6 +102,9 @@ class Recorded:
         steps["gpu_seconds"] = np.asarray(recording.gpu_seconds)
         if deployment.kv == "paged":
             steps[TABLE_COLUMN] = np.asarray(recording.table_seconds)
+        if deployment.kv == "vattention":
+            for name in MAPPING_COLUMNS:
+                steps[name] = np.asarray(getattr(recording, name))
         tokens = pd.DataFrame(
             {
                 "request_id": np.asarray(recording.token_request),

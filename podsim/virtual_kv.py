@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from podsim.batch import Batch
@@ -74,9 +76,15 @@ class VirtualKV:
 
 
 class StepMapping:
-    """Has the blocks of each step mapped before it is launched; `MappingTime` simulates this."""
+    """Has the blocks of each step mapped before it is launched; `MappingTime` simulates this.
+
+    Of the latest step, `seconds` is what it waited for mapping, by itself or by the thread, and
+    `page_groups` how many it mapped itself.
+    """
 
     def __init__(self, kv: VirtualKV, cache: VAttentionCache, deployment: Deployment) -> None:
+        self.seconds = 0.0
+        self.page_groups = 0
         self.kv = kv
         self.cache = cache
         self.look_ahead = deployment.look_ahead
@@ -96,11 +104,17 @@ class StepMapping:
         """Call before the batch is computed: its blocks are mapped when this returns."""
         growing = self.cache.slots_growing(batch, decodes)
         changes = self.cache.map_for(batch, decodes)
+        blocks = sum(change.num_blocks for change in changes if change.maps)
+        self.page_groups = blocks * self.kv.page_groups.num_tensors
         if self._thread is None:
-            self.kv.memory.apply([*changes, *self.cache.unmap_idle()])
-            return
-        self._thread.wait(None if changes else growing)
+            changes += self.cache.unmap_idle()
+        started = time.perf_counter()
+        if self._thread is not None:
+            self._thread.wait(None if changes else growing)
         self.kv.memory.apply(changes)
+        self.seconds = time.perf_counter() - started
+        if self._thread is None:
+            return
         ahead = self.cache.map_ahead(decodes, self.look_ahead)
         self._thread.submit([*ahead, *self.cache.unmap_idle()])
 

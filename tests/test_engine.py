@@ -87,6 +87,8 @@ def random_trace(seed: int, num_requests: int = 60) -> Trace:
 class WatchedMapping:
     """Follows what vAttention's cache asks to map; the forward pass asks it what is mapped."""
 
+    seconds, page_groups = 0.0, 0
+
     def __init__(self, cache: VAttentionCache, forward: MadeUpForward) -> None:
         self.cache = cache
         self.mapped = np.zeros_like(forward.cache, dtype=bool)

@@ -112,6 +112,28 @@ def test_calls_of_virtual_memory(costs: MemoryCosts) -> None:
     assert costs.interference[str(2 * MB)] == pytest.approx(250 / 1000)
 
 
+def test_requests_that_grow_between_steps_judge_the_calls(folder: Path) -> None:
+    """A block in 64 tensors is 64 calls of `map` and of `set_access`, 40 us each: 5.12 ms."""
+    labels = {"api": "growth", "page_group": 2 * MB, "page_groups": 64, "gpu": "between steps"}
+    times = {"nothing": (5120.0, 6400.0), "sampling": (10240.0, 10240.0)}
+    rows = [
+        labels | {"thread": "main", "pass": number, "beside": beside, "time_us": time}
+        for beside, of_passes in times.items()
+        for number, time in enumerate(of_passes)
+    ]
+    before = (folder / "mapping.csv").read_bytes()
+    alone = fit_folder(folder, "h200", {})
+    write_rows(folder, "mapping", [*mapping_rows(), *rows])
+    costs = fit_folder(folder, "h200", {})
+    assert (folder / "mapping.csv").read_bytes() != before
+    assert costs.mapping == alone.mapping
+    assert costs.errors["growth between steps, beside nothing"]["bias"] == -0.1
+    assert costs.errors["growth between steps, beside sampling"]["worst"] == 0.5
+    assert set(costs.errors) - set(alone.errors) == {
+        f"growth between steps, beside {beside}" for beside in times
+    }
+
+
 def test_a_handoff_is_no_copy(folder: Path) -> None:
     rows = transfer_rows()
     labels = {"direction": "handoff", "memory": "pinned", "beside": "nothing", "bytes": 2**14}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from podsim import measure_kvpr, measure_mapping, measure_transfers, memory_command, memory_view
 from podsim.cli import app
-from podsim.memory_costs import read_memory_costs
+from podsim.memory_costs import APIS, read_memory_costs
 from podsim.offloaded_shapes import SHAPES, LayerShape
 from tests.checked_driver import PAGE, CheckedDriver
 
@@ -110,7 +111,15 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             **{"MOST_TOKENS": 400, "SHAPES": TINY, "POINTS_PER_MODEL": 2},
             **{"REPEATS": 1, "FRACTIONS": (0.9, 1.0, 1.1)},
         },
-        measure_mapping: {"PAGE_GROUPS": (PAGE, 4 * PAGE), "CALLS": 64, "CYCLES": 30, "STEPS": 20},
+        measure_mapping: {
+            "PAGE_GROUPS": (PAGE, 4 * PAGE),
+            "CALLS": 64,
+            "CYCLES": 30,
+            "STEPS": 20,
+            "TENSORS": 4,
+            "GROWTHS": 9,
+            "GROWING_SLOTS": 4,
+        },
     }
     for module, values in small.items():
         for name, value in values.items():
@@ -122,6 +131,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(memory_view, "_CUDA", memory_view._CPU)
     monkeypatch.setattr(measure_mapping, "_small_step", lambda: Graph().replay)
     monkeypatch.setattr(measure_mapping, "_busy_gpu", measure_mapping._nothing)
+    monkeypatch.setattr(measure_mapping, "gpu_samples", lambda now: nullcontext(now()))
     for name, shape in TINY.items():
         monkeypatch.setitem(SHAPES, name, shape)
     with OnTheCpu():
@@ -144,12 +154,18 @@ def run(*arguments: object) -> str:
 def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
     run("mapping", "--out", tmp_path)
     rows = pd.read_csv(tmp_path / "mapping.csv")
-    assert set(rows["api"]) == {"create", "map", "set_access", "unmap", "release", "step", "cycle"}
+    assert set(rows["api"]) == {*APIS, "step", "growth", "cycle"}
+    growths = rows[rows["api"] == "growth"]
+    assert set(zip(growths["page_group"], growths["beside"], strict=True)) == {
+        *product((PAGE, 4 * PAGE), ("nothing", "sampling"))
+    }
+    assert set(growths["page_groups"]) == {4}
     costs = read_memory_costs(tmp_path, "costs")
     for state, size in product(("idle", "busy"), (PAGE, 4 * PAGE)):
         assert costs.mapping_costs(size, state).map_seconds(4, 1) > 0
     assert set(costs.interference) == {str(PAGE), str(4 * PAGE)}
     assert costs.provenance == {"mapping": {"command": "podsim profile-memory mapping --gpu h200"}}
+    assert costs.errors["growth between steps, beside sampling"]["points"] == 4
 
 
 def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+
+from podsim.config import Deployment
+from podsim.simulation import simulate
+from podsim.validation import Recorded
 
 pytest.importorskip("torch", reason="the engine needs torch")
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -29,12 +34,28 @@ def same_tokens(monkeypatch):
     return module
 
 
+def a_round(deployment: Deployment, slowdown: float = 1.0, kv: str = "made up") -> Recorded:
+    return Recorded.of(recording(slowdown, deployment, qps=1e4), deployment, ENGINE, kv)
+
+
 def kind(same_tokens, deployment, tokens, *slowdowns):
-    served = []
+    made = same_tokens.Kind()
     for slowdown in slowdowns:
-        made = recording(slowdown, deployment, qps=1e4)
-        served.append(SimpleNamespace(recording=made, engine=lambda options: ENGINE))
-    return same_tokens.Kind(deployment, None, tokens, served)
+        made.add(a_round(deployment, slowdown), tokens)
+    return made
+
+
+def mapped_round(slowdown: float = 1.0) -> Recorded:
+    """Prompts wait 2 ms, in which each maps 32 page-groups."""
+    deployment = Deployment(attention="pod", token_budget=512, max_num_seqs=32, kv="vattention")
+    run = a_round(deployment, slowdown)
+    prompts = run.steps["num_prefills"] > 0
+    steps = run.steps.assign(
+        mapping_seconds=prompts * 0.002,
+        mapped_page_groups=prompts * 32,
+        duration=run.steps["duration"] + prompts * 0.002,
+    )
+    return replace(run, steps=steps)
 
 
 def test_differences_of_times_and_tokens(same_tokens, tmp_path):
@@ -44,7 +65,8 @@ def test_differences_of_times_and_tokens(same_tokens, tmp_path):
     base = kind(same_tokens, DEPLOYMENT, tokens, 1.0, 1.3, 1.0)
     equal = kind(same_tokens, paged, {**tokens}, 1.0)
     slower = kind(same_tokens, paged, tokens | {0: [1, 9, 8], 2: [7]}, 1.05)
-    rows = same_tokens.table({"ideal": base, "paged": equal, "slower": slower})
+    kinds = {"ideal": base, "paged": equal, "slower": slower}
+    rows = same_tokens.table(kinds, same_tokens.parts(kinds))
     first, second = rows.to_dict("records")
     assert first["kv"] == "paged over ideal"
     assert first["throughput measured %"] < -0.2
@@ -64,7 +86,7 @@ def test_the_table_is_left_as_csv_and_printed(same_tokens, tmp_path, capsys, mon
     tokens = {0: [1, 2, 3]}
     kinds = {"ideal": kind(same_tokens, DEPLOYMENT, tokens, 1.0)}
     kinds["paged"] = kind(same_tokens, paged, tokens, 1.0)
-    rows = same_tokens.table(kinds)
+    rows = same_tokens.table(kinds, same_tokens.parts(kinds))
     same_tokens.report(rows, tmp_path / "tokens.csv")
     printed = capsys.readouterr().out
     assert re.search(rf"throughput measured % +{rows['throughput measured %'][0]:.2f}\n", printed)
@@ -76,6 +98,82 @@ def test_the_table_is_left_as_csv_and_printed(same_tokens, tmp_path, capsys, mon
     with pytest.raises(ZeroDivisionError):
         same_tokens.report(rows, tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "tokens.csv").read_bytes()
+
+
+def test_a_step_is_taken_apart(same_tokens, tmp_path):
+    """What a kind measured and what is simulated of it add up. A table takes 40 us by its costs,
+    and one a request.
+    """
+    paged = paged_deployment(tmp_path / "costs")
+    kinds = {"paged": kind(same_tokens, paged, {0: [1]}, 1.0), "vattention": same_tokens.Kind()}
+    kinds["vattention"].add(mapped_round(), {0: [1]})
+    found = same_tokens.parts(kinds)
+    for row in found.to_dict("records"):
+        named = sum(row[f"{name}_ms"] for name in ("gpu", "mapping", "table", "host"))
+        assert named == pytest.approx(row["step_ms"])
+    of_paged, simulated = found.loc["paged", "measured"], found.loc["paged", "simulated"]
+    assert simulated["step_ms"] == pytest.approx(of_paged["step_ms"], rel=2e-4)
+    assert of_paged["table_ms"] > 0.05
+    assert 0.04 < simulated["table_ms"] < 0.04 + 0.033
+    assert simulated["host_ms"] > 0.2
+    mapped = kinds["vattention"].rounds[0].steps["num_prefills"] > 0
+    assert found.loc[("vattention", "measured"), "mapping_ms"] == pytest.approx(2 * mapped.mean())
+    assert 0 < found.loc[("vattention", "simulated"), "mapping_ms"] < 2 * mapped.mean()
+
+
+def test_what_a_page_group_took_is_said(same_tokens):
+    mapped = same_tokens.Kind()
+    for _ in range(2):
+        mapped.add(mapped_round(), {0: [1]})
+    steps = mapped.rounds[0].steps["num_prefills"].gt(0).sum()
+    said = same_tokens.mapping_summary("vattention", mapped)
+    assert f"{steps} steps a round mapped {32 * steps} page-groups; us of one: 62.5 (by" in said
+    assert "nan while the host's time was measured, 33.1 by the memory costs" in said
+    host = {**ENGINE["host_time"], "mapping_rows": [[64, 0.003], [32, 0.0018]]}
+    mapped.rounds[0] = replace(mapped.rounds[0], engine={**ENGINE, "host_time": host})
+    assert ", 50.0 while the host's" in same_tokens.mapping_summary("vattention", mapped)
+
+
+def test_rounds_that_were_kept_say_the_same(same_tokens, tmp_path):
+    """As a user types it, without a GPU. The second round of one kind had another token."""
+    kinds = {"ideal": same_tokens.Kind(), "vattention": same_tokens.Kind()}
+    for number in range(2):
+        for kv, made in (("ideal", a_round(DEPLOYMENT)), ("vattention", mapped_round())):
+            tokens = {3: [5, 6], 1: [7, 8 + (kv == "ideal" and number)]}
+            kinds[kv].add(made, tokens)
+            same_tokens.keep(tmp_path / "served" / f"{kv}-{number}", made, tokens)
+    again = same_tokens.read_kept(list(kinds), tmp_path / "served", None)
+    assert [again[kv].tokens for kv in again] == [kinds[kv].tokens for kv in kinds]
+    assert [again[kv].num_changed for kv in again] == [1, 0]
+    before, after = same_tokens.parts(kinds), same_tokens.parts(again)
+    pd.testing.assert_frame_equal(before, after, rtol=1e-3, atol=1e-3)
+
+    command = [sys.executable, str(SOURCE), "--from", "served", "--kv", "ideal,vattention"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 tokens changed from round to round" in done.stdout
+    assert "62.5 (by step: P10 62.5" in done.stdout
+    assert re.search(r"points off +-?\d", done.stdout)
+    command[-1] = "ideal,paged"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Error: served: no rounds of paged, which would be paged-0 and so on\n"
+
+
+@pytest.mark.parametrize(
+    ("kv", "seconds", "mapped"), [("vattention", 0.169, 85), ("sliced", 0.028, 488)]
+)
+def test_the_page_names_what_mapping_takes_as_simulated(same_tokens, kv, seconds, mapped):
+    """docs/memory.md has the seconds, of the requests that were served on the H200."""
+    options = argparse.Namespace(
+        model="llama-3-8b", attention="serial", block_size=16, longest=2560, memory_costs=None
+    )
+    deployment = same_tokens.deployment(kv, options)
+    result = simulate(same_tokens.requests(96, 2560), deployment)
+    memory = result.memory[0].summary()
+    assert len(result.steps["duration"]) == 366
+    assert memory["stall_time"] == pytest.approx(seconds, abs=1.5e-3)
+    assert memory["mapped_blocks"] == mapped
 
 
 def test_every_kind_has_room_for_the_same_requests(same_tokens):

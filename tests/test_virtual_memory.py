@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,17 @@ from podsim.vattention import Change, VAttentionCache
 from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
 from podsim.virtual_memory import OutOfDeviceMemory, VirtualMemory
 from tests.checked_driver import PAGE, CheckedDriver
+
+
+class SlowDriver(CheckedDriver):
+    """A call that makes memory accessible takes `seconds`."""
+
+    seconds = 0.0
+
+    def set_access(self, address: int, size: int) -> None:
+        time.sleep(self.seconds)
+        super().set_access(address, size)
+
 
 GROUPS = PageGroups(page_group=PAGE, num_tensors=4, token_bytes=256)
 
@@ -263,6 +275,38 @@ def test_what_a_step_needs_is_mapped_when_it_begins(
     assert all(kv.memory.mapped_blocks(slot) == 0 for slot in range(3))
     kv.close()
     assert not driver.holds_anything()
+
+
+@pytest.mark.parametrize("mapping", ["overlapped", "synchronous"])
+def test_a_step_knows_what_it_mapped_and_how_long_it_waited(mapping: str) -> None:
+    """A prompt of three blocks is mapped by its step. The fourth block is mapped by the step that
+    writes into it, or before that by the thread, for which the step waits.
+    """
+    driver = SlowDriver()
+    groups = PageGroups.of(TINY, PAGE, "per_layer")
+    block, tensors = groups.tokens_per_block, groups.num_tensors
+    kv = VirtualKV(driver, TINY, groups, num_slots=1, min_len=4 * block, num_blocks=4, device="cpu")
+    cache = VAttentionCache(4, groups, 1)
+    options = Deployment(kv="vattention", mapping=mapping, max_num_seqs=1)
+    stepping = StepMapping(kv, cache, options)
+    request = Request(0, 0.0, 3 * block - 1, 9)
+    assert cache.start(request, 3 * block - 1, 0)
+    decodes = ListedDecodes(block)
+    found = []
+    driver.seconds = 0.002
+    stepping.begin(Batch(prefills=[Chunk(request, 3 * block - 1)]), decodes)
+    found.append((stepping.page_groups, stepping.seconds > 0.002 * tensors))
+    request.num_computed_tokens, request.num_emitted_tokens, request.admission = 3 * block - 1, 1, 0
+    decodes.add(request)
+    for _ in range(2):
+        assert cache.take(decodes.blocks_needed())
+        stepping.begin(Batch(num_decodes=1), decodes)
+        found.append((stepping.page_groups, stepping.seconds > 0.001 * tensors))
+        decodes.advance(1)
+    stepping.close()
+    kv.close()
+    by_the_step = 0 if mapping == "overlapped" else tensors
+    assert found == [(3 * tensors, True), (0, False), (by_the_step, True)]
 
 
 @pytest.mark.parametrize(
