@@ -3,7 +3,7 @@
 The prefill kernel's CTAs each walk the keys of a tile of queries and are handed to the SMs in
 order, so its time is that of the busiest SM, which is simulated. The decode kernel reads every key
 once: its time is bytes, unless its items are too short or too few to keep the memory busy.
-`unified` runs decodes as prefill tiles of one token.
+`unified` runs decodes as prefill tiles of one token: see `podsim.unified_features`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DECODE_FEATURES = (
     *("launch", "keys", "last_items", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
-UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "crowded_decode_keys")
+UNIFIED_FEATURES = ("launch", "makespan", "tiles", "crowded_decode_keys", "drawn_makespan")
 MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs", "prefill_keys")
 """Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
 the times of its sides: see `podsim.overlap`."""
@@ -76,6 +76,9 @@ class Geometry:
     """What a prefill tile costs beside its blocks, in blocks; fitted."""
     linear_token_seconds: float = 0.0
     """What a token adds to the matrix products of a layer once these fill the GPU; measured."""
+    quiet_layer_seconds: float = 0.0
+    """What a layer takes beside that: its other operations, and weights that few tokens wait for;
+    measured."""
 
     blocks_per_key: float = field(init=False)
     """Blocks an SM for each key of a decode."""
@@ -295,28 +298,3 @@ def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
     units = np.eye(len(DECODE_FEATURES)).tolist()
     work = (shape.num_decodes, shape.decode_context_sum, shape.decode_context_max)
     return tuple(decode_seconds(unit, *work, geometry)[0] for unit in units)
-
-
-DecodeTiles = tuple[int, int, int]
-"""Blocks of the longest decode, how many others there are, and their mean blocks."""
-
-
-def decode_tiles(shape: BatchShape, geometry: Geometry) -> DecodeTiles:
-    """What of the decodes' lengths the unified kernel's work depends on, a little rounded."""
-    others, block_n = shape.num_decodes - 1, geometry.block_n
-    rest = shape.decode_context_sum - shape.decode_context_max
-    return -(-shape.decode_context_max // block_n), others, round(rest / block_n / max(others, 1))
-
-
-def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
-    """Blocks of each decode as a tile, the lengths falling as a power from the longest one.
-
-    The power law is the one with the mean of the others; equal lengths are its flat case.
-    """
-    longest, others, mean = decodes
-    if not others:
-        return [longest]
-    exponent = max(longest / max(mean, 0.5) - 1.0, 0.0)
-    falling = [(1.0 - i / (others + 1)) ** exponent for i in range(1, others + 1)]
-    scale = mean * others / sum(falling)
-    return [longest, *(min(scale * f, longest) for f in falling)]

@@ -16,7 +16,14 @@ from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention, fit_heating
 from podsim.hardware import Gpu
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
-from podsim.latency import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency
+from podsim.latency import (
+    LAYER_OPS,
+    MATRIX_OPS,
+    SAMPLED_OPS,
+    TOKEN_OPS,
+    ProfiledLatency,
+    op_seconds,
+)
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 
@@ -67,7 +74,9 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
     ops = _op_tables(grid)
-    kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
+    linear = _linear_token_seconds(ops)
+    quiet = _quiet_layer_seconds(ops, linear)
+    kernels = kernels | {"linear_token_seconds": linear, "quiet_layer_seconds": quiet}
     geometry = Geometry.of(model, kernels)
     fitted_on = {name: rows_of(grid, name) for name in FEATURES}
     fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
@@ -177,6 +186,15 @@ def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float
         most = num_tokens >= num_tokens[-1] / 4
         seconds += float(np.polyfit(num_tokens[most], times[most], 1)[0])
     return seconds
+
+
+def _quiet_layer_seconds(
+    ops: Mapping[str, Mapping[str, list[float]]], linear_token_seconds: float
+) -> float:
+    """What a layer takes beside its tokens' matrix products: the median of what was measured."""
+    num_tokens = np.array(ops["qkv"]["num_tokens"])
+    layers = sum(count * op_seconds(ops[name], num_tokens) for name, count in LAYER_OPS.items())
+    return float(max(0.0, np.median(layers - linear_token_seconds * num_tokens)))
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:

@@ -22,6 +22,7 @@ from podsim.batch import BatchShape
 from podsim.errors import InputError
 from podsim.heat import Warming
 from podsim.overlap import Overlap, roughness, table_weights, tables
+from podsim.unified_features import drawn, unified_features
 
 Floats = NDArray[np.float64]
 
@@ -121,9 +122,32 @@ def _fit_decode(timings: Timings, geometry: Geometry) -> list[float]:
 
 
 def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
-    features = [model.unified_features(shape) for shape in timings.shapes]
-    coefficients: list[float] = fit_non_negative(np.array(features), timings.seconds).tolist()
-    return coefficients
+    return _fit_loaded(timings, _unified_rows(timings.shapes, model))[0]
+
+
+def _unified_rows(
+    shapes: Sequence[BatchShape], model: AttentionModel
+) -> Callable[[Sequence[float] | None], Floats]:
+    """The features under the load that follows from the attention's seconds; None: no load."""
+    geometry = model.geometry
+    works = [model.unified_work(shape) for shape in shapes]
+
+    def rows(unloaded: Sequence[float] | None) -> Floats:
+        loads = (
+            [0.0] * len(shapes)
+            if unloaded is None
+            else [
+                drawn(shape.num_tokens, seconds, work, geometry)
+                for shape, seconds, work in zip(shapes, unloaded, works, strict=True)
+            ]
+        )
+        features = [
+            unified_features(shape, work, geometry, load)
+            for shape, work, load in zip(shapes, works, loads, strict=True)
+        ]
+        return np.array(features)
+
+    return rows
 
 
 def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
