@@ -153,18 +153,14 @@ class AttentionModel:
 
     def _unified_seconds(self, shape: BatchShape) -> float:
         """Of a mixed batch: at the high clock, and what the load adds."""
-        work = self.unified_work(shape)
-        coefficients = self.coefficients["unified"]
-        high = dot(coefficients, unified_features(shape, work, self.geometry, 0.0))
-        load = drawn(shape.num_tokens, high, work, self.geometry)
-        return high + coefficients[DRAWN] * work.makespan * load
-
-    def unified_work(self, shape: BatchShape) -> TileWork:
-        """The tiles of a mixed batch, its decodes among them."""
-        return self._unified_work(
-            row_tiles(shape.prefills, self.geometry, shape.decode_context_sum),
-            decode_tiles(shape, self.geometry),
+        geometry, coefficients = self.geometry, self.coefficients["unified"]
+        work = self._unified_work(
+            row_tiles(shape.prefills, geometry, shape.decode_context_sum),
+            decode_tiles(shape, geometry),
         )
+        high = dot(coefficients, unified_features(shape, work, geometry, 0.0))
+        load = drawn(shape.num_tokens, high, work, geometry)
+        return high + coefficients[DRAWN] * work.makespan * load
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))

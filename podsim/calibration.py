@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
@@ -27,12 +28,17 @@ from podsim.latency import (
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 
+Floats = NDArray[np.float64]
+
 COLUMNS = (
     *("op", "strategy", "split", "num_tokens", "prefills", "decodes", "pass"),
     *("time_us", "time_p10_us", "time_p90_us", "repeats"),
 )
 LATER_COLUMNS = ("sm_clock_mhz", "work", "refused")
 """That the first profiles lack."""
+NEIGHBOURHOOD, SCATTER, FEWEST_NEIGHBOURS = 0.1, 0.1, 5
+"""Of the points of an operation that moves bytes: see `_without_scatter`. Relative distance in
+tokens, relative distance in time, and number."""
 _POINT = ["op", "strategy", "split", "num_tokens", "prefills", "decodes"]
 
 
@@ -171,11 +177,30 @@ def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
         rows = grid[grid["op"] == name].sort_values("num_tokens")
         if len(rows) < 2:
             raise InputError(f"measurements.csv: {len(rows)} rows of '{name}', expected at least 2")
+        num_tokens, seconds = rows["num_tokens"].to_numpy(float), rows["seconds"].to_numpy()
+        if name not in (*MATRIX_OPS, "lm_head"):
+            seconds = _without_scatter(num_tokens, seconds)
         tables[name] = {
             "num_tokens": rows["num_tokens"].tolist(),
-            "seconds": rows["seconds"].round(10).tolist(),
+            "seconds": seconds.round(10).tolist(),
         }
     return tables
+
+
+def _without_scatter(num_tokens: Floats, seconds: Floats) -> Floats:
+    """Of an operation that moves bytes: each point on the line through its neighbours.
+
+    Its few microseconds repeat to 5 to 10 %, and it runs one kernel for any number of tokens; where
+    that changes, or takes another turn of the SMs, the time jumps by more. A point with few
+    neighbours stays as measured.
+    """
+    smooth = seconds.copy()
+    for i, (n, time) in enumerate(zip(num_tokens, seconds, strict=True)):
+        near = np.abs(num_tokens / n - 1) <= NEIGHBOURHOOD
+        near &= np.abs(seconds / time - 1) <= SCATTER
+        if near.sum() >= FEWEST_NEIGHBOURS:
+            smooth[i] = np.polyval(np.polyfit(num_tokens[near] - n, seconds[near], 1), 0)
+    return smooth
 
 
 def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float:
@@ -193,8 +218,9 @@ def _quiet_layer_seconds(
 ) -> float:
     """What a layer takes beside its tokens' matrix products: the median of what was measured."""
     num_tokens = np.array(ops["qkv"]["num_tokens"])
-    layers = sum(count * op_seconds(ops[name], num_tokens) for name, count in LAYER_OPS.items())
-    return float(max(0.0, np.median(layers - linear_token_seconds * num_tokens)))
+    layers = [count * op_seconds(ops[name], num_tokens) for name, count in LAYER_OPS.items()]
+    beside = np.sum(layers, axis=0) - linear_token_seconds * num_tokens
+    return max(0.0, float(np.median(beside)))
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import exp, log
 from statistics import NormalDist
 
-from podsim.attention_features import Geometry, TileWork
+from podsim.attention_features import Geometry, TileWork, row_tiles, tile_work
 from podsim.batch import BatchShape
 
 NEARLY = 1e-3
@@ -31,8 +31,8 @@ def decode_tiles(shape: BatchShape, geometry: Geometry) -> DecodeTiles:
 def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
     """Blocks of each decode as a tile: the quantiles of a lognormal law, the longest one first.
 
-    Lengths of contexts spread over orders of magnitude. Of such laws it is the one whose largest
-    quantile is the longest decode and whose others have their mean; equal lengths are its flat case.
+    Lengths of contexts spread over orders of magnitude. The law is the one whose largest quantile
+    is the longest decode and whose others have their mean; equal lengths are its flat case.
     """
     longest, others, mean = decodes
     if not others:
@@ -60,6 +60,12 @@ def _below_largest(count: int) -> list[float]:
         normal.inv_cdf((rank - 0.375) / (count + 0.25)) for rank in range(count, 0, -1)
     )
     return [largest - z for z in others]
+
+
+def unified_work(shape: BatchShape, geometry: Geometry) -> TileWork:
+    """The tiles of a mixed batch, its decodes among them."""
+    tiles = row_tiles(shape.prefills, geometry, shape.decode_context_sum)
+    return tile_work(tiles, geometry, decode_tile_blocks(decode_tiles(shape, geometry)))
 
 
 def drawn(num_tokens: int, attention: float, work: TileWork, geometry: Geometry) -> float:
