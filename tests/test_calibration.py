@@ -21,8 +21,6 @@ from podsim.attention_features import (
     TileWork,
     decode_seconds,
     decode_seconds_of_run,
-    decode_tile_blocks,
-    decode_tiles,
     row_tiles,
     sustained,
     tile_work,
@@ -41,6 +39,7 @@ from podsim.model import Model, model_named
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
 from podsim.points import AttentionPoint, attention_points, step_points
 from podsim.profile import find_profile, kernels_hash, read_profile
+from podsim.unified_features import decode_tile_blocks, decode_tiles, drawn
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
 LLAMA = model_named("llama-3-8b")
