@@ -3,7 +3,7 @@
 The prefill kernel's CTAs each walk the keys of a tile of queries and are handed to the SMs in
 order, so its time is that of the busiest SM, which is simulated. The decode kernel reads every key
 once: its time is bytes, unless its items are too short or too few to keep the memory busy.
-`unified` runs decodes as prefill tiles of one token.
+`unified` runs decodes as prefill tiles of one token: see `podsim.unified_features`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape, PrefillShape
-from podsim.kernels.config import SATURATING_SHARE
 from podsim.model import Model
 
 PREFILL_FEATURES = ("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan")
 DECODE_FEATURES = (
-    *("launch", "keys", "last_items", "items", "has_combine"),
+    *("launch", "keys", "item_keys", "unfilled_turn", "items", "has_combine"),
     *("partials", "most_partials", "bottleneck"),
 )
-UNIFIED_FEATURES = ("launch", "makespan", "tiles", "blocks", "crowded_decode_keys")
+UNIFIED_FEATURES = ("launch", "makespan", "tiles", "crowded_decode_keys", "drawn_makespan")
 MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs", "prefill_keys")
 """Items and tiles an SM, and the pairs that these make. Beside them, a mixed batch takes a share of
 the times of its sides: see `podsim.overlap`."""
@@ -46,6 +45,8 @@ BLOCKS_PER_ITEM = 3.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
 BLOCKS_PER_LONE_BLOCK = 1.0
 """Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
+FULL_TURN = 1e-9
+"""Items an SM beyond a whole number that are none: they come from rounding."""
 MASKED_BLOCKS = 0.5
 """Blocks that a decode takes beyond its keys as a tile of its own; its start and end hide behind
 the keys of its neighbours."""
@@ -76,6 +77,9 @@ class Geometry:
     """What a prefill tile costs beside its blocks, in blocks; fitted."""
     linear_token_seconds: float = 0.0
     """What a token adds to the matrix products of a layer once these fill the GPU; measured."""
+    quiet_layer_seconds: float = 0.0
+    """What a layer takes beside that: its other operations, and weights that few tokens wait for;
+    measured."""
 
     blocks_per_key: float = field(init=False)
     """Blocks an SM for each key of a decode."""
@@ -84,10 +88,6 @@ class Geometry:
     min_split_blocks: float = field(init=False)
     items_per_split: float = field(init=False)
     """Items an SM for each split of a decode."""
-    ending_share: float = field(init=False)
-    """Of the memory's bandwidth that the last items use, for each decode. Splits are chosen so that
-    every SM gets the same whole number of items; each decode is then cut evenly, which makes about
-    half an item more of it for each head, and few SMs run these in the end."""
     unit_keys: int = field(init=False)
     """To how many keys those before a chunk may be rounded up: its tiles walk the same blocks."""
 
@@ -98,7 +98,6 @@ class Geometry:
             ("splitting_blocks_per_key", per_sm / self.decode_items_per_sm / self.decode_block_n),
             ("min_split_blocks", self.min_split_len / self.decode_block_n),
             ("items_per_split", per_sm),
-            ("ending_share", 0.5 * per_sm / SATURATING_SHARE),
             ("unit_keys", min(self.block_m // self.pack, self.block_n)),
         ):
             object.__setattr__(self, name, value)
@@ -232,31 +231,29 @@ def decode_seconds(
 ) -> tuple[float, float]:
     """Seconds of n decodes with so many keys together, and the items that an SM gets of them.
 
-    Keys are split so that every SM gets several items, none shorter than min_split_len; the memory
-    idles while few SMs run the last ones. In one piece and not as features, because a simulated
-    step costs little more than this.
+    Keys are split so that every SM gets several items, none shorter than min_split_len. SMs end at
+    different times: a part of an item apart, and a whole one where the last turn is not full. In
+    one piece and not as features, because a simulated step costs little more than this.
     """
-    launch, key, last, item, has_combine, partial, most, bound = coefficients
+    launch, key, item_key, unfilled, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
     least = geometry.min_split_blocks
     split = ceil(filling if filling > least else least) * block_n
-    if longest <= split:
-        items = n * geometry.items_per_split
-        lone = ceil(longest / block_n) * BLOCKS_PER_LONE_BLOCK
-        seconds = launch + key * blocks + item * items
-        return seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone), items
-    # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.
-    splits = keys / n / split
-    cut = n * (1.0 + splits * splits / (splits + 0.5))
+    is_cut = longest > split
+    cut = float(n)
+    if is_cut:
+        # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.
+        splits = keys / n / split
+        cut = n * (1.0 + splits * splits / (splits + 0.5))
     items = cut * geometry.items_per_split
-    lone = split / block_n * BLOCKS_PER_LONE_BLOCK
-    seconds = launch + key * blocks + item * items
-    idle = 1.0 - n * geometry.ending_share
-    if filling > least and idle > 0.0:
-        seconds = seconds + last * (lone * idle)
+    lone = ceil((split if is_cut else longest) / block_n) * BLOCKS_PER_LONE_BLOCK
+    ending = item_key + unfilled * (ceil(items - FULL_TURN) - items)
+    seconds = launch + key * blocks + item * items + ending * (blocks / items)
     seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
+    if not is_cut:
+        return seconds, items
     partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
     return seconds + has_combine + partial * partials + most * (longest / split), items
 
@@ -269,7 +266,7 @@ def decode_seconds_of_run(
     geometry: Geometry,
 ) -> NDArray[np.float64]:
     """Of many batches of as many decodes: the operations of `decode_seconds` in NumPy."""
-    launch, key, last, item, has_combine, partial, most, bound = coefficients
+    launch, key, item_key, unfilled, item, has_combine, partial, most, bound = coefficients
     block_n = geometry.decode_block_n
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
@@ -277,13 +274,11 @@ def decode_seconds_of_run(
     split = np.ceil(np.maximum(filling, least)) * block_n
     is_cut = longest > split
     splits = keys / n / split
-    cut = n * (1.0 + splits * splits / (splits + 0.5))
-    items = np.where(is_cut, cut, n) * geometry.items_per_split
+    cut = np.where(is_cut, n * (1.0 + splits * splits / (splits + 0.5)), float(n))
+    items = cut * geometry.items_per_split
     lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
-    seconds = launch + key * blocks + item * items
-    idle = 1.0 - n * geometry.ending_share
-    if idle > 0.0:
-        seconds = np.where(is_cut & (filling > least), seconds + last * (lone * idle), seconds)
+    ending = item_key + unfilled * (np.ceil(items - FULL_TURN) - items)
+    seconds = launch + key * blocks + item * items + ending * (blocks / items)
     seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
     partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
     combined = seconds + has_combine + partial * partials + most * (longest / split)
@@ -295,28 +290,3 @@ def decode_features(shape: BatchShape, geometry: Geometry) -> tuple[float, ...]:
     units = np.eye(len(DECODE_FEATURES)).tolist()
     work = (shape.num_decodes, shape.decode_context_sum, shape.decode_context_max)
     return tuple(decode_seconds(unit, *work, geometry)[0] for unit in units)
-
-
-DecodeTiles = tuple[int, int, int]
-"""Blocks of the longest decode, how many others there are, and their mean blocks."""
-
-
-def decode_tiles(shape: BatchShape, geometry: Geometry) -> DecodeTiles:
-    """What of the decodes' lengths the unified kernel's work depends on, a little rounded."""
-    others, block_n = shape.num_decodes - 1, geometry.block_n
-    rest = shape.decode_context_sum - shape.decode_context_max
-    return -(-shape.decode_context_max // block_n), others, round(rest / block_n / max(others, 1))
-
-
-def decode_tile_blocks(decodes: DecodeTiles) -> list[float]:
-    """Blocks of each decode as a tile, the lengths falling as a power from the longest one.
-
-    The power law is the one with the mean of the others; equal lengths are its flat case.
-    """
-    longest, others, mean = decodes
-    if not others:
-        return [longest]
-    exponent = max(longest / max(mean, 0.5) - 1.0, 0.0)
-    falling = [(1.0 - i / (others + 1)) ** exponent for i in range(1, others + 1)]
-    scale = mean * others / sum(falling)
-    return [longest, *(min(scale * f, longest) for f in falling)]

@@ -21,14 +21,11 @@ from numpy.typing import NDArray
 
 from podsim.attention_features import (
     FEATURES,
-    DecodeTiles,
     Geometry,
     Tiles,
     TileWork,
     decode_seconds,
     decode_seconds_of_run,
-    decode_tile_blocks,
-    decode_tiles,
     prefill_features,
     row_tiles,
     sustained,
@@ -38,10 +35,18 @@ from podsim.batch import BatchShape
 from podsim.kernels.config import balance, config_for, is_decode_heavy, sm_shares
 from podsim.model import Model
 from podsim.overlap import BUSY, WAVES, Overlap, Place, place
+from podsim.unified_features import (
+    DecodeTiles,
+    decode_tile_blocks,
+    decode_tiles,
+    drawn,
+    unified_features,
+)
 
 Coefficients = dict[str, list[float]]
 
 LOADED = FEATURES["prefill"].index("loaded_makespan")
+DRAWN = FEATURES["unified"].index("drawn_makespan")
 
 STREAMS = config_for("streams", num_q_heads=1, num_kv_heads=1, head_dim=128, kernels="hopper")
 """Of which only the policy by which Hopper's kernels share the SMs matters."""
@@ -117,7 +122,7 @@ class AttentionModel:
         if not prefills:
             return self.decode_seconds(n, keys, longest)
         if strategy == "unified" and n:
-            return dot(self.coefficients["unified"], self.unified_features(shape))
+            return self._unified_seconds(shape)
         sms = self._sms_beside_decode(strategy, shape) if n else 0
         side = self._prefill_side(row_tiles(prefills, self.geometry), sms)
         _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
@@ -146,21 +151,16 @@ class AttentionModel:
         _, _, n, keys, longest, _ = shape
         return decode_seconds(self.coefficients["decode"], n, keys, longest, self.geometry)
 
-    def unified_features(self, shape: BatchShape) -> tuple[float, ...]:
-        """Of a mixed batch."""
-        geometry = self.geometry
+    def _unified_seconds(self, shape: BatchShape) -> float:
+        """Of a mixed batch: at the high clock, and what the load adds."""
+        geometry, coefficients = self.geometry, self.coefficients["unified"]
         work = self._unified_work(
             row_tiles(shape.prefills, geometry, shape.decode_context_sum),
             decode_tiles(shape, geometry),
         )
-        return (
-            1.0,
-            work.makespan,
-            work.tiles / work.num_sms,
-            work.blocks / work.num_sms,
-            # Keys of decodes wait for the memory where other SMs read such keys at the same time.
-            shape.decode_context_sum * geometry.blocks_per_key * work.decode_share,
-        )
+        high = dot(coefficients, unified_features(shape, work, geometry, 0.0))
+        load = drawn(shape.num_tokens, high, work, geometry)
+        return high + coefficients[DRAWN] * work.makespan * load
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))

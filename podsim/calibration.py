@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
@@ -16,9 +17,18 @@ from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention, fit_heating
 from podsim.hardware import Gpu
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
-from podsim.latency import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency
+from podsim.latency import (
+    LAYER_OPS,
+    MATRIX_OPS,
+    SAMPLED_OPS,
+    TOKEN_OPS,
+    ProfiledLatency,
+    op_seconds,
+)
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
+
+Floats = NDArray[np.float64]
 
 COLUMNS = (
     *("op", "strategy", "split", "num_tokens", "prefills", "decodes", "pass"),
@@ -26,6 +36,9 @@ COLUMNS = (
 )
 LATER_COLUMNS = ("sm_clock_mhz", "work", "refused")
 """That the first profiles lack."""
+NEIGHBOURHOOD, SCATTER, FEWEST_NEIGHBOURS = 0.1, 0.1, 5
+"""Of the points of an operation that moves bytes: see `_without_scatter`. Relative distance in
+tokens, relative distance in time, and number."""
 _POINT = ["op", "strategy", "split", "num_tokens", "prefills", "decodes"]
 
 
@@ -67,7 +80,9 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
     ops = _op_tables(grid)
-    kernels = kernels | {"linear_token_seconds": _linear_token_seconds(ops)}
+    linear = _linear_token_seconds(ops)
+    quiet = _quiet_layer_seconds(ops, linear)
+    kernels = kernels | {"linear_token_seconds": linear, "quiet_layer_seconds": quiet}
     geometry = Geometry.of(model, kernels)
     fitted_on = {name: rows_of(grid, name) for name in FEATURES}
     fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
@@ -169,9 +184,12 @@ def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
         rows = grid[grid["op"] == name].sort_values("num_tokens")
         if len(rows) < 2:
             raise InputError(f"measurements.csv: {len(rows)} rows of '{name}', expected at least 2")
+        num_tokens, seconds = rows["num_tokens"].to_numpy(float), rows["seconds"].to_numpy()
+        if name not in (*MATRIX_OPS, "lm_head"):
+            seconds = _without_scatter(num_tokens, seconds)
         tables[name] = {
             "num_tokens": rows["num_tokens"].tolist(),
-            "seconds": rows["seconds"].round(10).tolist(),
+            "seconds": seconds.round(10).tolist(),
         }
     return tables
 
@@ -187,6 +205,22 @@ def _clock_falls(grid: pd.DataFrame, provenance: Mapping[str, object]) -> dict[s
     return {"num_tokens": rows["num_tokens"].tolist(), "falls": falls.round(4).tolist()}
 
 
+def _without_scatter(num_tokens: Floats, seconds: Floats) -> Floats:
+    """Of an operation that moves bytes: each point on the line through its neighbours.
+
+    Its few microseconds repeat to 5 to 10 %, and it runs one kernel for any number of tokens; where
+    that changes, or takes another turn of the SMs, the time jumps by more. A point with few
+    neighbours stays as measured.
+    """
+    smooth = seconds.copy()
+    for i, (n, time) in enumerate(zip(num_tokens, seconds, strict=True)):
+        near = np.abs(num_tokens / n - 1) <= NEIGHBOURHOOD
+        near &= np.abs(seconds / time - 1) <= SCATTER
+        if near.sum() >= FEWEST_NEIGHBOURS:
+            smooth[i] = np.polyval(np.polyfit(num_tokens[near] - n, seconds[near], 1), 0)
+    return smooth
+
+
 def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float:
     """What a token adds to the matrix products of a layer, from a quarter of the most tokens on."""
     seconds = 0.0
@@ -195,6 +229,16 @@ def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float
         most = num_tokens >= num_tokens[-1] / 4
         seconds += float(np.polyfit(num_tokens[most], times[most], 1)[0])
     return seconds
+
+
+def _quiet_layer_seconds(
+    ops: Mapping[str, Mapping[str, list[float]]], linear_token_seconds: float
+) -> float:
+    """What a layer takes beside its tokens' matrix products: the median of what was measured."""
+    num_tokens = np.array(ops["qkv"]["num_tokens"])
+    layers = [count * op_seconds(ops[name], num_tokens) for name, count in LAYER_OPS.items()]
+    beside = np.sum(layers, axis=0) - linear_token_seconds * num_tokens
+    return max(0.0, float(np.median(beside)))
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:

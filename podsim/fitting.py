@@ -22,6 +22,7 @@ from podsim.batch import BatchShape
 from podsim.errors import InputError
 from podsim.heat import Warming
 from podsim.overlap import Overlap, roughness, table_weights, tables
+from podsim.unified_features import drawn, unified_features, unified_work
 
 Floats = NDArray[np.float64]
 
@@ -57,25 +58,31 @@ def fit_attention(timings: Mapping[str, Timings], geometry: Geometry) -> Attenti
             raise InputError(
                 f"measurements.csv: only {len(timings[name].shapes)} rows to fit '{name}' on"
             )
-    geometry, prefill = _fit_prefill(timings["prefill"], geometry)
+    geometry = _fit_tile_overhead(timings, geometry)
+    prefill, _ = _fit_prefill(timings["prefill"], geometry)
     coefficients = {"prefill": prefill, "decode": _fit_decode(timings["decode"], geometry)}
     model = AttentionModel(geometry, coefficients, {})
     for name in ("serial", "streams", "pod"):
         _fit_mixed(name, timings[name], model)
-    coefficients["unified"] = _fit_unified(timings["unified"], model)
+    coefficients["unified"], _ = _fit_unified(timings["unified"], geometry)
     return model
 
 
-def _fit_prefill(timings: Timings, geometry: Geometry) -> tuple[Geometry, list[float]]:
-    """With the tile overhead under which the rows fit best."""
+def _fit_tile_overhead(timings: Mapping[str, Timings], geometry: Geometry) -> Geometry:
+    """With the tile overhead under which the rows of both kernels that run tiles fit best."""
 
-    def fitted(overhead: float) -> tuple[float, Geometry, list[float]]:
-        tried = replace(geometry, tile_overhead=overhead)
-        solution, misfit = _fit_loaded(timings, _prefill_rows(timings.shapes, tried))
-        return misfit, tried, solution
+    def misfit(tried: Geometry) -> float:
+        _, prefill = _fit_prefill(timings["prefill"], tried)
+        _, unified = _fit_unified(timings["unified"], tried)
+        return prefill + unified
 
-    _, best, coefficients = min(map(fitted, TILE_OVERHEADS), key=lambda fit: fit[0])
-    return best, coefficients
+    tried = [replace(geometry, tile_overhead=overhead) for overhead in TILE_OVERHEADS]
+    return min(tried, key=misfit)
+
+
+def _fit_prefill(timings: Timings, geometry: Geometry) -> tuple[list[float], float]:
+    """The coefficients, and the mean of the relative errors' size."""
+    return _fit_loaded(timings, _prefill_rows(timings.shapes, geometry))
 
 
 def _prefill_rows(
@@ -120,10 +127,33 @@ def _fit_decode(timings: Timings, geometry: Geometry) -> list[float]:
     return coefficients
 
 
-def _fit_unified(timings: Timings, model: AttentionModel) -> list[float]:
-    features = [model.unified_features(shape) for shape in timings.shapes]
-    coefficients: list[float] = fit_non_negative(np.array(features), timings.seconds).tolist()
-    return coefficients
+def _fit_unified(timings: Timings, geometry: Geometry) -> tuple[list[float], float]:
+    """The coefficients, and the mean of the relative errors' size."""
+    return _fit_loaded(timings, _unified_rows(timings.shapes, geometry))
+
+
+def _unified_rows(
+    shapes: Sequence[BatchShape], geometry: Geometry
+) -> Callable[[Sequence[float] | None], Floats]:
+    """The features under the load that follows from the attention's seconds; None: no load."""
+    works = [unified_work(shape, geometry) for shape in shapes]
+
+    def rows(unloaded: Sequence[float] | None) -> Floats:
+        loads = (
+            [0.0] * len(shapes)
+            if unloaded is None
+            else [
+                drawn(shape.num_tokens, seconds, work, geometry)
+                for shape, seconds, work in zip(shapes, unloaded, works, strict=True)
+            ]
+        )
+        features = [
+            unified_features(shape, work, geometry, load)
+            for shape, work, load in zip(shapes, works, loads, strict=True)
+        ]
+        return np.array(features)
+
+    return rows
 
 
 def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:

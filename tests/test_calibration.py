@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import astuple, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,6 @@ from podsim.attention_features import (
     TileWork,
     decode_seconds,
     decode_seconds_of_run,
-    decode_tile_blocks,
-    decode_tiles,
     row_tiles,
     sustained,
     tile_work,
@@ -41,6 +40,7 @@ from podsim.model import Model, model_named
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
 from podsim.points import AttentionPoint, attention_points, step_points
 from podsim.profile import find_profile, kernels_hash, read_profile
+from podsim.unified_features import decode_tile_blocks, decode_tiles, drawn
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
 LLAMA = model_named("llama-3-8b")
@@ -227,6 +227,37 @@ def test_decodes_as_tiles_keep_their_longest_and_nearly_their_sum(decodes: list[
     # Each mean is rounded to whole blocks, and no tile is longer than the longest decode.
     assert sum(blocks) <= sum(decodes) / geometry.block_n + len(decodes) / 2 + 1
     assert sum(blocks) >= 0.8 * (sum(decodes) / geometry.block_n - len(decodes) / 2)
+
+
+def test_decodes_as_tiles_are_the_quantiles_of_a_lognormal_law() -> None:
+    assert decode_tile_blocks((9, 0, 0)) == [9]
+    assert decode_tile_blocks((9, 3, 9)) == [9, 9, 9, 9]
+    # e^(0.8 z) at Blom's positions, scaled so that the longest of 99 has 200 blocks.
+    normal = NormalDist()
+    law = [math.exp(0.8 * normal.inv_cdf((k - 0.375) / 99.25)) for k in range(99, 0, -1)]
+    lengths = [200 * f / law[0] for f in law]
+    mean = round(sum(lengths[1:]) / 98)
+    found = decode_tile_blocks((200, 98, mean))
+    assert sum(found[1:]) == pytest.approx(98 * mean)
+    assert found == pytest.approx(lengths, rel=0.05)
+
+
+def test_the_clock_falls_with_the_share_of_time_in_which_all_sms_work() -> None:
+    geometry = replace(TWO_SMS, linear_token_seconds=1e-6, quiet_layer_seconds=1e-4)
+    full = TileWork(10.0, 20.0, 10.0, 2, 2, 0.0)
+    lone = replace(full, blocks=10.0)  # one of the two SMs works
+    assert drawn(0, 1e-4, full, geometry) == pytest.approx(0.5**2)
+    assert drawn(100, 1e-4, full, geometry) == pytest.approx((2 / 3) ** 2)
+    assert drawn(100, 1e-4, lone, geometry) == pytest.approx((1.5 / 3) ** 2)
+    assert drawn(0, 1e-4, lone, geometry) == pytest.approx(0.25**2)
+
+
+def test_decodes_wait_for_the_part_of_the_last_turn_that_is_empty() -> None:
+    unfilled = [float(name == "unfilled_turn") for name in DECODE_FEATURES]
+    for count, empty in ((1, 0.5), (2, 0.0), (3, 0.5)):  # on two SMs, of 4 blocks each
+        seconds, items = decode_seconds(unfilled, count, 256 * count, 256, TWO_SMS)
+        assert items == count / 2
+        assert seconds == pytest.approx(empty * 4, abs=1e-6)
 
 
 @given(

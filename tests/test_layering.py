@@ -23,7 +23,7 @@ LAYERS = [
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
     {"trace_tokenizer", "trace_statistics", "trace_report", "trace_writers"},
     {"roofline", "scaling"},
-    {"profile", "points", "attention_features", "overlap", "attention_model"},
+    {"profile", "points", "attention_features", "unified_features", "overlap", "attention_model"},
     {"collectives", "latency", "paged_latency"},
     {"fitting", "held_out", "fit_plots", "calibration", "collective_calibration"},
     {"memory_calibration"},
