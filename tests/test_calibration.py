@@ -333,8 +333,9 @@ def test_a_step_costs_the_sum_of_its_parts_and_a_batch_of_one_side_its_own_kerne
 def test_another_decode_never_makes_attention_faster(decodes: list[int], context: int) -> None:
     model = AttentionModel.of(LLAMA, PROFILE.attention)
     fewer, more = BatchShape.of((), decodes), BatchShape.of((), [*decodes, context])
-    # Splits are chosen anew for each batch: a little slack for where their length jumps.
-    assert model.seconds("serial", more) > 0.93 * model.seconds("serial", fewer)
+    # Splits are chosen anew for each batch: a little slack for where their length jumps, and half
+    # of the 2 us within which a timing repeats.
+    assert model.seconds("serial", more) > 0.93 * model.seconds("serial", fewer) - 1e-6
 
 
 def test_what_lies_outside_the_measured_range_is_counted() -> None:

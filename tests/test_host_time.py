@@ -79,7 +79,7 @@ class MadeUpServer(Server):
 
 def test_mapping_is_no_part_of_the_hosts_time() -> None:
     """Two of three prompts wait for mapping, which the simulation has by itself."""
-    host = MadeUpServer()._measure_host_time(lambda what, done, total: None)
+    host = MadeUpServer().measure_host_time(lambda what, done, total: None)
     assert host.fixed == pytest.approx(FIXED)
     assert host.per_request == pytest.approx(PER_REQUEST)
     assert host.with_prefill == pytest.approx(WITH_PREFILL)
