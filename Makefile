@@ -6,7 +6,7 @@ demo: .venv/demo.stamp
 	.venv/bin/podsim simulate azure-conv-like --attention pod --out results/demo
 
 test: .venv/test.stamp lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 # Where the GPU is; PYTHON must have torch, triton, pytest and podsim's dependencies.
 test-gpu:
