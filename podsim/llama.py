@@ -294,9 +294,9 @@ class Llama:
         qkv, q, attended = self.qkv[:n], self.q[:n], self.attended[:n]
         gate_up, activated = self.gate_up[:n], self.activated[:n]
         self._embed(inputs.token_ids[:n], residual)
-        cos_sin = (
-            self.cos_sin[:1] if self.page_size else self.cos_sin
-        )  # read as far as positions go
+        # With slots of one row each the launcher asks for a table of one row; its kernel
+        # reads on, in the table of all positions, as far as these go.
+        cos_sin = self.cos_sin[:1] if self.page_size else self.cos_sin
         carried = None  # the first norm finds the embedding in the residual itself
         for layer, (k_cache, v_cache) in zip(self.weights.layers, self.caches, strict=True):
             source = residual if carried is None else hidden
