@@ -78,7 +78,7 @@ def errors_table(costs: MemoryCosts) -> str:
     """Of fitted lines, on rows that were held out."""
     lines = []
     for name, error in costs.errors.items():
-        if name.startswith(("layers", "growth")):
+        if name.startswith("layers"):
             continue
         shares = (f"{error[part]:.1%}" for part in ("median", "p90", "worst"))
         lines.append([name, str(int(error["points"])), *shares, f"{error['bias']:+.1%}"])

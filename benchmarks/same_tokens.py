@@ -6,7 +6,8 @@ between them. What the second kind and those after it differ from the first by i
 The memory costs of each kind have to be there (`podsim profile-memory mapping`, `paged`). A kind
 is one of --kv, or `sliced`: vattention whose layers are slices of one tensor. Exits with 1 if a
 token differs. Every round is kept as a recording of `podsim validate`, from which `--from` prints
-the same again, simulated anew, without a GPU.
+the same again, simulated anew, without a GPU. --calls adds rounds in which every call that maps
+memory is timed, by the side of several ways of sampling the card; they are no part of the table.
 
     python benchmarks/same_tokens.py --kv vattention,paged --keep served --out tokens.csv
     python benchmarks/same_tokens.py --from served
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from mapping_calls import calls_summary, timed_calls
 
 from podsim.config import Deployment
 from podsim.engine import Engine
@@ -39,6 +41,8 @@ MAX_NUM_SEQS = 48
 SHORTEST, LONGEST_OUTPUT = 8, 192
 OUTPUT_FILE = "output.csv.gz"
 """Beside a recording: every token of every request."""
+CALLS_FILE = "calls.csv.gz"
+"""Beside the rounds: what --calls timed."""
 PARTS = ["step", "gpu", "mapping", "table", "host"]
 """Seconds of a step and what they are: the GPU's work, and the waits for memory to be mapped, for
 the block table and for all else of the host."""
@@ -183,6 +187,11 @@ def serve(names: Sequence[str], options: argparse.Namespace) -> dict[str, Kind]:
             if options.keep:
                 keep(options.keep / f"{kv}-{number}", recorded, server.tokens)
             kinds[kv].add(recorded, server.tokens)
+    if options.calls:
+        calls = timed_calls(servers, trace, options.calls)
+        if options.keep:
+            save(calls, options.keep / CALLS_FILE)
+        print(calls_summary(calls).to_string(float_format="{:.1f}".format))
     for server in servers.values():
         server.close()
     return kinds
@@ -194,8 +203,12 @@ def keep(folder: Path, recorded: Recorded, tokens: Tokens) -> None:
     recorded.save(folder)
     rows = [(number, token) for number, every in tokens.items() for token in every]
     table = pd.DataFrame(rows, columns=["request_id", "token"])
+    save(table, folder / OUTPUT_FILE)
+
+
+def save(table: pd.DataFrame, path: Path) -> None:
     compression = {"method": "gzip", "mtime": 1}
-    table.to_csv(folder / OUTPUT_FILE, index=False, compression=compression)
+    table.to_csv(path, index=False, float_format="%.7f", compression=compression)
 
 
 def read_kept(names: Sequence[str], folder: Path, memory_costs: str | None) -> dict[str, Kind]:
@@ -319,6 +332,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--longest", type=int, default=3072)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=0, help="rounds of timing each mapping call")
     parser.add_argument("--memory-costs", help="default: those shipped for the GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", type=Path, help="folder for a recording of every round")
