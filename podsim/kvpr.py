@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from podsim.memory_costs import Line
+from podsim.memory_costs import Curve, Line
 
 
 class OffloadedLayer(NamedTuple):
@@ -26,7 +26,7 @@ class OffloadedLayer(NamedTuple):
     """Of a token's activations."""
     transfer: Line
     """Host to GPU, by bytes."""
-    recompute: Line
+    recompute: Line | Curve
     """Of K and V from activations, by tokens."""
     compute: float = 0.0
     """Seconds of everything else in the layer."""
@@ -36,6 +36,9 @@ class OffloadedLayer(NamedTuple):
     """Seconds in which its new K and V go to the host, beside all else, on a link of their own."""
     handoff: float = 0.0
     """Seconds from the end of a copy to the kernel that waits for it, or the other way round."""
+    relay: float | None = None
+    """Seconds from the end of the last copy of a layer to the first of the next, where no kernel is
+    between them that they wait for; None: two handoffs."""
 
     def x_seconds(self, split: float) -> float:
         return self.transfer.at(self.x_bytes * split)
@@ -50,10 +53,17 @@ class OffloadedLayer(NamedTuple):
 
         The transfers of a layer begin when K and V of the layer before are complete, and so run
         beside its attention and MLP. X comes first; K and V are recomputed while the rest comes.
+        Where copies and kernels take nearly the same, they wait for each other in turn: that takes
+        up to half of what a relay is shorter than two handoffs, which is left out.
         """
         x, kv, again = self.x_seconds(split), self.kv_seconds(split), self.recompute.at(split)
         there = 2 * self.handoff + x
-        return max(there + kv, max(self.compute, there) + again)
+        return max(self._relay + x + kv, max(self.compute, there) + again)
+
+    @property
+    def _relay(self) -> float:
+        twice = 2 * self.handoff
+        return twice if self.relay is None else min(self.relay, twice)
 
     def column_period(self, split: float) -> float:
         """Seconds from layer to layer, weights in host memory.
@@ -89,27 +99,41 @@ class OffloadedLayer(NamedTuple):
         if not self.pays():
             return 0
         splits = {0, 1, self.num_tokens - 1, self.num_tokens}
-        for crossing in self._crossings():
+        for crossing in self._corners():
             splits |= {math.floor(crossing), math.ceil(crossing)}
         inside = sorted(split for split in splits if 0 <= split <= self.num_tokens)
         return min(inside, key=lambda split: self.seconds(num_layers, split, schedule))
 
-    def _crossings(self) -> Iterator[float]:
-        """Where two of the times that the schedules compare are equal."""
+    def _corners(self) -> Iterator[float]:
+        """Where recomputing has another line, and where two of the times that the schedules compare
+        are equal.
+        """
         at, rate = self.transfer.fixed, self.transfer.per_unit
         x = (at, self.x_bytes * rate)
         kv = (at + self.kv_bytes * rate * self.num_tokens, -self.kv_bytes * rate)
-        again = (self.recompute.fixed, self.recompute.per_unit)
         compute, weights = (self.compute, 0.0), (self.weights, 0.0)
         there = (at + 2 * self.handoff, self.x_bytes * rate)
-        pairs = (
-            *((kv, again), (there, compute), (_sum(there, kv), _sum(compute, again))),
-            (_sum(weights, x, kv), _sum(again, compute)),
-        )
-        for first, second in pairs:
-            slope = first[1] - second[1]
-            if slope:
-                yield (second[0] - first[0]) / slope
+        yield from _crossing(there, compute, 0.0, math.inf)
+        row, column = _sum((self._relay, 0.0), x, kv), _sum(weights, x, kv)
+        begin = 0.0
+        for end, line in self.recompute.pieces():
+            again = (line.fixed, line.per_unit)
+            yield from _crossing(kv, again, begin, end)
+            for first in (row, column):
+                yield from _crossing(first, _sum(compute, again), begin, end)
+            yield from _crossing(row, _sum(there, again), begin, end)
+            if end < self.num_tokens:
+                yield end
+            begin = end
+
+
+def _crossing(
+    first: tuple[float, float], second: tuple[float, float], begin: float, end: float
+) -> Iterator[float]:
+    """Where two lines are equal, if that is between `begin` and `end`."""
+    slope = first[1] - second[1]
+    if slope and begin <= (crossing := (second[0] - first[0]) / slope) <= end:
+        yield crossing
 
 
 def _sum(*lines: tuple[float, float]) -> tuple[float, float]:

@@ -21,10 +21,14 @@ NUM_LAYERS = 6
 RESIDENT = -1
 """In the place of a split: the cache is on the GPU."""
 POINTS_PER_MODEL = 7
+SEED = 6
+"""Of the points. Another whenever the model of a layer changes, which then has not seen them."""
 MOST_TOKENS = 131072
 """Of a point, all requests together: 2 GB of K and V in a layer of 4096."""
-FRACTIONS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
-"""Splits that are timed, of the predicted one."""
+FRACTIONS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)
+"""Splits that are timed, of the predicted one,"""
+OF_CONTEXT = (0.1, 0.25, 0.5, 0.75)
+"""and of the context, whatever is predicted."""
 PASSES = 2
 REPEATS = 3
 LEAD_CYCLES = 20_000_000
@@ -44,7 +48,7 @@ class Point(NamedTuple):
 
 def points() -> list[Point]:
     """Batches of 1 to 64 and contexts of 128 to 8192, evenly spread in their logarithms."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(SEED)
     found = []
     for model in SHAPES:
         mine: list[Point] = []
@@ -97,8 +101,9 @@ def _measure_point(point: Point, schedule: str, host: HostBuffers, predicted: in
 
 
 def splits_around(predicted: int, context: int) -> list[int]:
-    """Nothing, everything, and what lies around the predicted split, in whole tokens."""
+    """Nothing, everything, what lies around the predicted split, and between, in whole tokens."""
     near = {round(fraction * predicted) for fraction in FRACTIONS}
+    near |= {round(fraction * context) for fraction in OF_CONTEXT}
     return sorted({0, context, *(split for split in near if 0 < split < context)})
 
 

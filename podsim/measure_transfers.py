@@ -9,19 +9,25 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median, quantiles
 
 import numpy as np
 import torch
 
-from podsim.offloaded_layers import Recompute
+from podsim.offloaded_layers import Recompute, Weights, rope_angles
 from podsim.offloaded_shapes import SHAPES, LayerShape
 
 SMALLEST, LARGEST = 2**14, 2**30
 """Bytes of a copy; pageable memory, which is slow, and small copies have their own ends."""
 LARGEST_PAGEABLE = 2**27
 NUM_HELD_OUT = 8
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+TOKENS = (*(2**power * part // 2 for power in range(6, 17) for part in (2, 3)), 2**17)
+"""64, 96, 128, 192, ...: in between, times are interpolated."""
+BATCH = 4
+"""Requests that share the tokens."""
+CHAIN_LAYERS, DECODES = 6, 16
+"""Layers in a row, and tokens that each computes besides."""
 PASSES = 3
 REPEATS = 7
 HANDOFFS = 64
@@ -56,9 +62,9 @@ def measure_transfers(on_progress: Progress = lambda text: None) -> list[Row]:
         buffer.zero_()  # memory that was never touched is no memory yet
     device = torch.empty(LARGEST, dtype=torch.uint8, device="cuda")
     work = {"nothing": None, "matrix": _matrix(), "attention": _attention()}
-    rows = []
+    rows: list[Row] = []
     for number in range(PASSES):
-        rows.append(_handoff_row(number))
+        rows += _handoff_rows(number)
         for beside, other in work.items():
             for memory, buffer in buffers.items():
                 if memory == "pageable" and other is not None:
@@ -118,37 +124,43 @@ def _waited(target: torch.Tensor, source: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def _handoff_row(number: int) -> Row:
-    """Half of what copies and kernels that wait for each other, in turn, take beyond their own."""
+def _handoff_rows(number: int) -> Iterator[Row]:
+    """Beyond their own time: half of what copies and kernels that wait for each other in turn take,
+    and what copies take that wait for a mark of another stream, which itself waits for them.
+    """
     host = torch.empty(SMALLEST, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(SMALLEST, dtype=torch.uint8, device="cuda")
     value = torch.zeros(1024, device="cuda")
     streams = torch.cuda.Stream(), torch.cuda.Stream()
-    work: tuple[Callable[[], object], Callable[[], object]] = (
-        lambda: device.copy_(host, non_blocking=True),
-        lambda: value.add_(1),
-    )
 
-    def alone(part: int) -> None:
-        with torch.cuda.stream(streams[part]):
+    def copy() -> None:
+        device.copy_(host, non_blocking=True)
+
+    def kernel() -> None:
+        value.add_(1)
+
+    def alone(work: Callable[[], None]) -> None:
+        with torch.cuda.stream(streams[0]):
             for _ in range(HANDOFFS):
-                work[part]()
+                work()
 
-    def in_turn() -> None:
+    def in_turn(other: Callable[[], None]) -> None:
         for _ in range(HANDOFFS):
-            for part, other in ((0, 1), (1, 0)):
-                streams[part].wait_stream(streams[other])
-                with torch.cuda.stream(streams[part]):
-                    work[part]()
+            for here, there, work in ((0, 1, copy), (1, 0, other)):
+                streams[here].wait_stream(streams[there])
+                with torch.cuda.stream(streams[here]):
+                    work()
 
-    turns, copy, kernel = (
-        [_queued(run, streams) / HANDOFFS for _ in range(REPEATS)]
-        for run in (in_turn, lambda: alone(0), lambda: alone(1))
-    )
-    lost = median(turns) - median(copy) - median(kernel)
-    labels = {"direction": "handoff", "memory": "pinned", "beside": "nothing"}
-    place = {"bytes": SMALLEST, "split": "", "pass": number}
-    return labels | place | {"time_us": max(lost, 1e-9) / 2 * 1e6, "repeats": REPEATS}
+    def seconds(run: Callable[[], None]) -> float:
+        return median(_queued(run, streams) / HANDOFFS for _ in range(REPEATS))
+
+    copies = seconds(partial(alone, copy))
+    with_kernels = seconds(partial(in_turn, kernel)) - copies - seconds(partial(alone, kernel))
+    with_nothing = seconds(partial(in_turn, lambda: None)) - copies
+    for name, lost in (("handoff", with_kernels / 2), ("relay", with_nothing)):
+        labels = {"direction": name, "memory": "pinned", "beside": "nothing"}
+        place = {"bytes": SMALLEST, "split": "", "pass": number}
+        yield labels | place | {"time_us": max(lost, 1e-9) * 1e6, "repeats": REPEATS}
 
 
 def _queued(run: Callable[[], None], streams: Sequence[torch.cuda.Stream]) -> float:
@@ -196,16 +208,17 @@ def _attention() -> Callable[[], float]:
 
 
 def measure_recompute(on_progress: Progress = lambda text: None) -> list[Row]:
-    """Every row of recompute.csv: K and V of so many tokens of each model's layer."""
+    """Every row of recompute.csv: what K and V of so many tokens add to layers of each model."""
     shapes = {(s.hidden_size, s.num_outputs, s.rotary): s for s in SHAPES.values()}
     rows = []
     for number in range(PASSES):
         for (hidden, outputs, rotary), shape in shapes.items():
             on_progress(f"pass {number}: {hidden} x {outputs}{' rotated' * rotary}")
+            chain = _Chain(shape)
             for tokens, split in _token_counts():
                 labels = {"hidden": hidden, "outputs": outputs, "rotated": int(rotary)}
                 place = {"tokens": tokens, "split": split, "pass": number}
-                rows.append(labels | place | _timing(_recomputing(shape, tokens)))
+                rows.append(labels | place | _timing(chain.recomputing(tokens)))
     return rows
 
 
@@ -214,21 +227,66 @@ def _token_counts() -> Iterator[tuple[int, str]]:
         yield tokens, "grid"
     rng = np.random.default_rng(1)
     for exponent in rng.uniform(np.log2(TOKENS[0]), np.log2(TOKENS[-1]), NUM_HELD_OUT):
-        yield int(2**exponent), "held_out"
+        yield int(2**exponent) // BATCH * BATCH, "held_out"
 
 
-def _recomputing(shape: LayerShape, tokens: int) -> list[float]:
-    """Seconds of each repetition, one after the other, as in a chain of layers."""
-    made = Recompute.random(shape, "cuda", torch.bfloat16, tokens)
-    x = torch.randn(tokens, 1, shape.hidden_size, device="cuda").bfloat16()
-    kv = torch.empty(tokens, 1, shape.num_outputs, device="cuda", dtype=torch.bfloat16)
-    made(x, kv)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(LEAD_CYCLES)
-    for number, mark in enumerate(marks):
-        if number:
-            made(x, kv)
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+class _Chain:
+    """Layers of decodes, as far as they read weights: between them, the caches are cold.
+
+    Before a layer K and V may be recomputed, between the marks of copies that are long there: as
+    in `podsim.offloaded_layers`, where no copy is waited for.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+        self.weights = Weights.random(shape, "cuda", torch.bfloat16, 0)
+        self.inputs = [
+            torch.randn(DECODES, matrix.shape[1], device="cuda").bfloat16()
+            for matrix in self.weights.parts.values()
+        ]
+        self.copying = torch.cuda.Stream()
+        self.host = torch.empty(SMALLEST, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.empty(SMALLEST, dtype=torch.uint8, device="cuda")
+
+    def recomputing(self, tokens: int) -> list[float]:
+        """Seconds that a layer takes longer, of each repetition."""
+        size = self.shape.hidden_size
+        angles = rope_angles(tokens // BATCH, self.shape.head_dim, "cuda", torch.bfloat16)
+        made = Recompute(self.shape, self.weights.parts["qkv"][size:], angles)
+        x = torch.randn(tokens // BATCH, BATCH, size, device="cuda", dtype=torch.bfloat16)
+        kv = torch.empty(tokens // BATCH, BATCH, 2 * size, device="cuda", dtype=torch.bfloat16)
+        alone = partial(self._layers, None)
+        with_it = partial(self._layers, partial(made, x, kv))
+        for run in (alone, with_it):
+            run()
+        seconds = [
+            _queued(with_it, [self.copying]) - _queued(alone, [self.copying])
+            for _ in range(REPEATS)
+        ]
+        return [max(each / CHAIN_LAYERS, 1e-9) for each in seconds]
+
+    def _layers(self, recompute: Callable[[], None] | None) -> None:
+        stream = torch.cuda.current_stream()
+        complete = stream.record_event()
+        self._products()
+        for _ in range(CHAIN_LAYERS):
+            if recompute is not None:
+                x_there, kv_there = self._copies(after=complete)
+                stream.wait_event(x_there)
+                recompute()
+                stream.wait_event(kv_there)
+                complete = stream.record_event()
+            self._products()
+
+    def _products(self) -> None:
+        for given, matrix in zip(self.inputs, self.weights.parts.values(), strict=True):
+            torch.mm(given, matrix.t())
+
+    def _copies(self, after: torch.cuda.Event) -> list[torch.cuda.Event]:
+        self.copying.wait_event(after)
+        marks = []
+        with torch.cuda.stream(self.copying):
+            for _ in range(2):
+                self.device.copy_(self.host, non_blocking=True)
+                marks.append(self.copying.record_event())
+        return marks

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from podsim.errors import InputError
 from podsim.held_out import error_summary
 from podsim.kvpr import OffloadedLayer
-from podsim.memory_costs import APIS, MEMORY_FILE, Line, MemoryCosts, recompute_name
+from podsim.memory_costs import APIS, MEMORY_FILE, Curve, Line, MemoryCosts, recompute_name
 from podsim.offloaded_shapes import SHAPES, LayerShape
 
 Floats = NDArray[np.float64]
@@ -37,8 +37,9 @@ GROWING = {"idle": "main", "busy": "background"}
 """Which thread a cache grows in, between and beside steps, for each set of costs."""
 SERVING = "sampling"
 """What goes on beside growth where an engine serves: what samples the card's clock and power."""
-HANDOFF = "handoff"
-"""In the place of a direction: not a copy, but what passes between a copy and a kernel."""
+HANDOFF, RELAY = "handoff", "relay"
+"""In the place of a direction: not a copy, but what passes between a copy and a kernel, or between
+two copies that wait for each other by way of another stream."""
 
 
 def write_rows(folder: Path, part: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -64,13 +65,16 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
         fitted["growth"], of_growth = _growth(rows["growth"])
         errors |= of_growth
     if "transfer" in rows:
-        handoffs = rows["transfer"]["direction"] == HANDOFF
-        fitted["handoff"] = _handoff(rows["transfer"][handoffs])
-        copies = rows["transfer"][~handoffs]
-        fitted["transfer"], of_transfer = _lines(copies, _transfer_name, "bytes")
+        directions = rows["transfer"]["direction"]
+        fitted["handoff"] = _between(rows["transfer"][directions == HANDOFF]) or 0.0
+        fitted["relay"] = _between(rows["transfer"][directions == RELAY])
+        copies = rows["transfer"][~directions.isin([HANDOFF, RELAY])]
+        fitted["transfer"], of_transfer = _fits(copies, _transfer_name, "bytes", _line)
         errors |= of_transfer
     if "recompute" in rows:
-        fitted["recompute"], of_recompute = _lines(rows["recompute"], _recompute_name, "tokens")
+        fitted["recompute"], of_recompute = _fits(
+            rows["recompute"], _recompute_name, "tokens", _curve
+        )
         errors |= of_recompute
     if "paged" in rows:
         fitted["paged"] = _paged(rows["paged"])
@@ -194,9 +198,9 @@ def _growth(rows: pd.DataFrame) -> tuple[dict[str, object], dict[str, dict[str, 
 # ----------------------------------------------------------------------- transfers, recompute
 
 
-def _handoff(rows: pd.DataFrame) -> float:
-    """Seconds; 0 where it was not timed."""
-    return 0.0 if rows.empty else float(rows["time_us"].median()) * 1e-6
+def _between(rows: pd.DataFrame) -> float | None:
+    """Seconds; None where it was not timed."""
+    return None if rows.empty else float(rows["time_us"].median()) * 1e-6
 
 
 def _transfer_name(key: Sequence[object]) -> str:
@@ -209,23 +213,44 @@ def _recompute_name(key: Sequence[object]) -> str:
     return recompute_name(hidden, outputs, bool(rotated))
 
 
-def _lines(
-    rows: pd.DataFrame, name_of: Callable[[Sequence[object]], str], unit: str
+Fitted = tuple[Callable[[float], float], dict[str, object]]
+"""Seconds by units, and how memory.json has it."""
+
+
+def _line(units: Floats, seconds: Floats) -> Fitted:
+    line = fit_line(units, seconds)
+    return line.at, {**_as_json(line)}
+
+
+def _curve(units: Floats, seconds: Floats) -> Fitted:
+    """Through all that was measured: products go by tiles, and cost at least what their weights
+    take to be read. More tokens never take less.
+    """
+    longest = np.maximum.accumulate(seconds)
+    knots: dict[str, object] = {"units": units.tolist(), "seconds": longest.tolist()}
+    return Curve(tuple(units), tuple(longest)).at, knots
+
+
+def _fits(
+    rows: pd.DataFrame,
+    name_of: Callable[[Sequence[object]], str],
+    unit: str,
+    fit: Callable[[Floats, Floats], Fitted],
 ) -> tuple[dict[str, object], dict[str, dict[str, float]]]:
-    """A line of each group of rows, and its error on those held out."""
+    """A cost of each group of rows, and its error on those held out."""
     keys = list(rows.columns[:3])
-    lines: dict[str, object] = {}
+    costs: dict[str, object] = {}
     errors: dict[str, dict[str, float]] = {}
     for key, group in rows.groupby(keys, sort=False):
         assert isinstance(key, tuple)
         medians = group.groupby(["split", unit])["time_us"].median() * 1e-6
         grid, held_out = (medians[split] for split in ("grid", "held_out"))
-        line = fit_line(grid.index.to_numpy(float), grid.to_numpy())
+        at, cost = fit(grid.index.to_numpy(float), grid.to_numpy())
         name = name_of(key)
-        lines[name] = _as_json(line)
-        predicted = np.array([line.at(units) for units in held_out.index])
+        costs[name] = cost
+        predicted = np.array([at(units) for units in held_out.index])
         errors[name] = error_summary(predicted / held_out.to_numpy() - 1)
-    return lines, errors
+    return costs, errors
 
 
 # --------------------------------------------------------------------------------------- paged
@@ -270,6 +295,7 @@ def predicted_layer(
         compute=compute,
         weights=load.at(shape.weight_bytes) if schedule == "column" else 0.0,
         handoff=costs.handoff,
+        relay=costs.relay,
     )
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,59 @@ class Line:
     def at(self, units: float) -> float:
         return self.fixed + self.per_unit * units if units else 0.0
 
+    def pieces(self) -> Iterator[tuple[float, Line]]:
+        """As those of a `Curve`."""
+        yield math.inf, self
+
     @classmethod
     def of(cls, value: Mapping[str, float]) -> Line:
         line = cls(float(value["fixed"]), float(value["per_unit"]))
         if not (0 <= line.fixed < math.inf and 0 <= line.per_unit < math.inf):
             raise ValueError(f"a cost of {value} is not a time")
         return line
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds by units as they were measured: straight in between and beyond the last, and no less
+    than the first.
+    """
+
+    units: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, units: float) -> float:
+        if units <= self.units[0]:
+            return self.seconds[0] if units else 0.0
+        segment = min(bisect_left(self.units, units), len(self.units) - 1)
+        line = self._line(segment)
+        return line.fixed + line.per_unit * units
+
+    def _line(self, segment: int) -> Line:
+        """Through the knots before and at `segment`; its fixed part may be negative."""
+        before, after = self.units[segment - 1], self.units[segment]
+        slope = (self.seconds[segment] - self.seconds[segment - 1]) / (after - before)
+        return Line(self.seconds[segment] - slope * after, slope)
+
+    def pieces(self) -> Iterator[tuple[float, Line]]:
+        """Lines, and up to how many units each holds."""
+        yield self.units[0], Line(self.seconds[0], 0.0)
+        last = len(self.units) - 1
+        for segment in range(1, last + 1):
+            yield (math.inf if segment == last else self.units[segment]), self._line(segment)
+
+    @classmethod
+    def of(cls, value: Mapping[str, Sequence[float]]) -> Curve:
+        """ValueError if this is not one."""
+        curve = cls(tuple(map(float, value["units"])), tuple(map(float, value["seconds"])))
+        rising = all(a < b for a, b in pairwise(curve.units))
+        possible = 0 < curve.seconds[0] <= curve.seconds[-1] < math.inf
+        possible = possible and all(a <= b for a, b in pairwise(curve.seconds))
+        if len(curve.units) != len(curve.seconds) or len(curve.units) < 2 or not rising:
+            raise ValueError("a cost needs two or more units, each larger than the one before")
+        if not possible or curve.units[0] <= 0:
+            raise ValueError(f"costs of {curve.seconds} are no times that grow")
+        return curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +154,12 @@ class MemoryCosts:
     """By "h2d pinned", "h2d pinned beside matrix", ...: a `Line`, units bytes."""
     recompute: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By "hidden x outputs" of the product that makes K and V, with "rotated" if K is rotated
-    then: a `Line`, units tokens."""
+    then: a `Curve` or a `Line`, units tokens."""
     handoff: float = 0.0
     """Between two streams: from the end of a copy to a kernel that waits for it, or back."""
+    relay: float | None = None
+    """From the end of a copy to one that waits for a mark which another stream sets behind the
+    first; None, where it was not measured: two handoffs."""
     paged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By tokens of a block: `PagedCosts`."""
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -135,7 +187,7 @@ class MemoryCosts:
             )
         return Line.of(self.transfer[name])
 
-    def recompute_costs(self, hidden_size: int, num_outputs: int, rotated: bool) -> Line:
+    def recompute_costs(self, hidden_size: int, num_outputs: int, rotated: bool) -> Line | Curve:
         """Of the K and V of tokens, from activations of `hidden_size` to `num_outputs` values.
 
         InputError if this shape was not measured.
@@ -146,7 +198,7 @@ class MemoryCosts:
                 f"{self.source}: no times of recomputing K and V of shape {name} (there are: "
                 f"{', '.join(self.recompute) or 'none'}); {self._how('recompute')}"
             )
-        return Line.of(self.recompute[name])
+        return line_or_curve(self.recompute[name])
 
     def paged_costs(self, block_size: int) -> PagedCosts:
         """InputError if the paged kernels were not measured with blocks of so many tokens."""
@@ -177,9 +229,15 @@ class MemoryCosts:
             "gpu": self.gpu,
             "provenance": self.provenance,
             "handoff": self.handoff,
+            "relay": self.relay,
             **{part: getattr(self, part) for part in (*PARTS, "errors")},
         }
         return json.dumps(content, indent=1) + "\n"
+
+
+def line_or_curve(value: Mapping[str, Any]) -> Line | Curve:
+    """Of memory.json."""
+    return Curve.of(value) if "units" in value else Line.of(value)
 
 
 def recompute_name(hidden_size: int, num_outputs: int, rotated: bool) -> str:
@@ -239,7 +297,9 @@ def _check(costs: MemoryCosts) -> None:
         costs.transfer_costs(name)
     if not 0 <= costs.handoff < math.inf:
         raise ValueError(f"a handoff of {costs.handoff} is not a time")
+    if costs.relay is not None and not 0 <= costs.relay < math.inf:
+        raise ValueError(f"a relay of {costs.relay} is not a time")
     for line in costs.recompute.values():
-        Line.of(line)
+        line_or_curve(line)
     for block_size in costs.paged:
         costs.paged_costs(int(block_size))

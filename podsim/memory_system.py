@@ -118,6 +118,7 @@ def _offload_time(
             store=costs.transfer_costs("d2h pinned"),
             recompute=recompute,
             handoff=costs.handoff,
+            relay=costs.relay,
             never_pays=kvpr and not share.recomputing_pays,
         ),
         deployment.offload_schedule,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from podsim.batch import Batch, BatchShape
 from podsim.decode_group import Decodes
 from podsim.kvpr import OffloadedLayer
-from podsim.memory_costs import Line
+from podsim.memory_costs import Curve, Line
 from podsim.model import Model
 from podsim.step_memory import MemoryLog
 
@@ -25,10 +25,12 @@ class OffloadCosts:
     """Host to GPU beside computing, by bytes."""
     store: Line
     """GPU to host, by bytes."""
-    recompute: Line | None
+    recompute: Line | Curve | None
     """K and V of a layer from activations, by tokens; None: all K and V are transferred."""
     handoff: float = 0.0
     """Between a copy and a kernel that waits for it, in seconds."""
+    relay: float | None = None
+    """Between copies that wait for each other by way of another stream; None: two handoffs."""
     never_pays: bool = False
     """Recomputing was asked for, and activations are no smaller than K and V."""
 
@@ -120,6 +122,7 @@ class OffloadTime:
             weights=self.costs.load.at(self.weight_bytes),
             store=self.costs.store.at(stored * self._stored_bytes),
             handoff=self.costs.handoff,
+            relay=self.costs.relay,
         )
         split = layer.best_split(num_layers, self.schedule) if self.recomputes else 0
         taken = once + layer.seconds(num_layers, split, self.schedule)

@@ -16,7 +16,7 @@ from podsim.hardware import gpu_named
 from podsim.kv_cache import kv_sizes
 from podsim.kvpr import OffloadedLayer, closed_form_split, layer_of
 from podsim.latency import ConstantLatency
-from podsim.memory_costs import Line
+from podsim.memory_costs import Curve, Line
 from podsim.model import MODELS
 from podsim.simulation import Result, simulate
 from podsim.step_costs import kernel_table
@@ -77,11 +77,19 @@ layers = st.builds(
     kv_bytes=st.sampled_from([2048, 4096, 16384]),
     x_bytes=st.just(8192),
     transfer=st.builds(Line, st.sampled_from([0.0, 5e-6]), st.floats(1e-11, 2e-10)),
-    recompute=st.builds(Line, st.sampled_from([0.0, 1e-5]), st.floats(1e-8, 1e-5)),
+    recompute=st.one_of(
+        st.builds(Line, st.sampled_from([0.0, 1e-5]), st.floats(1e-8, 1e-5)),
+        st.builds(
+            Curve,
+            st.sampled_from([(1.0, 90.0, 300.0), (20.0, 40.0, 80.0)]),
+            st.tuples(*[st.floats(1e-6, 2e-3)] * 3).map(sorted).map(tuple),
+        ),
+    ),
     compute=seconds,
     weights=st.sampled_from([0.0, 5e-4]),
     store=st.sampled_from([0.0, 1e-4]),
     handoff=st.sampled_from([0.0, 2e-5]),
+    relay=st.sampled_from([None, 0.0, 1e-5]),
 )
 
 
@@ -108,23 +116,25 @@ def test_the_seconds_are_those_of_a_timeline(
     weights = layer.weights if schedule == "column" else 0.0
     hand = layer.handoff if schedule == "row" else 0.0
     layer = layer._replace(weights=weights, store=0.0, handoff=hand)
+    relay = 2 * hand if layer.relay is None else min(layer.relay, 2 * hand)
     split = round(share * layer.num_tokens)
     x, kv, again = layer.x_seconds(split), layer.kv_seconds(split), layer.recompute.at(split)
     link = gpu = 0.0
-    complete = -hand  # nothing is waited for at first
+    recomputed, link_free = -hand, -relay  # nothing is waited for at first
     computed = [0.0, 0.0]  # when the two layers before left their buffers
     for _ in range(num_layers):
         # In a row, K and V of the layer before come first; else the buffer of two layers before.
-        begin = complete + hand if schedule == "row" else max(link, computed[-2])
+        following = max(recomputed + hand, link_free + relay)
+        begin = following if schedule == "row" else max(link, computed[-2])
         x_there = begin + weights + x
-        link = x_there + kv
+        link = link_free = x_there + kv
         recomputed = max(gpu, x_there + hand) + again
-        complete = max(recomputed, link + hand)
-        gpu = complete + layer.compute
+        gpu = max(recomputed, link + hand) + layer.compute
         computed.append(gpu)
     exact = layer.seconds(num_layers, split, schedule)
     if schedule == "row":
-        assert gpu == pytest.approx(exact, rel=1e-9, abs=1e-12)
+        in_turn = num_layers * (2 * hand - relay)
+        assert gpu == pytest.approx(exact, rel=1e-9, abs=in_turn + 1e-12)
     else:  # the steady state, but for how the first two layers fill the pipe
         assert gpu == pytest.approx(exact, rel=1e-9, abs=2 * layer.column_period(split))
 
