@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from podsim.memory_calibration import RESIDENT, predicted_layer
+from podsim.layer_predictions import RESIDENT, predicted_layer
 from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from podsim.memory_calibration import RESIDENT, predicted_layer
+from podsim.layer_predictions import RESIDENT, as_good, predicted_layer, split_error
 from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
@@ -100,7 +100,8 @@ def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
         errors = {n: layer.seconds(layers, n * batch, schedule) / timed[n] - 1 for n in timed.index}
         wanted = layer.best_split(layers, schedule) / batch
         nearest = min(timed.index, key=lambda split: abs(split - wanted))
-        best = timed.idxmin()
+        best, good = timed.idxmin(), as_good(group)
+        known = min(max(round(wanted), good[0]), good[1])
         found.append(
             {
                 "schedule": schedule,
@@ -113,7 +114,9 @@ def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
                 "worst_error": max(errors.values(), key=abs),
                 "best": best,
                 "predicted": wanted,
-                "split_error": wanted / best - 1 if best else float(wanted > 0),
+                "good": f"{good[0]} to {good[1]}",
+                "split_error": split_error(wanted, best),
+                "good_error": split_error(wanted, known),
                 "regret": timed[nearest] / timed[best] - 1,
             }
         )
@@ -130,12 +133,15 @@ def layers_table(points: pd.DataFrame) -> str:
             str(p.best),
             f"{p.predicted:.0f}",
             f"{p.split_error:+.1%}",
+            p.good,
+            f"{p.good_error:+.1%}",
             f"{p.regret:.1%}",
         ]
         for p in points.itertuples()
     ]
     header = ["batch x context", "resident, ms", "full, ms", "KVPR, ms", "KVPR over full"]
-    header += ["error, full", "error, KVPR", "best l", "predicted l", "error", "regret"]
+    header += ["error, full", "error, KVPR", "best l", "predicted l", "error", "as good", "error"]
+    header += ["regret"]
     return markdown(header, lines)
 
 
@@ -143,7 +149,7 @@ def layers_summary(points: pd.DataFrame) -> str:
     lines = []
     for schedule, mine in points.groupby("schedule", sort=False):
         gain = 1 - mine["kvpr"] / mine["full"]
-        within = (mine["split_error"].abs() <= 0.1).sum()
+        within, known = ((mine[name].abs() <= 0.1).sum() for name in ("split_error", "good_error"))
         worst = (mine[name].abs().max() for name in ("full_error", "kvpr_error", "regret"))
         lines.append(
             [
@@ -152,10 +158,11 @@ def layers_summary(points: pd.DataFrame) -> str:
                 f"{gain.min():.1%} to {gain.max():.1%}",
                 *(f"{error:.1%}" for error in worst),
                 f"{within} of {len(mine)}",
+                f"{known} of {len(mine)}",
             ]
         )
     header = ["schedule", "points", "KVPR saves", "worst error, full", "worst error, KVPR"]
-    return markdown([*header, "worst regret", "l within 10 %"], lines)
+    return markdown([*header, "worst regret", "l within 10 %", "of as good ones"], lines)
 
 
 def same_tokens_table(rows: pd.DataFrame) -> str:

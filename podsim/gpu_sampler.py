@@ -64,6 +64,8 @@ def gpu_samples(now: Callable[[], float], steady: bool = True) -> Iterator[list[
         process.terminate()
         process.wait()
         reader.join()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _read(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,8 @@ from numpy.typing import NDArray
 
 from podsim.errors import InputError
 from podsim.held_out import error_summary
-from podsim.kvpr import OffloadedLayer
+from podsim.layer_predictions import judge_layers
 from podsim.memory_costs import APIS, MEMORY_FILE, Curve, Line, MemoryCosts, recompute_name
-from podsim.offloaded_shapes import SHAPES, LayerShape
 
 Floats = NDArray[np.float64]
 
@@ -32,7 +30,6 @@ COLUMNS = {
 """Of the file of each part, `PART.csv`; there may be more."""
 STATES = {"idle": ("idle", "main"), "busy": ("busy", "background")}
 """State of the GPU and thread in which the calls of each set of costs were timed."""
-RESIDENT = -1
 GROWING = {"idle": "main", "busy": "background"}
 """Which thread a cache grows in, between and beside steps, for each set of costs."""
 SERVING = "sampling"
@@ -276,77 +273,3 @@ def _paged(rows: pd.DataFrame) -> dict[str, object]:
         names = ("table_step", "table_request", "table_block")
         found[str(size)] = kernels | dict(zip(names, map(float, parts), strict=True))
     return found
-
-
-# ---------------------------------------------------------------------------------- the layers
-
-
-def predicted_layer(
-    costs: MemoryCosts, shape: LayerShape, tokens: int, compute: float, schedule: str
-) -> OffloadedLayer:
-    """A layer of the chains that are timed, with so many tokens in host memory."""
-    load = costs.transfer_costs("h2d pinned beside matrix")
-    return OffloadedLayer(
-        tokens,
-        kv_bytes=2 * shape.num_outputs,
-        x_bytes=2 * shape.hidden_size,
-        transfer=load,
-        recompute=costs.recompute_costs(shape.hidden_size, shape.num_outputs, shape.rotary),
-        compute=compute,
-        weights=load.at(shape.weight_bytes) if schedule == "column" else 0.0,
-        handoff=costs.handoff,
-        relay=costs.relay,
-    )
-
-
-def predicted_split(
-    costs: MemoryCosts, model: str, batch: int, context: int, schedule: str, compute: float = 0.0
-) -> int:
-    """Tokens of each request to recompute, of a layer that takes `compute` seconds besides."""
-    layer = predicted_layer(costs, SHAPES[model], batch * context, compute, schedule)
-    return round(layer.best_split(1, schedule) / batch)
-
-
-def judge_layers(costs: MemoryCosts, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """How far predictions are from chains of layers that were timed and never fitted.
-
-    `full` and `kvpr`: times without and with recomputation. `best split`: the predicted one against
-    the best measured. `regret`: the time with the measured split nearest to the predicted one, over
-    the best time.
-    """
-    found: dict[str, list[float]] = {}
-    keys = ["model", "batch", "context", "schedule", "layers"]
-    for key, group in rows.groupby(keys, sort=False):
-        model, batch, context, schedule, layers = map(str, key)
-        point = _Point(model, int(batch), int(context), schedule, int(layers))
-        medians = group.groupby("split")["time_us"].median() * 1e-6
-        seconds = dict(zip(map(int, medians.index), medians.tolist(), strict=True))
-        for name, value in _judged(costs, point, seconds):
-            found.setdefault(f"layers {point.schedule}: {name}", []).append(value)
-    return {name: error_summary(np.array(values)) for name, values in found.items()}
-
-
-class _Point(NamedTuple):
-    model: str
-    batch: int
-    context: int
-    schedule: str
-    layers: int
-
-
-def _judged(
-    costs: MemoryCosts, point: _Point, seconds: Mapping[int, float]
-) -> Iterator[tuple[str, float]]:
-    """What one point says, from its seconds by split."""
-    compute = seconds[RESIDENT] / point.layers
-    seconds = {split: value for split, value in seconds.items() if split != RESIDENT}
-    tokens, shape = point.batch * point.context, SHAPES[point.model]
-    layer = predicted_layer(costs, shape, tokens, compute, point.schedule)
-    for split, measured in seconds.items():
-        predicted = layer.seconds(point.layers, split * point.batch, point.schedule)
-        yield ("kvpr" if split else "full"), predicted / measured - 1
-    wanted = layer.best_split(point.layers, point.schedule) / point.batch
-    best = min(seconds, key=lambda split: seconds[split])
-    nearest = min(seconds, key=lambda split: abs(split - wanted))
-    yield "best split", wanted / best - 1 if best else float(wanted > 0)
-    yield "regret", seconds[nearest] / seconds[best] - 1

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from podsim import memory_calibration, report, terminal
+from podsim import layer_predictions, memory_calibration, report, terminal
 from podsim.command_options import JsonOption
 from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
@@ -97,7 +97,7 @@ def _measured(part: str, gpu: Gpu, old: MemoryCosts | None) -> list[dict[str, ob
     schedule = "column" if part == "layers-column" else "row"
 
     def predict(*point: Any) -> int:
-        return memory_calibration.predicted_split(old, *point)
+        return layer_predictions.predicted_split(old, *point)
 
     return measure_kvpr.measure(schedule, predict, _tell)
 

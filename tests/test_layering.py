@@ -26,7 +26,7 @@ LAYERS = [
     {"profile", "points", "attention_features", "unified_features", "overlap", "attention_model"},
     {"collectives", "latency", "paged_latency"},
     {"fitting", "held_out", "fit_plots", "calibration", "collective_calibration"},
-    {"memory_calibration"},
+    {"layer_predictions", "memory_calibration"},
     {
         "row_checks",
         "profile_plan",

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from podsim.cli import app
 from podsim.config import Deployment
 from podsim.errors import InputError
-from podsim.memory_calibration import (
+from podsim.layer_predictions import (
     RESIDENT,
-    fit_folder,
-    fit_line,
+    as_good,
     predicted_layer,
     predicted_split,
-    write_rows,
+    split_error,
 )
+from podsim.memory_calibration import fit_folder, fit_line, write_rows
 from podsim.memory_costs import APIS, MemoryCosts, find_memory_costs, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 from podsim.simulation import simulate
@@ -169,6 +169,80 @@ def test_transfers_and_recomputation(costs: MemoryCosts) -> None:
     assert recompute.at(1000) == pytest.approx(4 * 1000 * 5120**2 / 600e12)
     with pytest.raises(InputError, match="recomputing K and V of shape 5120x10240 rotated"):
         costs.recompute_costs(5120, 10240, rotated=True)
+
+
+def test_a_curve_is_straight_between_what_was_measured(folder: Path) -> None:
+    """From 64 tokens on 4 per microsecond, with a noisy dip at 96; then 2 at 2048 and beyond."""
+    rows = [
+        {"hidden": 64, "outputs": 128, "rotated": 0, "tokens": tokens, "split": split}
+        | {"pass": 0, "time_us": time}
+        for tokens, split, time in (
+            *((64, "grid", 16.0), (96, "grid", 15.0), (128, "grid", 32.0), (2048, "grid", 512.0)),
+            *((4096, "grid", 1536.0), (100, "held_out", 18.0)),
+        )
+    ]
+    write_rows(folder, "recompute", rows)
+    costs = fit_folder(folder, "h200", {})
+    again = costs.recompute_costs(64, 128, rotated=False)
+    times = {0: 0.0, 1: 16.0, 64: 16.0, 96: 16.0, 112: 24.0, 128: 32.0, 1088: 272.0, 8192: 3584.0}
+    for tokens, time in times.items():
+        assert again.at(tokens) == pytest.approx(time * 1e-6), tokens
+    for begin, (end, line) in zip((0, 64, 96, 128, 2048), again.pieces(), strict=True):
+        middle = (begin + min(end, 9000)) / 2
+        assert line.fixed + line.per_unit * middle == pytest.approx(again.at(middle))
+    assert read_memory_costs(folder, "costs").recompute_costs(64, 128, rotated=False) == again
+
+
+@pytest.mark.parametrize(
+    ("curve", "message"),
+    [
+        ({"units": [1, 2], "seconds": [1e-6]}, "two or more units"),
+        ({"units": [2, 2], "seconds": [1e-6, 2e-6]}, "each larger than the one before"),
+        ({"units": [1], "seconds": [1e-6]}, "two or more units"),
+        ({"units": [1, 2], "seconds": [2e-6, 1e-6]}, "no times that grow"),
+        ({"units": [0, 2], "seconds": [1e-6, 1e-6]}, "no times that grow"),
+    ],
+)
+def test_a_curve_that_is_none(folder: Path, curve: dict[str, object], message: str) -> None:
+    content = json.loads(fit_folder(folder, "h200", {}).to_json())
+    content["recompute"]["4096x8192"] = curve
+    (folder / "memory.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_memory_costs(folder, "costs")
+
+
+def test_a_relay_is_shorter_than_two_handoffs(folder: Path) -> None:
+    """Where copies are what is waited for; one that was not timed is two handoffs."""
+    rows = transfer_rows()
+    labels = {"memory": "pinned", "beside": "nothing", "bytes": 2**14, "split": "", "pass": 0}
+    rows.append(labels | {"direction": "handoff", "time_us": 4.0})
+    write_rows(folder, "transfer", rows)
+    before = fit_folder(folder, "h200", {})
+    assert before.relay is None
+    write_rows(folder, "transfer", [*rows, labels | {"direction": "relay", "time_us": 2.5}])
+    costs = fit_folder(folder, "h200", {})
+    assert costs.relay == pytest.approx(2.5e-6)
+    assert read_memory_costs(folder, "costs").relay == costs.relay
+    assert costs.transfer == before.transfer
+    shape = SHAPES["opt-6.7b"]
+    old, new = (predicted_layer(c, shape, 100, 0.0, "row") for c in (before, costs))
+    assert old.row_period(0) - new.row_period(0) == pytest.approx(5.5e-6)
+    with_compute = (layer._replace(compute=1.0) for layer in (old, new))
+    assert len({layer.row_period(50) for layer in with_compute}) == 1
+
+
+def test_splits_as_good_as_the_best() -> None:
+    """Passes differ by 1 %: from half way between 10 and 20 to 50, and no further."""
+    times = {0: 120.0, 10: 102.0, 20: 100.0, 40: 100.5, 50: 101.0, 60: 103.0, 80: 100.9, -1: 10.0}
+    rows = [
+        {"split": split, "time_us": time * factor}
+        for split, time in times.items()
+        for factor in (0.995, 1.005)
+    ]
+    assert as_good(pd.DataFrame(rows)) == (15, 50)
+    assert as_good(pd.DataFrame(rows[::2])) == (20, 20)
+    assert [split_error(wanted, 20) for wanted in (20.4, 22.0)] == [0.0, pytest.approx(0.1)]
+    assert [split_error(wanted, 0) for wanted in (0.3, 5.0)] == [0.0, 1.0]
 
 
 def layer_rows(costs: MemoryCosts, schedule: str, factor: float = 1.0) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from memory_table import judged, layers_summary, same_tokens_table, tables
 
-from podsim.memory_calibration import RESIDENT, predicted_layer
+from podsim.layer_predictions import RESIDENT, predicted_layer
 from podsim.memory_costs import find_memory_costs
 from podsim.memory_system import growth_seconds
 from podsim.model import MODELS
