@@ -303,7 +303,7 @@ def mapping_summary(kv: str, kind: Kind) -> str:
     times = {
         "served": steps[seconds].sum() / steps[page_groups].sum(),
         "before": before[:, 1].sum() / before[:, 0].sum() if len(before) else np.nan,
-        "costs": costs.map_seconds(1, 1),
+        "costs": costs.map_seconds(groups.num_tensors, 1) / groups.num_tensors,
     }
     each = (steps[seconds] / steps[page_groups]).quantile([0.1, 0.5, 0.9]) * 1e6
     return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import memory_figure
@@ -11,10 +13,7 @@ from memory_table import judged, layers_summary, same_tokens_table, tables
 
 from podsim.layer_predictions import RESIDENT, predicted_layer
 from podsim.memory_costs import find_memory_costs
-from podsim.memory_system import growth_seconds
-from podsim.model import MODELS
 from podsim.offloaded_shapes import SHAPES
-from podsim.page_groups import PageGroups
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,15 +32,18 @@ def test_the_page_shows_what_was_served_over_each_kind_of_memory() -> None:
     assert set(rows["same sign"]) == {"yes"}
 
 
-def test_the_page_names_what_one_growth_takes() -> None:
+def test_the_page_names_what_calls_take_in_a_loop() -> None:
     costs = find_memory_costs("h200")
-    groups = PageGroups.of(MODELS["llama-3-8b"], 2 * 2**20, "per_layer")
-    assert growth_seconds(costs, groups) == pytest.approx(2.12e-3, abs=5e-6)
-    assert growth_seconds(costs, groups, "busy") == pytest.approx(2.13e-3, abs=5e-6)
-    of_one = costs.mapping_costs(2 * 2**20, "idle").map_seconds(1, 1)
-    assert of_one == pytest.approx(33.1e-6, abs=5e-8)
-    of_larger = costs.mapping_costs(8 * 2**20, "idle").map_seconds(1, 1)
-    assert of_larger == pytest.approx(33.8e-6, abs=5e-8)
+    seconds = {
+        (state, size, tensors): replace(
+            costs.mapping_costs(size * 2**20, state), growth=None
+        ).map_seconds(tensors, 1)
+        for state, size, tensors in product(("idle", "busy"), (2, 8), (1, 64))
+    }
+    assert seconds["idle", 2, 64] == pytest.approx(2.12e-3, abs=5e-6)
+    assert seconds["busy", 2, 64] == pytest.approx(2.13e-3, abs=5e-6)
+    assert seconds["idle", 2, 1] == pytest.approx(33.1e-6, abs=5e-8)
+    assert seconds["idle", 8, 1] == pytest.approx(33.8e-6, abs=5e-8)
     assert costs.interference[str(2 * 2**20)] == pytest.approx(0.004, abs=5e-4)
 
 
