@@ -1,7 +1,7 @@
 """The tables of docs/memory.md: of measured memory costs, and of what same_tokens.py left.
 
 python benchmarks/memory_table.py --costs profiles/h200/memory \
-    --same-tokens benchmarks/memory/h200-same-tokens.csv
+    --same-tokens benchmarks/memory/h200-same-tokens.csv --page docs/memory.md
 """
 
 from __future__ import annotations
@@ -196,15 +196,35 @@ def tables(folder: Path) -> dict[str, str]:
     }
 
 
+def filled(page: str, table: str) -> str:
+    """The page with this table in the place of the one with its header. ValueError if there is
+    none, or more than one.
+    """
+    header = table.split("\n", 1)[0]
+    before, *after = page.split(f"{header}\n")
+    if len(after) != 1:
+        raise ValueError(f"{len(after)} tables begin with: {header}")
+    lines = after[0].split("\n")
+    end = next(i for i, line in enumerate([*lines, ""]) if not line.startswith("|"))
+    return before + "\n".join([table, *lines[end:]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--costs", type=Path, required=True)
     parser.add_argument("--same-tokens", type=Path)
+    parser.add_argument("--page", type=Path, help="put the tables there")
     options = parser.parse_args()
-    for table in tables(options.costs).values():
-        print(table, end="\n\n")
+    made = [*tables(options.costs).values()]
     if options.same_tokens:
-        print(same_tokens_table(pd.read_csv(options.same_tokens)))
+        made.append(same_tokens_table(pd.read_csv(options.same_tokens)))
+    for table in made:
+        print(table, end="\n\n")
+    if options.page:
+        page = options.page.read_text()
+        for table in made:
+            page = filled(page, table)
+        options.page.write_text(page)
 
 
 if __name__ == "__main__":

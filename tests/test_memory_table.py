@@ -9,7 +9,7 @@ from pathlib import Path
 import memory_figure
 import pandas as pd
 import pytest
-from memory_table import judged, layers_summary, same_tokens_table, tables
+from memory_table import filled, judged, layers_summary, same_tokens_table, tables
 
 from podsim.layer_predictions import RESIDENT, predicted_layer
 from podsim.memory_costs import find_memory_costs
@@ -22,6 +22,15 @@ def test_the_page_shows_what_the_rows_say() -> None:
     page = (ROOT / "docs" / "memory.md").read_text()
     for name, table in tables(ROOT / "profiles" / "h200" / "memory").items():
         assert table in page, f"python benchmarks/memory_table.py has another table of {name}"
+
+
+def test_a_table_takes_the_place_of_the_one_with_its_header() -> None:
+    page = "before\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n\nafter | it\n"
+    table = "| a | b |\n| --- | --- |\n| 5 | 6 |"
+    assert filled(page, table) == f"before\n\n{table}\n\nafter | it\n"
+    assert filled(f"{table}\n", table) == f"{table}\n"
+    with pytest.raises(ValueError, match="0 tables begin with: . c .$"):
+        filled(page, "| c |\n| --- |\n| 5 |")
 
 
 def test_the_page_shows_what_was_served_over_each_kind_of_memory() -> None:
