@@ -29,7 +29,7 @@ def test_a_table_takes_the_place_of_the_one_with_its_header() -> None:
     table = "| a | b |\n| --- | --- |\n| 5 | 6 |"
     assert filled(page, table) == f"before\n\n{table}\n\nafter | it\n"
     assert filled(f"{table}\n", table) == f"{table}\n"
-    with pytest.raises(ValueError, match="0 tables begin with: . c .$"):
+    with pytest.raises(ValueError, match=r"0 tables begin with: \| c \|$"):
         filled(page, "| c |\n| --- |\n| 5 |")
 
 
