@@ -79,9 +79,9 @@ def row(comparison: Comparison) -> dict[str, object]:
 
 
 def share_of_capacity(recorded: Recorded) -> float:
-    """Requests/s over what the workload reaches offline, as it is simulated today; NaN if offline.
+    """Requests/s that arrived over what the workload reaches offline, simulated; NaN if offline.
 
-    The load in a run's name is the share as it was simulated when the run was made.
+    The load in a run's name is that of the Poisson process; what it drew is some per cent more.
     """
     options = recorded.engine["options"]
     return math.nan if options["load"] is None else options["qps"] / capacity(options["workload"])
@@ -152,7 +152,7 @@ def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
 
 def compared(recorded: Recorded) -> Comparison:
     """With error bars, which only the runs above the first bars' loads need."""
-    return compare(recorded, error_bars=share_of_capacity(recorded) > MOST_BELOW)
+    return compare(recorded, error_bars=(recorded.engine["options"]["load"] or 0.0) > MOST_BELOW)
 
 
 def with_own_host(recorded: Recorded) -> Recorded:

@@ -77,14 +77,14 @@ class WarmsUp(Protocol):
 class Heat:
     """How one replica's card feels the matrix work behind it, and how long its steps take then.
 
-    Steps of decodes alone wait for the memory: they neither add to the heats nor feel them. A model
-    that does not warm up has its own step times.
+    Steps of decodes alone wait for the memory: to the heats they are a rest. A model that does not
+    warm up has its own step times.
     """
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self._warming = model if isinstance(model, WarmsUp) else None
-        self._heats = Heats()
+        self._heats = Heats() if self._warming is None else self._warming.warming.at_rest
         self._time = 0.0
 
     def step_time(self, shape: BatchShape, start: float) -> float:
@@ -92,7 +92,7 @@ class Heat:
         model = self._warming
         if model is None or not shape.prefills:
             return self._model.step_time(shape)
-        heats = model.warming.worked(self._heats, 0.0, start - self._time)
+        heats = model.warming.rested(self._heats, start - self._time)
         seconds, drive = model.step_time_at(shape, heats)
         self._heats = model.warming.worked(heats, drive, seconds)
         self._time = start + seconds
