@@ -107,7 +107,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
                 for name, overlap in attention.overlaps.items()
             },
         },
-        sustained={"slowdown": 0.0, "steps": 0, "heating": 0.0, "heat_seconds": 1.0},
+        sustained={"slowdown": 0.0, "heating": 0.0, "heat_seconds": 1.0},
         clock_falls=_clock_falls(grid, provenance),
         errors={},
         hull=_hull(grid),
@@ -243,22 +243,28 @@ def _quiet_layer_seconds(
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:
-    """How much matrix work slows whole steps down: see `latency.Sustained`; least squares.
+    """What whole steps take beside the sum of their parts.
 
-    Without whole steps to fit on there is none, which `steps`, their number, tells.
+    With prefill it is the matrix work (see `ProfiledLatency.matrix_load`; least squares); steps of
+    decodes alone take the same in every layer (`layer_gap`; the median). Without whole steps to fit
+    on there is none, which `steps`, their number, tells.
     """
     steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
-    loads, excesses = [], []
+    loads, excesses, gaps = [], [], []
     for strategy, rows in steps.groupby("strategy"):
         latency = ProfiledLatency(profile, model, str(strategy))
         for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
             parts = latency.breakdown(shape)
             layers = parts.attention + parts.layers
+            if not shape.prefills:
+                gaps.append((seconds - parts.once - layers) / model.num_layers)
+                continue
             loads.append(latency.matrix_load(shape.num_tokens, layers))
             excesses.append((seconds - parts.once) / layers - 1)
     load, excess = np.array(loads), np.array(excesses)
     slowdown = max(0.0, float(load @ excess / (load @ load))) if loads else 0.0
-    return {"slowdown": slowdown, "steps": len(loads)}
+    gap = max(0.0, float(np.median(gaps))) if gaps else 0.0
+    return {"slowdown": slowdown, "layer_gap": gap, "steps": len(loads) + len(gaps)}
 
 
 def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:

@@ -69,6 +69,15 @@ class Warming:
         added = load * (self.heating * fast + self.slow_heating * slow)
         return (1.0 + added) / (1.0 + self.heating * load * drive)
 
+    def added(self, heats: Heats, seconds: float) -> float:
+        """What matrix work takes longer in a step of decodes alone, of so many seconds: a share.
+
+        Its time is measured at the full clock.
+        """
+        fast = max(_mean(-self.headroom, heats.fast, seconds, self.seconds), 0.0)
+        slow = max(_mean(-self.headroom, heats.slow, seconds, self.slow_seconds), 0.0)
+        return self.heating * fast + self.slow_heating * slow
+
     def rested(self, heats: Heats, seconds: float) -> Heats:
         """The heats after so many seconds without a step that has prefill."""
         return self.worked(heats, -self.headroom, seconds)

@@ -101,7 +101,12 @@ def _warmth(
     prefills, durations = steps["num_prefills"].to_numpy() > 0, steps["duration"].to_numpy()
     for replica in np.unique(replicas):
         heats, time = warming.at_rest, 0.0
-        for i in np.flatnonzero((replicas == replica) & prefills).tolist():
+        for i in np.flatnonzero(replicas == replica).tolist():
+            if not prefills[i]:
+                now = warming.rested(heats, starts[i] - time)
+                added = model.matrix_seconds(int(tokens[i])) * warming.added(now, durations[i])
+                found[i] = in_layers[i] / (in_layers[i] - added)
+                continue
             heats = warming.rested(heats, starts[i] - time)
             for _ in range(3):  # the load is that of the layers without the factor
                 load = model.load(int(tokens[i]), in_layers[i] / found[i])
