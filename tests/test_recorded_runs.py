@@ -20,7 +20,7 @@ from podsim.validation import Comparison, read_recording
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-FOLDERS = accuracy_table.recordings(ROOT / "validation" / "h200")
+FOLDERS = accuracy_table.recordings(accuracy_table.RUNS)
 WORST = {
     "request_throughput": 0.03,
     "gpu_decode_bias": 0.06,
@@ -122,13 +122,16 @@ def test_a_gain_passes_with_the_same_sign_and_within_three_points(simulated, lin
 
 
 def test_a_bar_is_passed_only_if_every_run_meets_it() -> None:
-    errors = runs(load=0.5, share=0.5, **dict.fromkeys(accuracy_pages.BARS, 0.0))
+    columns = [host + name for host in accuracy_pages.HOSTS for name in accuracy_pages.BARS]
+    errors = runs(load=0.5, share=0.5, **dict.fromkeys(columns, 0.0))
     errors["tbt_p90"] = [0.01, -0.031]
+    errors["pooled_tbt_p50"] = [0.01, -0.031]
     lines = accuracy_pages.bars_table(errors).splitlines()
-    assert "| to 0.85 | TBT P50 | 3% | 2 of 2 | +0.0% (offline-serial-1024-pd17) | pass |" in lines
+    worst = "+0.0% (offline-serial-1024-pd17)"
+    assert f"| to 0.85 | TBT P50 | 3% | 2 of 2 | 1 | 2 | {worst} | pass |" in lines
     worst = "-3.1% (offline-pod-1024-pd17)"
-    assert f"| to 0.85 | TBT P90 | 3% | 1 of 2 | {worst} | **fail** |" in lines
-    assert "| above | TBT P50 | 5% | not recorded |  |  |" in lines
+    assert f"| to 0.85 | TBT P90 | 3% | 1 of 2 | 2 | 2 | {worst} | **fail** |" in lines
+    assert "| above | TBT P50 | 5% | not recorded |  |  |  |  |" in lines
 
 
 # --------------------------------------------------------------------------- what is recorded
