@@ -51,9 +51,8 @@ OFFLINE_TOKENS = 16384
 of prompt to output tokens (P:D): as many as take half a minute to a minute."""
 OFFLINE_REQUESTS = {8: 32, 17: 48, 64: 48}
 
-WARM_UP = 120.0
-"""Seconds that an engine serves before it is recorded: from some moment of its first 80 s on
-every step is 0.15 ms shorter (docs/accuracy.md), and who serves for days does not see that."""
+WARM_UP = 20.0
+"""Seconds that an engine serves before it is recorded."""
 START_SECONDS = 35.0 + WARM_UP
 """An engine's own time before its first run, about: weights, graphs, the host's time, warm-up."""
 HOST = {
