@@ -30,11 +30,12 @@ Floats = NDArray[np.float64]
 
 TIMED_TOGETHER = {"qkv": ("qkv", "output", "gate_up", "down"), "lm_head": ("lm_head",)}
 """Matrix products of one sequence, so of one clock, by the first of them."""
-ALIKE_TOKENS = 0.3
-"""Layers are alike whose logarithms of the number of tokens are no farther apart; this and the
-following by cross-validation on clocks."""
-ALIKE_BATCHES = (0.5, 0.125, 0.125, 0.25, 0.25)
-"""The same of layers whose attention is timed: of the logarithm, and of the shares in `_states`."""
+ALIKE_PRODUCTS = (0.5, 0.05)
+"""Products are alike that are no farther apart: in the logarithm of the number of tokens, and in
+FLOPs a cycle, of the most. This and the following by cross-validation on clocks."""
+ALIKE_LAYERS = (0.5, 0.125, 0.125, 0.25, 0.25)
+"""Layers whose attention is timed: in the same logarithm, and in shares of their time or of peaks,
+see `attention_at_usual_clock`."""
 OTHER_STRATEGY = 0.1
 """Weight of a point under another strategy, beside one under the same."""
 AT_THE_MEAN, LEVEL = 0.1, 0.4
@@ -79,14 +80,23 @@ def products_at_usual_clock(
     """
     parts = []
     for first, ops in TIMED_TOGETHER.items():
-        timed = _with_clocks(passes[passes["op"] == first])
-        states = np.log(timed["num_tokens"].to_numpy(float))[:, None] / ALIKE_TOKENS
-        beyond = timed.assign(beyond=_beyond_usual(timed, states))[["num_tokens", "pass", "beyond"]]
-        mine = passes[passes["op"].isin(ops)].reset_index()
-        parts.append(mine.merge(beyond, on=["num_tokens", "pass"]).set_index("index"))
-    rows = pd.concat(parts)
-    works = [op_traffic(model, op, n) for op, n in zip(rows["op"], rows["num_tokens"], strict=True)]
-    return _brought(passes, {"products": rows.assign(intensity=[w.flops / w.bytes for w in works])})
+        mine = _with_clocks(passes[passes["op"].isin(ops)])
+        works = [
+            op_traffic(model, op, n) for op, n in zip(mine["op"], mine["num_tokens"], strict=True)
+        ]
+        mine = mine.assign(
+            flops=[work.flops for work in works],
+            intensity=[work.flops / work.bytes for work in works],
+            cycles=mine["seconds"] * mine["sm_clock_mhz"] * 1e6,
+        )
+        timed = mine[mine["op"] == first]
+        sums = mine.groupby("num_tokens")[["flops", "cycles"]].transform("sum").loc[timed.index]
+        rate = (sums["flops"] / sums["cycles"]).to_numpy(float)
+        states = [np.log(timed["num_tokens"].to_numpy(float)), rate / rate.max(initial=0.0)]
+        beyond = _beyond_usual(timed, np.stack(states, axis=1) / ALIKE_PRODUCTS)
+        clocks = timed.assign(beyond=beyond)[["num_tokens", "pass", "beyond"]]
+        parts.append(mine.reset_index().merge(clocks, on=["num_tokens", "pass"]).set_index("index"))
+    return _brought(passes, {"products": pd.concat(parts)})
 
 
 def attention_at_usual_clock(
@@ -115,7 +125,7 @@ def attention_at_usual_clock(
         keys / layer / gpu.peak_bandwidth,
         attention / layer,
     ]
-    rows["beyond"] = _beyond_usual(rows, np.stack(states, axis=1) / ALIKE_BATCHES)
+    rows["beyond"] = _beyond_usual(rows, np.stack(states, axis=1) / ALIKE_LAYERS)
     with np.errstate(divide="ignore"):
         rows["intensity"] = flops / keys
     return _brought(passes, {str(name): mine for name, mine in rows.groupby("strategy")})
