@@ -239,4 +239,5 @@ def _agreement(rows: pd.DataFrame) -> float:
     pairs = _pairs(rows, ["away"]).to_numpy(float)
     if len(pairs) < FEWEST_PAIRS:
         return 1.0
-    return max(0.0, float(pairs.prod(axis=1).sum() / (pairs * pairs).sum() * 2))
+    squares = float((pairs * pairs).sum())
+    return max(0.0, 2 * float(pairs.prod(axis=1).sum()) / squares) if squares else 1.0
