@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from podsim.hardware import Gpu
 from podsim.model import Model
@@ -92,7 +92,8 @@ def products_at_usual_clock(
         timed = mine[mine["op"] == first]
         sums = mine.groupby("num_tokens")[["flops", "cycles"]].transform("sum").loc[timed.index]
         rate = (sums["flops"] / sums["cycles"]).to_numpy(float)
-        states = [np.log(timed["num_tokens"].to_numpy(float)), rate / rate.max(initial=0.0)]
+        most = rate[timed["split"] == "grid"].max(initial=0.0)
+        states = [np.log(timed["num_tokens"].to_numpy(float)), rate / (most or 1.0)]
         beyond = _beyond_usual(timed, np.stack(states, axis=1) / ALIKE_PRODUCTS)
         clocks = timed.assign(beyond=beyond)[["num_tokens", "pass", "beyond"]]
         parts.append(mine.reset_index().merge(clocks, on=["num_tokens", "pass"]).set_index("index"))
@@ -148,7 +149,7 @@ def _brought(
         if len(pairs) < FEWEST_PAIRS:
             continue
         found[name] = fit_sensitivity(
-            pairs["intensity"].iloc[:, 0].to_numpy(),
+            pairs["intensity"].to_numpy(float)[:, 0],
             np.diff(pairs["beyond"], axis=1)[:, 0],
             np.diff(np.log(pairs["seconds"]), axis=1)[:, 0],
         )
@@ -201,7 +202,7 @@ def _beyond_usual(rows: pd.DataFrame, states: Floats) -> Floats:
         # The expected own part of a point, by the mean over its passes.
         part = count * agreement / (1 + (count - 1) * agreement)
         away[mine] -= part * own.transform("mean").to_numpy(float)[mine]
-    return away
+    return np.asarray(away)
 
 
 def _usual_clocks(rows: pd.DataFrame, states: Floats) -> Floats:
