@@ -66,8 +66,11 @@ def kernel_table(
     if not isinstance(model, ProfiledLatency) or steps.empty:
         return None
     tokens = (steps["num_prefill_tokens"] + steps["num_decodes"]).to_numpy()
+    has_prefill = steps["num_prefills"].to_numpy() > 0
     shapes, which = np.unique(
-        np.stack([tokens, tokens_out(steps, requests)], axis=1), axis=0, return_inverse=True
+        np.stack([tokens, tokens_out(steps, requests), has_prefill], axis=1),
+        axis=0,
+        return_inverse=True,
     )
     parts = {name: seconds[which.ravel()] for name, seconds in _without_attention(model, shapes)}
     if result.memory:
@@ -130,13 +133,17 @@ def _held_up(result: Result, steps: pd.DataFrame) -> Floats:
 def _without_attention(
     model: ProfiledLatency, shapes: NDArray[np.int64]
 ) -> list[tuple[str, Floats]]:
-    """Seconds of each operation but attention for rows of (tokens, tokens that come out).
+    """Seconds of each operation but attention for rows of (tokens, tokens out, has prefill).
 
     The latency model's own sums, shared out by the measured times of the operations in them.
     """
+    batches = [
+        BatchShape.of([(n, n)]) if has_prefill else BatchShape.of_decodes(n, n, 1)
+        for n, _, has_prefill in shapes.tolist()
+    ]
     sums = [
-        asdict(model.breakdown(BatchShape.of([(n, n)])._replace(num_sampled=m)))
-        for n, m in shapes.tolist()
+        asdict(model.breakdown(batch._replace(num_sampled=m)))
+        for batch, m in zip(batches, shapes[:, 1].tolist(), strict=True)
     ]
     layers = np.array([row["layers"] for row in sums])
     once = np.array([row["once"] for row in sums])
