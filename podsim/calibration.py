@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
-from podsim.fitting import Timings, fit_attention, fit_heating
+from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu
+from podsim.heat_fitting import SustainedRun, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import (
     LAYER_OPS,
@@ -106,13 +107,13 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
                 for name, overlap in attention.overlaps.items()
             },
         },
-        sustained={"slowdown": 0.0, "steps": 0, "heating": 0.0, "heat_seconds": 1.0},
+        sustained={"slowdown": 0.0, "heating": 0.0, "heat_seconds": 1.0},
         clock_falls=_clock_falls(grid, provenance),
         errors={},
         hull=_hull(grid),
     )
     profile = replace(profile, sustained={**profile.sustained, **_sustained(profile, model, grid)})
-    heating = _heating(profile, model, rows[rows["op"] == "sustained"])
+    heating = _heating(profile, model, rows)
     profile = replace(profile, sustained={**profile.sustained, **heating})
     return profile.with_errors(held_out_errors(predictions(profile, model, rows)))
 
@@ -242,47 +243,67 @@ def _quiet_layer_seconds(
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:
-    """How much matrix work slows whole steps down: see `latency.Sustained`; least squares.
+    """What whole steps take beside the sum of their parts.
 
-    Without whole steps to fit on there is none, which `steps`, their number, tells.
+    With prefill it is the matrix work (see `ProfiledLatency.matrix_load`; least squares); steps of
+    decodes alone take the same in every layer (`layer_gap`; the median). Without whole steps to fit
+    on there is none, which `steps`, their number, tells.
     """
     steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
-    loads, excesses = [], []
+    loads, excesses, gaps = [], [], []
     for strategy, rows in steps.groupby("strategy"):
         latency = ProfiledLatency(profile, model, str(strategy))
         for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
             parts = latency.breakdown(shape)
             layers = parts.attention + parts.layers
+            if not shape.prefills:
+                gaps.append((seconds - parts.once - layers) / model.num_layers)
+                continue
             loads.append(latency.matrix_load(shape.num_tokens, layers))
             excesses.append((seconds - parts.once) / layers - 1)
     load, excess = np.array(loads), np.array(excesses)
     slowdown = max(0.0, float(load @ excess / (load @ load))) if loads else 0.0
-    return {"slowdown": slowdown, "steps": len(loads)}
+    gap = max(0.0, float(np.median(gaps))) if gaps else 0.0
+    return {"slowdown": slowdown, "layer_gap": gap, "steps": len(loads) + len(gaps)}
 
 
 def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:
-    """How much matrix work slows the steps after it down, and for how long: see `latency.Heat`.
+    """How much matrix work slows the steps after it down, and for how long: see `podsim.heat`.
 
     Without steps that were timed one after another from rest there is none.
     """
-    if rows.empty:
+    runs = [*_sustained_runs(profile, model, rows)]
+    if not runs:
         return {}
-    latency = ProfiledLatency(profile, model, "serial")
-    loads, drives, seconds = [], [], []
-    for _, windows in rows.groupby(["prefills", "decodes"], sort=False):
-        shape = shapes_of(windows.head(1))[0]
-        parts = latency.breakdown(shape)
-        loads.append(latency.load(shape.num_tokens, parts.attention + parts.layers))
-        drives.append(loads[-1] * latency.clock_fall(shape.num_tokens))
-        seconds.append(windows["seconds"].to_numpy() - parts.once)
-    ends = [float(text.removesuffix(" s")) for text in windows["strategy"]]
-    warming = fit_heating(np.array(ends), np.array(loads), np.array(drives), np.array(seconds))
+    warming = fit_heating(runs)
     return {
         "heating": warming.heating,
         "heat_seconds": warming.seconds,
         "slow_heating": warming.slow_heating,
         "slow_heat_seconds": warming.slow_seconds,
+        "headroom": warming.headroom,
     }
+
+
+def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator[SustainedRun]:
+    latency = ProfiledLatency(profile, model, "serial")
+    rows = rows[rows["op"].isin(["sustained", "duty"])]
+    for key, run in rows.groupby(["op", "prefills", "decodes", "split"], sort=False):
+        op, prefills, decoded, split = map(str, key)
+        shape = shapes_of(run.head(1))[0]
+        parts = latency.breakdown(shape)
+        load = latency.load(shape.num_tokens, parts.attention + parts.layers)
+        decodes = run[run["strategy"].str.startswith("decode ")]
+        mixed = run.drop(decodes.index)
+        every = int(split.removeprefix("1 in ")) if op == "duty" else 1
+        yield SustainedRun(
+            batch=f"{op} {prefills} {decoded}",
+            load=load,
+            drive=load * latency.clock_fall(shape.num_tokens),
+            ends=[float(text.split()[-2]) for text in mixed["strategy"]],
+            seconds=(mixed["seconds"] - parts.once).tolist(),
+            between=(every - 1) * float(decodes["seconds"].mean()) if every > 1 else 0.0,
+        )
 
 
 def _timings(rows: pd.DataFrame) -> Timings:

@@ -153,7 +153,7 @@ def _measured(job: Job, number: int, prepare: Prepare, check: Callable[[Row], st
 def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
     """Repeat a sequence until its timings are close together."""
     rounds = [sequence.round(True)]
-    once = job.kind in ("ceiling", "sustained")
+    once = job.kind in ("ceiling", "sustained", "duty")
     while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds):
         rounds.append(sequence.round(False))
     clocks = [r.sm_clock for r in rounds if r.sm_clock is not None]
@@ -239,8 +239,8 @@ def _both_refused(rows: Sequence[Row]) -> list[Row]:
 
 
 TIMING = (
-    "inside its layer, after 40 ms of that layer's own work on numbers drawn anew; sustained: "
-    "whole steps one after another from rest, the mean of a window; ceilings: the best of short "
-    "bursts after a pause"
+    "inside its layer, after 40 ms of that layer's own work on numbers drawn anew; sustained and "
+    "duty: whole steps one after another from rest, the mean of a window; ceilings: the best of "
+    "short bursts after a pause"
 )
 """What state of the card a profile's times are of."""

@@ -9,7 +9,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
-from podsim.heat import Heats
 from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
 from podsim.metrics import STEP_KINDS, step_kinds, tokens_out
 from podsim.simulation import Result
@@ -101,9 +100,14 @@ def _warmth(
     replicas, starts = steps["replica"].to_numpy(), steps["start"].to_numpy()
     prefills, durations = steps["num_prefills"].to_numpy() > 0, steps["duration"].to_numpy()
     for replica in np.unique(replicas):
-        heats, time = Heats(), 0.0
-        for i in np.flatnonzero((replicas == replica) & prefills).tolist():
-            heats = warming.worked(heats, 0.0, starts[i] - time)
+        heats, time = warming.at_rest, 0.0
+        for i in np.flatnonzero(replicas == replica).tolist():
+            if not prefills[i]:
+                now = warming.rested(heats, starts[i] - time)
+                added = model.matrix_seconds(int(tokens[i])) * warming.added(now, durations[i])
+                found[i] = in_layers[i] / (in_layers[i] - added)
+                continue
+            heats = warming.rested(heats, starts[i] - time)
             for _ in range(3):  # the load is that of the layers without the factor
                 load = model.load(int(tokens[i]), in_layers[i] / found[i])
                 drive = load * model.clock_fall(int(tokens[i]))

@@ -31,9 +31,9 @@ from podsim.batch import BatchShape, PrefillShape
 from podsim.cli import app
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
-from podsim.fitting import fit_heating
 from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
+from podsim.heat_fitting import SustainedRun, fit_heating
 from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import LAYER_OPS, ConstantLatency, Heat, ProfiledLatency, op_seconds
 from podsim.model import Model, model_named
@@ -530,5 +530,34 @@ def test_heating_is_found_from_rows_of_steps() -> None:
             fast, slow = (drive * (1 - np.exp(-moments / tau)) for tau in (0.06, 1.2))
             slower = 1 + load * (0.9 * fast + 0.3 * slow)
             means[i, j] = at_rest[i] * np.trapezoid(slower, moments) / (end - start)
-    found = fit_heating(ends, loads, drives, means)
-    assert astuple(found) == pytest.approx(astuple(WARMING), rel=1e-3)
+    runs = [
+        SustainedRun(f"batch {i}", loads[i], drives[i], ends.tolist(), means[i].tolist())
+        for i in range(3)
+    ]
+    assert astuple(fit_heating(runs)) == pytest.approx(astuple(WARMING), rel=2e-3)
+
+
+def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
+    """Steps of 20 ms at rest, one in 1, 2, 4 and 8; the others are decodes of 10 ms."""
+    true = replace(WARMING, headroom=0.1)
+    load, drive, ends = 0.8, 0.3, (0.4, 0.8, 1.6, 2.4)
+    runs = []
+    for every in (1, 2, 4, 8):
+        heats, time = true.at_rest, 0.0
+        sums: list[list[float]] = [[], [], [], []]
+        while time < ends[-1]:
+            at_start = 0.02 * (1 + 0.9 * load * drive)
+            seconds = at_start * true.factor(load, drive, heats, 0.02)
+            heats = true.rested(true.worked(heats, drive, seconds), 0.01 * (every - 1))
+            time += seconds
+            if time < ends[-1]:
+                sums[int(np.searchsorted(ends, time))].append(seconds)
+            time += 0.01 * (every - 1)
+        means = [float(np.mean(window)) for window in sums]
+        runs.append(SustainedRun("a", load, drive, ends, means, 0.01 * (every - 1)))
+    assert runs[-1].seconds[-1] == pytest.approx(0.02, rel=1e-3), "the mean power is too low"
+    assert runs[0].seconds[-1] > 1.2 * runs[-1].seconds[-1]
+    found = fit_heating(runs)
+    # The fit clips a heat at each moment, a step its mean.
+    assert found.headroom == pytest.approx(0.1, rel=0.2)
+    assert found.heating == pytest.approx(0.9, rel=0.15)

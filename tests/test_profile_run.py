@@ -151,8 +151,12 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     while plan.turns[num].job.kind == "sustained":
         num += 1
     assert num == len(CEILINGS) + len(sustained_points())
+    duties = [turn.job for turn in plan.turns if turn.job.kind == "duty"]
+    assert [turn.job for turn in plan.turns[-len(duties) :]] == duties
+    assert {job.split for job in duties} == {"1 in 1", "1 in 2", "1 in 4", "1 in 8"}
     first, second = (
-        [turn.job for turn in plan.turns[num:] if turn.number == number] for number in (0, 1)
+        [turn.job for turn in plan.turns[num : -len(duties)] if turn.number == number]
+        for number in (0, 1)
     )
     assert first != second
     assert set(first) == set(second)
@@ -175,7 +179,7 @@ def test_a_measured_profile_passes_its_own_check(whole: Path) -> None:
     assert profile.provenance["quick"] is True
     assert profile.provenance["refused_rows"] == 0
     assert profile.provenance["ceilings"]["read_bandwidth"] == pytest.approx(4.4e12, rel=0.01)
-    assert set(profile.provenance["wall_seconds"]) == set(PLAN.counts())
+    assert set(profile.provenance["wall_seconds"]) == set(PLAN.counts()) - {"duty"}
     rows = pd.read_csv(whole / "measurements.csv", keep_default_na=False)
     assert (rows["sm_clock_mhz"] == 1755).all()
     assert len(rows) == len(list(PLAN.rows()))
