@@ -254,11 +254,14 @@ def test_the_page_says_what_other_times_of_mapping_would_give(
         costs["growth"][str(2**21)]["idle"] = {"fixed": 0.0, "per_unit": us * 1e-6}
     (tmp_path / "memory.json").write_text(json.dumps(costs))
     kinds = same_tokens.read_kept(KINDS, KEPT, str(tmp_path))
-    rows = same_tokens.table(kinds, same_tokens.parts(kinds))
+    by_part = same_tokens.parts(kinds)
+    rows = same_tokens.table(kinds, by_part)
     for found, wanted in zip(rows["simulated %"], simulated, strict=True):
         assert wanted is None or found == pytest.approx(wanted, abs=0.05)
     if off:
         assert rows["points off"].tolist() == pytest.approx(off, abs=0.005)
+        waits = by_part.loc[("vattention", "simulated"), "mapping_ms"]
+        assert waits == pytest.approx(0.46, abs=0.005)
     assert rows["points off"].abs().max() < 2
 
 
