@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention
-from podsim.hardware import Gpu
+from podsim.hardware import Gpu, gpu_named
 from podsim.heat_fitting import SustainedRun, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import (
@@ -28,6 +29,7 @@ from podsim.latency import (
 )
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
+from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
 
 Floats = NDArray[np.float64]
 
@@ -76,14 +78,12 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
 
     Raises InputError if the file cannot be read or lacks rows.
     """
-    rows, launch = _measured(folder)
+    measured = _measured(folder, gpu, model)
+    rows, ops = measured.rows, measured.ops
     grid = rows[rows["split"] == "grid"]
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
-    ops = _op_tables(grid)
-    linear = _linear_token_seconds(ops)
-    quiet = _quiet_layer_seconds(ops, linear)
-    kernels = kernels | {"linear_token_seconds": linear, "quiet_layer_seconds": quiet}
+    kernels = kernels | measured.layer
     geometry = Geometry.of(model, kernels)
     fitted_on = {name: rows_of(grid, name) for name in FEATURES}
     fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
@@ -96,7 +96,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
         model=model.name,
         shape=model.shape,
         provenance=provenance,
-        launch=launch,
+        launch=measured.launch,
         ops=ops,
         attention={
             "geometry": kernels,
@@ -109,6 +109,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
         },
         sustained={"slowdown": 0.0, "heating": 0.0, "heat_seconds": 1.0},
         clock_falls=_clock_falls(grid, provenance),
+        clock_sensitivity={name: asdict(found) for name, found in measured.follows.items()},
         errors={},
         hull=_hull(grid),
     )
@@ -122,8 +123,9 @@ def write_plots(folder: Path, profile: Profile) -> Path:
     """Leave figures of the rows of a profile folder against its models; where they are."""
     from podsim import fit_plots  # matplotlib takes half a second to load
 
-    rows, _ = _measured(folder)
-    return fit_plots.write_plots(folder, predictions(profile, model_of(profile), rows))
+    model = model_of(profile)
+    rows = _measured(folder, profile.gpu, model).rows
+    return fit_plots.write_plots(folder, predictions(profile, model, rows))
 
 
 def model_of(profile: Profile) -> Model:
@@ -131,15 +133,37 @@ def model_of(profile: Profile) -> Model:
     return Model(name=profile.model, max_model_len=1, **profile.shape)
 
 
-def _measured(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
-    """The rows of a folder with their seconds, and the launch costs.
+class Measured(NamedTuple):
+    """What the rows of a folder say before attention and whole steps are fitted."""
+
+    rows: pd.DataFrame
+    """One a point, with its `seconds` at the usual clock, and `seconds_as_timed`."""
+    launch: dict[str, float]
+    ops: dict[str, dict[str, list[float]]]
+    layer: dict[str, float]
+    """What `Geometry` is told of a layer beside attention."""
+    follows: dict[str, Sensitivity]
+
+
+def _measured(folder: Path, gpu: str, model: Model) -> Measured:
+    """Read, without the launches of graphs and what chance adds to clocks (`row_clocks`).
 
     A timed graph of one kernel carries the cost of launching a graph; in a step it is paid once.
     """
-    rows = read_measurements(folder / MEASUREMENTS_FILE)
-    launch = _launch_costs(rows)
-    launches = np.where(rows["op"].isin(["step", "sustained"]), 0.0, launch["graph"])
-    return rows.assign(seconds=rows["time_us"] * 1e-6 - launches), launch
+    passes = _read_passes(folder / MEASUREMENTS_FILE)
+    launch = _launch_costs(_one_row_a_point(passes))
+    launches = np.where(passes["op"].isin(["step", "sustained", "duty"]), 0.0, launch["graph"])
+    passes["seconds"] = passes["seconds_as_timed"] = passes["time_us"] * 1e-6 - launches
+    passes["seconds"], products = products_at_usual_clock(passes, model)
+    grid = _one_row_a_point(passes[passes["split"] == "grid"])
+    ops = _op_tables(grid)
+    linear = _linear_token_seconds(ops)
+    quiet = _quiet_layer_seconds(ops, linear)
+    passes["seconds"], attention = attention_at_usual_clock(
+        passes, model, gpu_named(gpu), linear, quiet
+    )
+    layer = {"linear_token_seconds": linear, "quiet_layer_seconds": quiet}
+    return Measured(_one_row_a_point(passes), launch, ops, layer, products | attention)
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
@@ -147,6 +171,17 @@ def read_measurements(path: Path) -> pd.DataFrame:
 
     Refused rows do not count.
     """
+    return _one_row_a_point(_read_passes(path))
+
+
+def _one_row_a_point(passes: pd.DataFrame) -> pd.DataFrame:
+    times = passes.columns.intersection(["time_us", "seconds", "seconds_as_timed"])
+    points = passes.groupby(_POINT, sort=False)
+    return points.agg(dict.fromkeys(times, "median") | {"sm_clock_mhz": "mean"}).reset_index()
+
+
+def _read_passes(path: Path) -> pd.DataFrame:
+    """The rows that are not refused."""
     try:
         rows = pd.read_csv(path, keep_default_na=False)
         missing = set(COLUMNS) - set(rows.columns)
@@ -154,7 +189,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
             raise InputError(f"{path}: misses the column {sorted(missing)[0]}")
         rows["time_us"] = rows["time_us"].astype(float)
         if "refused" in rows.columns:
-            rows = rows[rows["refused"] == ""]
+            rows = rows[rows["refused"] == ""].copy()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -163,8 +198,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not a table of measurements: {error}") from None
     clocks = rows["sm_clock_mhz"] if "sm_clock_mhz" in rows.columns else np.nan
     rows["sm_clock_mhz"] = pd.to_numeric(clocks, errors="coerce")
-    points = rows.groupby(_POINT, sort=False)
-    return points.agg({"time_us": "median", "sm_clock_mhz": "mean"}).reset_index()
+    return rows
 
 
 def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:

@@ -20,7 +20,7 @@ from podsim.attention_features import (
 from podsim.attention_model import DECODE_HEAVY, AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
-from podsim.overlap import Overlap, roughness, table_weights, tables
+from podsim.overlap import Overlap, longer_side, roughness, table_weights, tables
 from podsim.unified_features import drawn, unified_features, unified_work
 
 Floats = NDArray[np.float64]
@@ -179,12 +179,18 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
                 [same, -same],
             ]
         )
+    # Sides on SMs of their own take as long as the longer one: smooth is what is paid beside it.
+    apart = float(name == "streams")
+    longer = np.array([apart * max(s.prefill, s.decode) for s in sides])
     # Of the order of seconds, as the cells are: the roughness is then small beside the errors.
-    features = np.concatenate([launches * 1e-6, cells * both[:, None]], axis=1)
-    rough = np.pad(differences, ((0, 0), (launches.shape[1], 0)))
+    features = np.concatenate([launches * 1e-6, longer[:, None], cells * both[:, None]], axis=1)
+    rough = np.pad(differences, ((0, 0), (launches.shape[1] + 1, 0)))
     solution = fit_non_negative(features, timings.seconds, rough)
-    coefficients, values = np.split(solution, [launches.shape[1]])
+    coefficients, (paid_of_longer,), values = np.split(
+        solution, [launches.shape[1], launches.shape[1] + 1]
+    )
     parts = np.split(values, 2 if heavy.any() else 1)
+    parts = [part + paid_of_longer * longer_side() for part in parts]
     model.coefficients[name] = (coefficients * 1e-6).tolist()
     model.overlaps[name] = Overlap.of(tables(parts[0]))
     if name == "pod":

@@ -38,12 +38,14 @@ from podsim.measure_clock import SmClock
 from podsim.model import Model
 from podsim.points import MAX_CONTEXT, AttentionPoint, pool_tokens
 from podsim.profile_plan import DUTY_ENDS, SUSTAINED_ENDS, Job
-from podsim.profile_run import Round
+from podsim.profile_run import LONG_ROUND, Round
 
 REPEATS = 11
 """Of a round."""
 STEP_REPEATS = 5
 """Of a round of whole steps, which take longer and vary less."""
+FEWEST_REPEATS = 3
+"""Of a round that would be long (`profile_run.LONG_ROUND`)."""
 WARM_UP = 0.04
 """Seconds that a sequence runs before it is timed: the power limit acts within a few 10 ms."""
 WARM_UP_AGAIN = 0.01
@@ -165,10 +167,10 @@ class GraphSequence:
     def round(self, first: bool) -> Round:
         """Warm up, then time the repetitions of every operation whose name is not empty."""
         self._clock.clear()
-        self._warm_up(WARM_UP if first else WARM_UP_AGAIN)
+        once = self._warm_up(WARM_UP if first else WARM_UP_AGAIN)
         self._clock.start()
         marks = []
-        for _ in range(self._repeats):
+        for _ in range(repeats_of(once, self._repeats)):
             row = [torch.cuda.Event(enable_timing=True)]
             row[0].record()
             for op in self._ops:
@@ -185,25 +187,31 @@ class GraphSequence:
         }
         return Round(seconds, self._clock.mean_hertz(), self._fault())
 
-    def _warm_up(self, seconds: float) -> None:
-        """Run for so long, and leave the card busy while the host goes on."""
+    def _warm_up(self, seconds: float) -> float:
+        """Run for so long, and leave the card busy while the host goes on; seconds of one run."""
         self._replay()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         self._replay()
         end.record()
         torch.cuda.synchronize()
-        once = start.elapsed_time(end) / 1000
+        once: float = start.elapsed_time(end) / 1000
         for _ in range(math.ceil(seconds / once)):
             self._replay()
         host_seconds = HOST_SECONDS_PER_LAUNCH * len(self._ops)
         if once < 2 * host_seconds + LEAST_LEAD / self._repeats:  # the card keeps up with the host
             lead = max(self._repeats * host_seconds, LEAST_LEAD)
             torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
+        return once
 
     def _replay(self) -> None:
         for op in self._ops:
             op.graph.replay()
+
+
+def repeats_of(once: float, most: int) -> int:
+    """Of a sequence that takes `once` seconds: until a round is long, but a few."""
+    return max(FEWEST_REPEATS, min(most, math.ceil(LONG_ROUND / once)))
 
 
 class SustainedSequence:

@@ -30,7 +30,10 @@ operations,"""
 SPREAD_FLOOR = 1e-6
 """or at most so many seconds,"""
 MOST_ROUNDS = 2
-"""or so many rounds are done."""
+"""or so many rounds are done,"""
+LONG_ROUND = 0.25
+"""or its timings together take as many seconds: then they are a mean over the ups and downs of the
+clock already, and whole steps of large models would take most of a profile's time."""
 ATTEMPTS = 2
 """A sequence with a row that cannot be believed is prepared and timed again so often in all."""
 
@@ -154,7 +157,7 @@ def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
     """Repeat a sequence until its timings are close together."""
     rounds = [sequence.round(True)]
     once = job.kind in ("ceiling", "sustained", "duty")
-    while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds):
+    while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds) and not _is_long(rounds):
         rounds.append(sequence.round(False))
     clocks = [r.sm_clock for r in rounds if r.sm_clock is not None]
     fault = next((r.fault for r in rounds if r.fault), "")
@@ -186,6 +189,10 @@ def _is_close(rounds: Sequence[Round]) -> bool:
         for seconds in [[s for r in rounds for s in r.seconds[name]]]
         for low, *_, high in [quantiles(seconds, n=10)]
     )
+
+
+def _is_long(rounds: Sequence[Round]) -> bool:
+    return sum(sum(timed) for r in rounds for timed in r.seconds.values()) >= LONG_ROUND
 
 
 _SCRATCH = ".finishing"

@@ -88,6 +88,15 @@ def test_every_kind_of_job_gives_a_time_for_each_of_its_rows(bench: Any) -> None
             assert measured.sm_clock == 1.7e9
 
 
+def test_a_round_of_long_sequences_has_fewer_repeats() -> None:
+    from podsim.measure import FEWEST_REPEATS, repeats_of
+
+    assert [repeats_of(once, 5) for once in (1e-5, 0.05, 0.051, 0.08, 0.1, 0.3, 2.0)] == [
+        *(5, 5, 5, 4),
+        *(FEWEST_REPEATS,) * 3,
+    ]
+
+
 def test_a_window_has_the_mean_of_the_steps_that_end_in_it() -> None:
     from podsim.measure import windows
     from podsim.profile_plan import SUSTAINED_ENDS

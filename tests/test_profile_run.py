@@ -27,7 +27,7 @@ from podsim.profile_checks import check_profile
 from podsim.profile_extend import reopen
 from podsim.profile_journal import JOURNAL_FILE
 from podsim.profile_plan import CEILINGS, Job, Key, Plan, Turn, plan_profile
-from podsim.profile_run import MOST_ROUNDS, Round, run_profile
+from podsim.profile_run import LONG_ROUND, MOST_ROUNDS, Round, run_profile
 from podsim.roofline import Ceilings, attention_work, op_work, step_seconds
 
 MODEL, GPU = model_named("llama-3-8b"), gpu_named("h200")
@@ -320,10 +320,18 @@ def measured_rows(folder: Path, gpu: FakeGpu, plan: Plan) -> pd.DataFrame:
 
 def test_a_quiet_sequence_runs_one_round_and_a_noisy_one_until_the_cap(tmp_path: Path) -> None:
     quiet = measured_rows(tmp_path / "quiet", FakeGpu(scatter=0.01), few_turns("attention"))
-    noisy = measured_rows(tmp_path / "noisy", FakeGpu(scatter=0.2), few_turns("step"))
+    noisy = measured_rows(tmp_path / "noisy", FakeGpu(scatter=0.2), few_turns("attention"))
     assert quiet["repeats"].tolist() == [11]
     assert noisy["repeats"].tolist() == [11 * MOST_ROUNDS]
     assert noisy["refused"].tolist() == [""]
+
+
+def test_a_round_of_long_steps_is_enough(tmp_path: Path) -> None:
+    plan = few_turns("step")
+    (key,) = plan.turns[-1].job.keys
+    slower = 1.1 * LONG_ROUND / 11 / true_seconds(plan.turns[-1].job, key)
+    gpu = FakeGpu(scatter=0.2, change=lambda job, times: slower if job.kind == "step" else 1.0)
+    assert measured_rows(tmp_path / "long", gpu, plan)["repeats"].tolist() == [11]
 
 
 def test_a_row_faster_than_the_machine_is_timed_again_then_refused(tmp_path: Path) -> None:

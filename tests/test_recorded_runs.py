@@ -23,10 +23,10 @@ DOCS = ROOT / "docs"
 FOLDERS = accuracy_table.recordings(accuracy_table.RUNS)
 WORST = {
     "request_throughput": 0.03,
-    "gpu_decode_bias": 0.06,
-    "gpu_decode_median": 0.06,
-    "gpu_mixed_bias": 0.04,
-    "gpu_mixed_median": 0.04,
+    "gpu_decode_bias": 0.04,
+    "gpu_decode_median": 0.04,
+    "gpu_mixed_bias": 0.06,
+    "gpu_mixed_median": 0.06,
 }
 """What no run may reach; docs/accuracy.md says what makes them so large."""
 SAME = 5e-4
