@@ -77,7 +77,9 @@ def bars_table(errors: pd.DataFrame) -> str:
         for name, bar in bars.items():
             size = runs[name].abs()
             if size.empty:
-                rows.append([where, NAMES[name], f"{bar:.0%}", "not recorded", *[""] * len(HOSTS)])
+                rows.append(
+                    [where, NAMES[name], f"{bar:.0%}", "not recorded", *[""] * (len(HOSTS) + 1)]
+                )
                 continue
             worst = runs.loc[size.idxmax()]
             met = [int((runs[host + name].abs() <= bar).sum()) for host in HOSTS]

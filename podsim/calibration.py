@@ -284,21 +284,25 @@ def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, 
     on there is none, which `steps`, their number, tells.
     """
     steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
-    loads, excesses, gaps = [], [], []
+    found = []
     for strategy, rows in steps.groupby("strategy"):
         latency = ProfiledLatency(profile, model, str(strategy))
         for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
             parts = latency.breakdown(shape)
             layers = parts.attention + parts.layers
-            if not shape.prefills:
-                gaps.append((seconds - parts.once - layers) / model.num_layers)
-                continue
-            loads.append(latency.matrix_load(shape.num_tokens, layers))
-            excesses.append((seconds - parts.once) / layers - 1)
-    load, excess = np.array(loads), np.array(excesses)
-    slowdown = max(0.0, float(load @ excess / (load @ load))) if loads else 0.0
-    gap = max(0.0, float(np.median(gaps))) if gaps else 0.0
-    return {"slowdown": slowdown, "layer_gap": gap, "steps": len(loads) + len(gaps)}
+            load = latency.matrix_load(shape.num_tokens, layers)
+            found.append((bool(shape.prefills), load, layers, seconds - parts.once - layers))
+    table: Floats = np.array(found, dtype=np.float64).reshape(-1, 4)
+    mixed, alone = table[table[:, 0] > 0], table[table[:, 0] == 0]
+    slowdown = gap = 0.0
+    if len(mixed):
+        _, loads, seconds, missing = mixed.T
+        slowdown = max(0.0, float(loads @ (missing / seconds) / (loads @ loads)))
+    if len(alone):
+        _, loads, seconds, missing = alone.T
+        left = missing - slowdown * loads * seconds
+        gap = max(0.0, float(np.median(left)) / model.num_layers)
+    return {"slowdown": slowdown, "layer_gap": gap, "steps": len(found)}
 
 
 def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:

@@ -372,7 +372,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     without = calibration.refit(tmp_path)
     assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
-    # Every other batch to fit on, each taking what its parts take and 20 % of its load more.
+    # Every other batch to fit on, each taking what its parts take and 20 % of its load more, and
+    # decodes alone 5 us a layer.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
     to_fit_on = set(batches[::2])
     for index, row in table[table["op"] == "step"].iterrows():
@@ -381,12 +382,14 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
         load = latency.matrix_load(shape.num_tokens, layers)
-        table.loc[index, "time_us"] = (layers * (1 + 0.2 * load) + parts.once) * 1e6
+        gaps = 0.0 if shape.prefills else 5e-6 * LLAMA.num_layers
+        table.loc[index, "time_us"] = (layers * (1 + 0.2 * load) + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
             table.loc[index, "split"] = "grid"
     table.to_csv(tmp_path / "measurements.csv", index=False)
     fitted = calibration.refit(tmp_path)
     assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
+    assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-2)
     assert fitted.sustained["steps"] > 20
     for strategy in STRATEGIES:
         assert fitted.errors[f"step {strategy}"]["worst"] <= 2e-4
@@ -395,7 +398,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     slowed, parts = (ProfiledLatency(profile, LLAMA, "pod") for profile in (fitted, without))
     assert 1.08 < slowed.step_time(prompt) / parts.step_time(prompt) < 1.2
     decodes = BatchShape.of((), [2048] * 16)
-    assert slowed.step_time(decodes) == pytest.approx(parts.step_time(decodes), rel=2e-3)
+    longer = parts.step_time(decodes) + 5e-6 * LLAMA.num_layers
+    assert slowed.step_time(decodes) == pytest.approx(longer, rel=2e-3)
 
 
 def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:
@@ -498,8 +502,16 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
     assert seconds == pytest.approx(at(drive, drive), rel=1e-3)  # a long row
     assert at(0.0, 0.0) < 0.9 * latency.step_time(prompt) < 0.9 * seconds
     assert at(drive, 0.0) == pytest.approx(latency.step_time(prompt), rel=2e-3)  # as it is timed
-    decode = BatchShape.of([], [100])
-    assert heat.step_time(decode, time) == latency.step_time(decode)  # waits for the memory
+    decode = BatchShape.of([], [100] * 64)
+    cold = latency.step_time(decode)
+    moments = np.linspace(0, cold, 1001)  # its matrix products feel what is left of the heats
+    left = 0.9 * fast * np.exp(-moments / 0.06) + 0.3 * slow * np.exp(-moments / 1.2)
+    hot = cold + latency.matrix_seconds(64) * float(left.mean())
+    assert heat.step_time(decode, time) == pytest.approx(hot, rel=1e-4)
+    assert 1.01 < hot / cold < 1.1
+    assert heat.step_time(decode, time + 100.0) == pytest.approx(cold, rel=1e-9)
+    one_by_one = heat.decode_run_times(decode, 1, time)
+    assert heat.decode_run_times(decode, 3, time)[:1] == one_by_one
     rested = at(fast * math.exp(-1), slow * math.exp(-0.06 / 1.2))
     assert heat.step_time(prompt, time + 0.06) == pytest.approx(rested, rel=1e-4)
     assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0, 0.0), rel=1e-4)

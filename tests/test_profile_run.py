@@ -297,7 +297,7 @@ def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
     assert set(graph_sizes(8192)) <= planned
     late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
     first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
-    assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once"}
+    assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once", "duty"}
 
 
 def few_turns(kind: str, count: int = 1) -> Plan:
