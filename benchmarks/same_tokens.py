@@ -6,7 +6,8 @@ between them. What the second kind and those after it differ from the first by i
 The memory costs of each kind have to be there (`podsim profile-memory mapping`, `paged`). A kind
 is one of --kv, or `sliced`: vattention whose layers are slices of one tensor. Exits with 1 if a
 token differs. Every round is kept as a recording of `podsim validate`, from which `--from` prints
-the same again, simulated anew, without a GPU.
+the same again, simulated anew, without a GPU. --calls adds rounds in which every call that maps
+memory is timed, by the side of several ways of sampling the card; they are no part of the table.
 
     python benchmarks/same_tokens.py --kv vattention,paged --keep served --out tokens.csv
     python benchmarks/same_tokens.py --from served
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from mapping_calls import calls_summary, timed_calls
 
 from podsim.config import Deployment
 from podsim.engine import Engine
@@ -38,7 +40,9 @@ from podsim.workload import Trace
 MAX_NUM_SEQS = 48
 SHORTEST, LONGEST_OUTPUT = 8, 192
 OUTPUT_FILE = "output.csv.gz"
-"""Beside a recording: every token of every request."""
+"""Beside a recording: every token of every answer."""
+CALLS_FILE = "calls.csv.gz"
+"""Beside the rounds: what --calls timed."""
 PARTS = ["step", "gpu", "mapping", "table", "host"]
 """Seconds of a step and what they are: the GPU's work, and the waits for memory to be mapped, for
 the block table and for all else of the host."""
@@ -47,17 +51,18 @@ Tokens = dict[int, list[int]]
 
 
 class KeptTokens(Engine):
-    """Keeps the tokens of finished requests."""
+    """Keeps what finished requests were answered."""
 
     tokens: Tokens
 
     def _finish(self, request, end):
-        self.tokens[request.request_id] = self._tokens[request].tolist()
+        every = self._tokens[request].tolist()
+        self.tokens[request.request_id] = every[request.num_prompt_tokens :]
         super()._finish(request, end)
 
 
 class KeepingServer(Server):
-    """Keeps the tokens of the latest trace."""
+    """Keeps the answers to the latest trace."""
 
     tokens: Tokens
 
@@ -183,6 +188,11 @@ def serve(names: Sequence[str], options: argparse.Namespace) -> dict[str, Kind]:
             if options.keep:
                 keep(options.keep / f"{kv}-{number}", recorded, server.tokens)
             kinds[kv].add(recorded, server.tokens)
+    if options.calls:
+        calls = timed_calls(servers, trace, options.calls)
+        if options.keep:
+            save(calls, options.keep / CALLS_FILE)
+        report_calls(calls)
     for server in servers.values():
         server.close()
     return kinds
@@ -194,8 +204,12 @@ def keep(folder: Path, recorded: Recorded, tokens: Tokens) -> None:
     recorded.save(folder)
     rows = [(number, token) for number, every in tokens.items() for token in every]
     table = pd.DataFrame(rows, columns=["request_id", "token"])
+    save(table, folder / OUTPUT_FILE)
+
+
+def save(table: pd.DataFrame, path: Path) -> None:
     compression = {"method": "gzip", "mtime": 1}
-    table.to_csv(folder / OUTPUT_FILE, index=False, compression=compression)
+    table.to_csv(path, index=False, float_format="%.7f", compression=compression)
 
 
 def read_kept(names: Sequence[str], folder: Path, memory_costs: str | None) -> dict[str, Kind]:
@@ -290,7 +304,7 @@ def mapping_summary(kv: str, kind: Kind) -> str:
     times = {
         "served": steps[seconds].sum() / steps[page_groups].sum(),
         "before": before[:, 1].sum() / before[:, 0].sum() if len(before) else np.nan,
-        "costs": costs.map_seconds(1, 1),
+        "costs": costs.map_seconds(groups.num_tensors, 1) / groups.num_tensors,
     }
     each = (steps[seconds] / steps[page_groups]).quantile([0.1, 0.5, 0.9]) * 1e6
     return (
@@ -302,10 +316,19 @@ def mapping_summary(kv: str, kind: Kind) -> str:
     )
 
 
-def report(found: pd.DataFrame, out: Path | None) -> None:
-    """Leave the table as CSV, if so asked, and print it with the kinds as columns."""
+def report_calls(calls: pd.DataFrame) -> None:
+    print(calls_summary(calls).to_string(float_format="{:.1f}".format))
+
+
+def report(found: pd.DataFrame, by_part: pd.DataFrame, out: Path | None) -> None:
+    """Leave both tables as CSV, if so asked, and print them; the differences with the kinds as
+    columns.
+    """
     if out:
         found.to_csv(out, index=False, float_format="%.6f")
+        rows = by_part.rename_axis(["kv", "source"])
+        rows.to_csv(out.with_name(f"{out.stem}-parts.csv"), float_format="%.6f")
+    print(by_part.to_string(float_format="{:.3f}".format))
     # Columns of text and numbers: pandas calls the format of these, and refuses "%.2f".
     print(found.T.to_string(header=False, float_format="{:.2f}".format))
 
@@ -319,8 +342,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--longest", type=int, default=3072)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=0, help="rounds of timing each mapping call")
     parser.add_argument("--memory-costs", help="default: those shipped for the GPU")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV; the parts of a step go to OUT-parts.csv")
     parser.add_argument("--keep", type=Path, help="folder for a recording of every round")
     parser.add_argument("--from", type=Path, dest="kept", help="what --keep left: serve nothing")
     options = parser.parse_args()
@@ -332,6 +356,8 @@ def main() -> None:
     try:
         if options.kept:
             kinds = read_kept(names, options.kept, options.memory_costs)
+            if (options.kept / CALLS_FILE).is_file():
+                report_calls(pd.read_csv(options.kept / CALLS_FILE))
         else:
             kinds = serve(names, options)
     except InputError as error:
@@ -341,9 +367,8 @@ def main() -> None:
         if kind.rounds[0].deployment.kv == "vattention":
             print(mapping_summary(kv, kind))
     by_part = parts(kinds)
-    print(by_part.to_string(float_format="{:.3f}".format))
     found = table(kinds, by_part)
-    report(found, options.out)
+    report(found, by_part, options.out)
     if found["tokens differing"].sum():
         sys.exit(1)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERVAL_MS = 100
+FIRST_WITHIN = 20.0
+"""Seconds in which nvidia-smi gives its first line, or is not waited for any more."""
 
 Sample = tuple[float, float, float]
 """Seconds, SM clock in MHz, power in W."""
@@ -34,8 +36,12 @@ def driver_settings() -> dict[str, object]:
 
 
 @contextmanager
-def gpu_samples(now: Callable[[], float]) -> Iterator[list[Sample]]:
-    """A list that grows while the context is open; `now` gives the time of a sample."""
+def gpu_samples(now: Callable[[], float], steady: bool = True) -> Iterator[list[Sample]]:
+    """A list that grows while the context is open; `now` gives the time of a sample.
+
+    `steady`: the context opens when sampling is under way. While its process starts, others may
+    wait for the driver.
+    """
     query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
     process = subprocess.Popen(
         ["nvidia-smi", *query, f"--id={current_gpu()}", f"--loop-ms={INTERVAL_MS}"],
@@ -44,9 +50,15 @@ def gpu_samples(now: Callable[[], float]) -> Iterator[list[Sample]]:
         text=True,
     )
     samples: list[Sample] = []
-    reader = threading.Thread(target=_read, args=(process, now, samples), daemon=True)
+    under_way = threading.Event()
+    reader = threading.Thread(
+        target=_read, args=(process, now, samples, under_way.set), daemon=True
+    )
     reader.start()
     try:
+        if steady:
+            under_way.wait(FIRST_WITHIN)
+            samples.clear()
         yield samples
     finally:
         process.terminate()
@@ -54,11 +66,18 @@ def gpu_samples(now: Callable[[], float]) -> Iterator[list[Sample]]:
         reader.join()
 
 
-def _read(process: subprocess.Popen[str], now: Callable[[], float], samples: list[Sample]) -> None:
+def _read(
+    process: subprocess.Popen[str],
+    now: Callable[[], float],
+    samples: list[Sample],
+    under_way: Callable[[], None],
+) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         try:
             clock, power = (float(part) for part in line.split(","))
+            samples.append((now(), clock, power))
         except ValueError:  # "[N/A]": this card does not say
-            continue
-        samples.append((now(), clock, power))
+            pass
+        under_way()
+    under_way()  # it has ended, and gives nothing more

@@ -2,8 +2,7 @@
 
 Rows of `mapping.csv` (docs/memory.md). A GPU is kept busy by matrix products that another stream
 replays without end; what mapping in a background thread costs the steps is timed on a graph of
-small matrix products, whose host time counts, as in decode steps. Requests that grow between such
-steps, as in serving, are timed whole; nothing is fitted to them, they judge.
+small matrix products, whose host time counts, as in decode steps.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from statistics import median, quantiles
@@ -20,8 +19,6 @@ from statistics import median, quantiles
 import torch
 
 from podsim.errors import InputError
-from podsim.gpu_sampler import gpu_samples
-from podsim.memory_calibration import GROWTH
 from podsim.page_groups import PageGroups
 from podsim.vattention import Change
 from podsim.virtual_memory import CudaDriver, VirtualMemory
@@ -35,14 +32,10 @@ CALLS = 256
 REPEATS = 7
 PASSES = 3
 STEPS = 200
-GROWTHS, GROWING_SLOTS = 200, 32
-"""Blocks mapped between steps, and the slots that they are in."""
 CYCLES = 10_000
 
 TENSORS = 64
 """Virtual tensors of a request that grows: K and V of 32 layers."""
-BESIDE = ("nothing", "sampling")
-"""What else asks the driver: nothing, or what samples the card's clock and power in serving."""
 
 Row = dict[str, object]
 Progress = Callable[[str], None]
@@ -65,8 +58,6 @@ def measure(on_progress: Progress = lambda text: None) -> list[Row]:
         for size in PAGE_GROUPS:
             on_progress(f"pass {number}, steps beside mapping of {size >> 20} MB")
             rows += _interference(driver, size, number)
-            on_progress(f"pass {number}, growth by {size >> 20} MB between steps")
-            rows += [_growths(driver, size, number, beside) for beside in BESIDE]
     return rows
 
 
@@ -170,7 +161,7 @@ def _busy_gpu() -> Iterator[None]:
 
 def _interference(driver: CudaDriver, size: int, number: int) -> list[Row]:
     """Seconds of a step, alone and while a thread maps and unmaps without a pause."""
-    step = _small_step()
+    step = small_step()
     rows = []
     for thread in ("none", "background"):
         stop, mapped = threading.Event(), [0.0]
@@ -203,8 +194,10 @@ def _interference(driver: CudaDriver, size: int, number: int) -> list[Row]:
     return rows
 
 
-def _small_step() -> Callable[[], None]:
-    """A graph as of a decode step: 32 layers of four products that wait for memory."""
+def small_step() -> Callable[[], None]:
+    """As a decode step, of some 1.7 ms: a graph of 32 layers of four products that wait for
+    memory.
+    """
     x = torch.randn(16, 4096, device="cuda").bfloat16()
     weights = [torch.randn(4096, 4096, device="cuda").bfloat16() for _ in range(8)]
     out = torch.empty_like(x)
@@ -235,26 +228,6 @@ def _keep_mapping(
         memory.apply([Change(0, 0, 1, maps=True), Change(0, 0, 1, maps=False)])
         mapped[0] += time.perf_counter() - begin
     memory.close()
-
-
-def _growths(driver: CudaDriver, size: int, number: int, beside: str) -> Row:
-    """Seconds in which a block is mapped into all tensors of a slot, each right after a step."""
-    step, groups = _small_step(), PageGroups(size, TENSORS, size)
-    memory = VirtualMemory(driver, groups, GROWING_SLOTS, 1, GROWING_SLOTS)
-    seconds = []
-    with gpu_samples(time.perf_counter) if beside == "sampling" else nullcontext():
-        for growth in range(GROWTHS):
-            slot = growth % GROWING_SLOTS
-            if memory.mapped_blocks(slot):
-                memory.apply([Change(slot, 0, 1, maps=False)])
-            step()
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            memory.apply([Change(slot, 0, 1, maps=True)])
-            seconds.append(time.perf_counter() - begin)
-    memory.close()
-    labels = {"api": GROWTH, "page_group": size, "page_groups": TENSORS, "gpu": "between steps"}
-    return labels | {"thread": "main", "pass": number, "beside": beside, **_timing(seconds)}
 
 
 # ------------------------------------------------------------------------------------- checks

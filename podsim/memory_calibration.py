@@ -22,27 +22,21 @@ Floats = NDArray[np.float64]
 LAYER_COLUMNS = ("model", "batch", "context", "schedule", "layers", "split", "pass", "time_us")
 COLUMNS = {
     "mapping": ("api", "page_group", "page_groups", "gpu", "thread", "pass", "time_us"),
+    "growth": ("page_group", "page_groups", "thread", "beside", "first", "pass", "time_us"),
     "transfer": ("direction", "memory", "beside", "bytes", "split", "pass", "time_us"),
     "recompute": ("hidden", "outputs", "rotated", "tokens", "split", "pass", "time_us"),
-    "layers": ("model", "batch", "context", "schedule", "layers", "split", "pass", "time_us"),
-    "layers-column": (
-        "model",
-        "batch",
-        "context",
-        "schedule",
-        "layers",
-        "split",
-        "pass",
-        "time_us",
-    ),
+    "layers": LAYER_COLUMNS,
+    "layers-column": LAYER_COLUMNS,
     "paged": ("op", "block_size", "requests", "blocks", "contiguous_us", "paged_us"),
 }
 """Of the file of each part, `PART.csv`; there may be more."""
 STATES = {"idle": ("idle", "main"), "busy": ("busy", "background")}
 """State of the GPU and thread in which the calls of each set of costs were timed."""
 RESIDENT = -1
-GROWTH = "growth"
-"""In the place of a call: a block mapped into all tensors of a slot, between steps."""
+GROWING = {"idle": "main", "busy": "background"}
+"""Which thread a cache grows in, between and beside steps, for each set of costs."""
+SERVING = "sampling"
+"""What goes on beside growth where an engine serves: what samples the card's clock and power."""
 HANDOFF = "handoff"
 """In the place of a direction: not a copy, but what passes between a copy and a kernel."""
 
@@ -66,6 +60,9 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
     if "mapping" in rows:
         fitted["mapping"] = _mapping(rows["mapping"])
         fitted["interference"] = _interference(rows["mapping"])
+    if "growth" in rows:
+        fitted["growth"], of_growth = _growth(rows["growth"])
+        errors |= of_growth
     if "transfer" in rows:
         handoffs = rows["transfer"]["direction"] == HANDOFF
         fitted["handoff"] = _handoff(rows["transfer"][handoffs])
@@ -78,8 +75,6 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
     if "paged" in rows:
         fitted["paged"] = _paged(rows["paged"])
     costs = MemoryCosts(str(folder), gpu, provenance, **fitted, errors=errors)  # type: ignore[arg-type]
-    if "mapping" in rows:
-        errors |= judge_growth(costs, rows["mapping"])
     for part in ("layers", "layers-column"):
         if part in rows:
             errors |= judge_layers(costs, rows[part])
@@ -170,17 +165,30 @@ def _interference(rows: pd.DataFrame) -> dict[str, object]:
     return found
 
 
-def judge_growth(costs: MemoryCosts, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """How far the times of calls in a loop are from growing a slot between steps; none of these
-    rows is fitted, and the first files have none.
+def _growth(rows: pd.DataFrame) -> tuple[dict[str, object], dict[str, dict[str, float]]]:
+    """Lines of a block's growth while an engine serves, by page-groups; the last pass is held out.
+
+    Slots that grow for the first time and later ones count alike.
     """
-    found: dict[str, list[float]] = {}
-    for row in rows[rows["api"] == GROWTH].to_dict("records"):
-        mapping = costs.mapping_costs(int(row["page_group"]), "idle")
-        predicted = mapping.map_seconds(int(row["page_groups"]), 1)
-        name = f"growth between steps, beside {row['beside']}"
-        found.setdefault(name, []).append(predicted / (row["time_us"] * 1e-6) - 1)
-    return {name: error_summary(np.array(values)) for name, values in found.items()}
+    served = rows[rows["beside"] == SERVING]
+    held_out = served["pass"] == rows["pass"].max()
+    found: dict[str, dict[str, object]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for size, of_size in served.groupby("page_group"):
+        for state, thread in GROWING.items():
+            mine = of_size[of_size["thread"] == thread]
+            grid, last = (
+                mine[held_out[mine.index] == held].groupby("page_groups")["time_us"].mean() * 1e-6
+                for held in (False, True)
+            )
+            if grid.empty:
+                raise InputError(f"growth.csv: under two passes in the {thread} thread")
+            line = fit_line(grid.index.to_numpy(float), grid.to_numpy())
+            found.setdefault(str(size), {})[state] = _as_json(line)
+            predicted = np.array([line.at(units) for units in last.index])
+            name = f"growth by {int(str(size)) >> 20} MB, {thread} thread"
+            errors[name] = error_summary(predicted / last.to_numpy() - 1)
+    return {**found}, errors
 
 
 # ----------------------------------------------------------------------- transfers, recompute

@@ -74,6 +74,10 @@ def _measured(part: str, gpu: Gpu, old: MemoryCosts | None) -> list[dict[str, ob
             from podsim import measure_mapping
 
             return measure_mapping.measure(_tell)
+        if part == "growth":
+            from podsim import measure_growth
+
+            return measure_growth.measure(_tell)
         if part == "paged":
             from podsim import measure_paged
 

@@ -54,12 +54,17 @@ class MappingCosts:
     set_access: Line
     unmap: Line
     release: Line
+    growth: Line | None = None
+    """Of `map` and `set_access` while an engine serves, by page-groups of all tensors; None: they
+    take there what they take in a loop."""
 
     def map_seconds(self, num_tensors: int, page_groups: int) -> float:
         """Of adjacent page-groups in each virtual tensor, of physical memory that exists.
 
         A handle is mapped by a call of its own; one call makes a range accessible.
         """
+        if self.growth is not None:
+            return self.growth.at(num_tensors * page_groups)
         one_tensor = page_groups * self.map.at(1) + self.set_access.at(page_groups)
         return num_tensors * one_tensor
 
@@ -92,6 +97,8 @@ class MemoryCosts:
     provenance: Mapping[str, object]
     mapping: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """By bytes of a page-group, state of the GPU, and API: a `Line`, units page-groups."""
+    growth: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By bytes of a page-group and state of the GPU: a `Line`, of `MappingCosts.growth`."""
     interference: Mapping[str, float] = field(default_factory=dict)
     """By bytes of a page-group: seconds that steps take longer for a second of mapping beside."""
     transfer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -116,7 +123,9 @@ class MemoryCosts:
                 f"{gpu_state} GPU (there are: {have}); {self._how('mapping')}"
             )
         lines = by_state[gpu_state]
-        return MappingCosts(*(Line.of(lines[api]) for api in APIS))
+        growth = self.growth.get(str(page_group), {}).get(gpu_state)
+        calls = {api: Line.of(lines[api]) for api in APIS}
+        return MappingCosts(**calls, growth=None if growth is None else Line.of(growth))
 
     def transfer_costs(self, name: str) -> Line:
         """InputError if this was not measured."""
@@ -178,7 +187,7 @@ def recompute_name(hidden_size: int, num_outputs: int, rotated: bool) -> str:
     return f"{hidden_size}x{num_outputs}" + " rotated" * rotated
 
 
-PARTS = ("mapping", "interference", "transfer", "recompute", "paged")
+PARTS = ("mapping", "growth", "interference", "transfer", "recompute", "paged")
 
 
 def find_memory_costs(gpu: str, folder: Path | None = None) -> MemoryCosts:
@@ -223,6 +232,9 @@ def _check(costs: MemoryCosts) -> None:
     for size, states in costs.mapping.items():
         for state in states:
             costs.mapping_costs(int(size), state)
+    for lines in costs.growth.values():
+        for line in lines.values():
+            Line.of(line)
     for name in costs.transfer:
         costs.transfer_costs(name)
     if not 0 <= costs.handoff < math.inf:

@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -44,6 +44,8 @@ PREFILL_REQUESTS, PREFILL_OUTPUTS = 24, 8
 KV_STEP = 64
 """KV slots hold a multiple of so many tokens."""
 
+Sampling = Callable[[Callable[[], float]], AbstractContextManager[list[Sample]]]
+"""Of the card's clock and power while a context is open: see `podsim.gpu_sampler`."""
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many of how many are."""
 
@@ -139,14 +141,22 @@ class Server:
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.host_time = self.measure_host_time(on_progress)
 
-    def serve(self, trace: Trace, step_time: StepTime, seed: int = 0) -> Served:
-        """Serve a trace from its first arrival to its last token, in real time."""
+    def serve(
+        self,
+        trace: Trace,
+        step_time: StepTime,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+    ) -> Served:
+        """Serve a trace from its first arrival to its last token, in real time, beside `sampling`
+        of the card: None is `podsim.gpu_sampler`'s, already under way.
+        """
         clock = WallClock()
         engine = self._engine(step_time, seed, clock)
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
-            with gpu_samples(clock.now) as samples:
+            with (sampling or gpu_samples)(clock.now) as samples:
                 clock.start()  # now that all is ready, so that the first request waits for nothing
                 recording = engine.serve(_requests(trace))
         finally:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import mapping_calls
 import numpy as np
 import pytest
 
@@ -341,10 +342,8 @@ def test_slots_longer_than_all_blocks_are_refused(weights):
         Llama(ONE_LAYER, weights, attention="serial", page_size=BLOCK, num_blocks=5, **SIZES)
 
 
-def test_a_server_over_blocks_records_what_the_simulator_takes(monkeypatch, tmp_path, device):
-    """Set-up, host time, serving and recording, as `podsim validate --kv paged` has them."""
-    if device == "cuda":
-        pytest.skip("`podsim validate` itself runs there")
+def pretend(monkeypatch):
+    """A server of ONE_LAYER on the CPU."""
     monkeypatch.setattr(serving, "HOST_STEPS", 3)
     monkeypatch.setattr(serving, "PREFILL_REQUESTS", 1)
     monkeypatch.setattr(serving, "PREFILL_OUTPUTS", 1)
@@ -360,6 +359,13 @@ def test_a_server_over_blocks_records_what_the_simulator_takes(monkeypatch, tmp_
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=4)
     )
+
+
+def test_a_server_over_blocks_records_what_the_simulator_takes(monkeypatch, tmp_path, device):
+    """Set-up, host time, serving and recording, as `podsim validate --kv paged` has them."""
+    if device == "cuda":
+        pytest.skip("`podsim validate` itself runs there")
+    pretend(monkeypatch)
     options = replace(deployment(num_blocks=5), kv="paged", max_num_seqs=2)
     server = Server(options, 200)
     assert server.llama.max_len == 5 * BLOCK, "no longer than all blocks together"
@@ -372,3 +378,38 @@ def test_a_server_over_blocks_records_what_the_simulator_takes(monkeypatch, tmp_
     assert (again.steps["table_seconds"] < again.steps["duration"]).all()
     assert again.deployment.num_blocks == 5
     assert [size for size, _ in served.host_time.rows] == [1, 2]
+
+
+def test_every_mapping_call_of_a_server_is_timed(monkeypatch, device):
+    """Two requests, which begin a block each in both tensors: the calls of each way of sampling."""
+    if device == "cuda":
+        pytest.skip("benchmarks/same_tokens.py itself runs there")
+    pretend(monkeypatch)
+    monkeypatch.setattr(serving, "CudaDriver", CheckedDriver)
+    monkeypatch.setattr(
+        serving, "VirtualKV", lambda *args, **named: VirtualKV(*args, device="cpu", **named)
+    )
+    asked = []
+    for name in mapping_calls.SAMPLINGS:
+        monkeypatch.setitem(
+            mapping_calls.SAMPLINGS,
+            name,
+            lambda now, name=name: asked.append(name) or nullcontext([]),
+        )
+    options = replace(deployment(num_blocks=2), kv="vattention", max_num_seqs=2)
+    server = Server(options, 60)
+    driver = server.virtual_kv.memory.driver
+    trace = Trace.of((0.0, 20, 3), (0.0, 15, 2))
+    others = SimpleNamespace(virtual_kv=None)
+    calls = mapping_calls.timed_calls({"paged": others, "vattention": server}, trace, rounds=2)
+    assert asked == [*mapping_calls.SAMPLINGS] * 2
+    assert server.virtual_kv.memory.driver is driver, "and it is timed no more"
+    of_one = calls[(calls["sampling"] == "none") & (calls["round"] == 1)]
+    counts = of_one.groupby(["thread", "api"]).size().to_dict()
+    steps = counts.pop(("main", "step"))
+    assert counts == {("main", "map"): 4, ("main", "set_access"): 4, ("main", "unmap"): 4}
+    assert (calls["seconds"] >= 0).all()
+    summary = mapping_calls.calls_summary(calls)
+    assert summary.loc[("vattention", "none", "main", "map"), "calls"] == 4
+    assert summary.loc[("vattention", "steady", "main", "step"), "calls"] == steps
+    server.close()

@@ -53,7 +53,7 @@ LAYERS = [
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"kernel_questions", "measure_questions", "questions_report", "questions_figures"},
     {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
-    {"measure_paged"},
+    {"measure_paged", "measure_growth"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
     {"kernels_command"},
     {"questions_command"},

@@ -112,26 +112,40 @@ def test_calls_of_virtual_memory(costs: MemoryCosts) -> None:
     assert costs.interference[str(2 * MB)] == pytest.approx(250 / 1000)
 
 
-def test_requests_that_grow_between_steps_judge_the_calls(folder: Path) -> None:
-    """A block in 64 tensors is 64 calls of `map` and of `set_access`, 40 us each: 5.12 ms."""
-    labels = {"api": "growth", "page_group": 2 * MB, "page_groups": 64, "gpu": "between steps"}
-    times = {"nothing": (5120.0, 6400.0), "sampling": (10240.0, 10240.0)}
-    rows = [
-        labels | {"thread": "main", "pass": number, "beside": beside, "time_us": time}
-        for beside, of_passes in times.items()
-        for number, time in enumerate(of_passes)
-    ]
-    before = (folder / "mapping.csv").read_bytes()
+def growth_rows() -> list[dict[str, object]]:
+    """Beside sampling, a block takes 100 us and 70 us a page-group, twice that in the background;
+    the second pass takes a tenth longer, and whatever is beside nothing half as long.
+    """
+    rows: list[dict[str, object]] = []
+    for number, thread, first in product((0, 1), ("main", "background"), (True, False)):
+        for beside, n in product(("nothing", "sampling", "start of sampling"), (16, 64)):
+            time = (100 + 70 * n) * (1 + (thread == "background")) * (1.1 if number else 1.0)
+            time *= 0.5 if beside == "nothing" else 1.2 if first else 0.8
+            labels = {"page_group": 2 * MB, "page_groups": n, "thread": thread}
+            labels |= {"beside": beside, "first": first, "pass": number, "time_us": time}
+            rows.append(labels)
+    return rows
+
+
+def test_growth_while_serving_takes_the_place_of_calls_in_a_loop(folder: Path) -> None:
     alone = fit_folder(folder, "h200", {})
-    write_rows(folder, "mapping", [*mapping_rows(), *rows])
-    costs = fit_folder(folder, "h200", {})
-    assert (folder / "mapping.csv").read_bytes() != before
+    write_rows(folder, "growth", growth_rows())
+    fit_folder(folder, "h200", {})
+    costs = read_memory_costs(folder, "costs")
     assert costs.mapping == alone.mapping
-    assert costs.errors["growth between steps, beside nothing"]["bias"] == -0.1
-    assert costs.errors["growth between steps, beside sampling"]["worst"] == 0.5
-    assert set(costs.errors) - set(alone.errors) == {
-        f"growth between steps, beside {beside}" for beside in times
-    }
+    idle, busy = (costs.mapping_costs(2 * MB, state) for state in ("idle", "busy"))
+    assert idle.map_seconds(64, 1) == pytest.approx(100e-6 + 70e-6 * 64)
+    assert idle.map_seconds(2, 3) == pytest.approx(100e-6 + 70e-6 * 6)
+    assert busy.map_seconds(64, 1) == pytest.approx(2 * idle.map_seconds(64, 1))
+    assert idle.unmap_seconds(64, 3) == pytest.approx(64 * 100e-6)
+    error = costs.errors["growth by 2 MB, background thread"]
+    assert (error["points"], error["bias"]) == (2, pytest.approx(1 / 1.1 - 1, abs=1e-3))
+
+
+def test_growth_needs_a_pass_to_hold_out(folder: Path) -> None:
+    write_rows(folder, "growth", [row for row in growth_rows() if not row["pass"]])
+    with pytest.raises(InputError, match=r"growth.csv: under two passes in the main thread"):
+        fit_folder(folder, "h200", {})
 
 
 def test_a_handoff_is_no_copy(folder: Path) -> None:
@@ -251,7 +265,7 @@ def test_the_command_fits_what_is_there(folder: Path) -> None:
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     assert run("fit", "--out", tmp_path) == (
         2,
-        f"{tmp_path}: no rows of memory systems (mapping, transfer, recompute, layers, "
+        f"{tmp_path}: no rows of memory systems (mapping, growth, transfer, recompute, layers, "
         "layers-column, paged.csv)",
     )
     code, message = run("speed", "--out", tmp_path)

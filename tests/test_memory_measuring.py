@@ -17,7 +17,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
-from podsim import measure_kvpr, measure_mapping, measure_transfers, memory_command, memory_view
+from podsim import (
+    measure_growth,
+    measure_kvpr,
+    measure_mapping,
+    measure_transfers,
+    memory_command,
+    memory_view,
+)
 from podsim.cli import app
 from podsim.memory_costs import APIS, read_memory_costs
 from podsim.offloaded_shapes import SHAPES, LayerShape
@@ -103,7 +110,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(memory_command, "_machine", lambda command: {"command": command})
-    for module in (measure_mapping, measure_transfers, measure_kvpr):
+    for module in (measure_growth, measure_mapping, measure_transfers, measure_kvpr):
         monkeypatch.setattr(module, "PASSES", 2)
     small = {
         measure_transfers: {"LARGEST": 2**18, "LARGEST_PAGEABLE": 2**16, "SHAPES": TINY},
@@ -117,8 +124,10 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "CYCLES": 30,
             "STEPS": 20,
             "TENSORS": 4,
-            "GROWTHS": 9,
-            "GROWING_SLOTS": 4,
+        },
+        measure_growth: {
+            "LAYOUTS": ((PAGE, 8), (PAGE, 2), (4 * PAGE, 2), (4 * PAGE, 4)),
+            **{"SLOTS": 3, "BLOCKS": 2, "WEIGHT_BYTES": 8, "STARTS_EVERY": 0.01},
         },
     }
     for module, values in small.items():
@@ -129,9 +138,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(measure_transfers, "_attention", lambda: lambda: 1.0)
     monkeypatch.setattr(measure_mapping, "CudaDriver", PretendedDriver)
     monkeypatch.setattr(memory_view, "_CUDA", memory_view._CPU)
-    monkeypatch.setattr(measure_mapping, "_small_step", lambda: Graph().replay)
+    for module in (measure_mapping, measure_growth):
+        monkeypatch.setattr(module, "small_step", lambda: Graph().replay)
     monkeypatch.setattr(measure_mapping, "_busy_gpu", measure_mapping._nothing)
-    monkeypatch.setattr(measure_mapping, "gpu_samples", lambda now: nullcontext(now()))
     for name, shape in TINY.items():
         monkeypatch.setitem(SHAPES, name, shape)
     with OnTheCpu():
@@ -154,18 +163,56 @@ def run(*arguments: object) -> str:
 def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
     run("mapping", "--out", tmp_path)
     rows = pd.read_csv(tmp_path / "mapping.csv")
-    assert set(rows["api"]) == {*APIS, "step", "growth", "cycle"}
-    growths = rows[rows["api"] == "growth"]
-    assert set(zip(growths["page_group"], growths["beside"], strict=True)) == {
-        *product((PAGE, 4 * PAGE), ("nothing", "sampling"))
-    }
-    assert set(growths["page_groups"]) == {4}
+    assert set(rows["api"]) == {*APIS, "step", "cycle"}
     costs = read_memory_costs(tmp_path, "costs")
     for state, size in product(("idle", "busy"), (PAGE, 4 * PAGE)):
         assert costs.mapping_costs(size, state).map_seconds(4, 1) > 0
     assert set(costs.interference) == {str(PAGE), str(4 * PAGE)}
     assert costs.provenance == {"mapping": {"command": "podsim profile-memory mapping --gpu h200"}}
-    assert costs.errors["growth between steps, beside sampling"]["points"] == 4
+
+
+def test_growth_leaves_rows_and_costs_beside_those_of_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every slot grows to its end, twice, beside each thing that may go on; all is given back."""
+    drivers: list[PretendedDriver] = []
+    sampled: list[bool] = []
+
+    def made() -> PretendedDriver:
+        drivers.append(PretendedDriver())
+        return drivers[-1]
+
+    def sampling(now: Any, steady: bool = True) -> Any:
+        sampled.append(steady)
+        return nullcontext([])
+
+    monkeypatch.setattr(measure_growth, "CudaDriver", made)
+    monkeypatch.setattr(measure_growth, "gpu_samples", sampling)
+    run("mapping", "--out", tmp_path)
+    before = (tmp_path / "mapping.csv").read_bytes()
+    calls = read_memory_costs(tmp_path, "costs")
+    run("growth", "--out", tmp_path)
+    assert not drivers[0].holds_anything()
+    assert set(sampled) == {True, False}
+    rows = pd.read_csv(tmp_path / "growth.csv")
+    sizes = rows.groupby(["page_group", "page_groups", "thread", "beside", "first", "pass"]).size()
+    assert sizes.to_dict() == {
+        (*layout, thread, beside, first, number): 1
+        for layout in measure_growth.LAYOUTS
+        for thread in ("main", "background")
+        for beside in measure_growth.BESIDE
+        for first in (False, True)
+        for number in range(2)
+    }
+    assert (rows["repeats"] == 6).all()
+    assert (tmp_path / "mapping.csv").read_bytes() == before
+    costs = read_memory_costs(tmp_path, "costs")
+    assert set(costs.provenance) == {"mapping", "growth"}
+    assert costs.mapping == calls.mapping
+    for size, state in product((PAGE, 4 * PAGE), ("idle", "busy")):
+        growth = costs.mapping_costs(size, state).growth
+        assert growth is not None
+        assert costs.mapping_costs(size, state).map_seconds(4, 1) == growth.at(4) > 0
 
 
 def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
