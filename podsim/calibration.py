@@ -33,6 +33,9 @@ from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at
 
 Floats = NDArray[np.float64]
 
+ROUNDS = 10
+"""In which what whole steps take beside their parts is fitted; the second changes it by 1 %."""
+
 COLUMNS = (
     *("op", "strategy", "split", "num_tokens", "prefills", "decodes", "pass"),
     *("time_us", "time_p10_us", "time_p90_us", "repeats"),
@@ -277,11 +280,11 @@ def _quiet_layer_seconds(
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:
-    """What whole steps take beside the sum of their parts.
+    """What whole steps take beside the sum of their parts: see `ProfiledLatency.matrix_share`.
 
-    With prefill it is the matrix work (see `ProfiledLatency.matrix_load`; least squares); steps of
-    decodes alone take the same in every layer (`layer_gap`; the median). Without whole steps to fit
-    on there is none, which `steps`, their number, tells.
+    `layer_gap` is the median over steps of decodes alone, which have little else; `slowdown` the
+    least squares of what is left with prefill. Without whole steps to fit on there is none, which
+    `steps`, their number, tells.
     """
     steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
     found = []
@@ -290,18 +293,20 @@ def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, 
         for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
             parts = latency.breakdown(shape)
             layers = parts.attention + parts.layers
-            load = latency.matrix_load(shape.num_tokens, layers)
-            found.append((bool(shape.prefills), load, layers, seconds - parts.once - layers))
+            of_layers = latency.matrix_share(shape.num_tokens, layers)
+            found.append((bool(shape.prefills), of_layers, layers, seconds - parts.once - layers))
     table: Floats = np.array(found, dtype=np.float64).reshape(-1, 4)
-    mixed, alone = table[table[:, 0] > 0], table[table[:, 0] == 0]
-    slowdown = gap = 0.0
-    if len(mixed):
-        _, loads, seconds, missing = mixed.T
-        slowdown = max(0.0, float(loads @ (missing / seconds) / (loads @ loads)))
-    if len(alone):
-        _, loads, seconds, missing = alone.T
-        left = missing - slowdown * loads * seconds
-        gap = max(0.0, float(np.median(left)) / model.num_layers)
+    has_prefill, share, in_layers, missing = (table[:, column] for column in range(4))
+    mixed, load, quiet = has_prefill > 0, share**2, (1 - share) ** 2
+    slowdown = gaps = 0.0
+    for _ in range(ROUNDS):  # each takes what the other leaves
+        if not mixed.all():
+            left = (missing - slowdown * load * in_layers)[~mixed]
+            gaps = max(0.0, float(np.median(left / quiet[~mixed])))
+        if mixed.any():
+            left = ((missing - gaps * quiet) / in_layers)[mixed]
+            slowdown = max(0.0, float(load[mixed] @ left / (load[mixed] @ load[mixed])))
+    gap = gaps / model.num_layers
     return {"slowdown": slowdown, "layer_gap": gap, "steps": len(found)}
 
 

@@ -219,7 +219,7 @@ class ProfiledLatency:
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
-        self._decode_gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
+        self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
         self._clock_falls = _clock_falls(profile, graph_padding)
         self._matrix_seconds_per_token: float = (
@@ -271,9 +271,9 @@ class ProfiledLatency:
         )
         if prefills:
             once += self.host_with_prefill
-        slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
-        gaps = 0.0 if prefills else self._decode_gaps
-        return attention * slower, layers * slower + gaps, once, collectives
+        share = self.matrix_share(num_tokens, attention + layers)
+        slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
+        return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -290,28 +290,30 @@ class ProfiledLatency:
             collectives,
         )
 
-    def matrix_load(self, num_tokens: int, seconds: T) -> T:
-        """The square of the matrix products' share of the layers' seconds.
+    def matrix_share(self, num_tokens: int, seconds: T) -> T:
+        """The matrix products' share of the layers' seconds.
 
-        Whole steps take longer than their parts, timed with pauses between them: matrix work
-        without a pause lowers the clock further. What it adds is in proportion to this.
+        Whole steps take longer than their parts, timed with pauses between them. Matrix work
+        without a pause lowers the clock further: what that adds is in proportion to the square of
+        this. And a kernel starts later behind others than alone: what that adds to a layer goes
+        with the square of the rest.
         """
-        share = self._matrix_seconds_per_token * num_tokens / seconds
-        return share * share
+        return self._matrix_seconds_per_token * num_tokens / seconds
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; the arithmetic of `step_time` in the same order."""
         _, _, n, keys, longest, _ = shape
         layers, once, collectives = self._beside_attention(n, n, n)
         num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
-        gaps = self._decode_gaps
+        gaps = self._gaps
         matrix_seconds = self._matrix_seconds_per_token * n
 
         def seconds(attention: T) -> T:
             attention = num_layers * attention
             share = matrix_seconds / (attention + layers)
-            slower = 1.0 + slowdown * (share * share)
-            return (attention * slower + (layers * slower + gaps) + once + collectives) * scale
+            slower, quiet = 1.0 + slowdown * (share * share), 1.0 - share
+            in_layers = attention * slower + (layers * slower + gaps * (quiet * quiet))
+            return (in_layers + once + collectives) * scale
 
         times: list[float]
         if num_steps < WORTH_AN_ARRAY:

@@ -348,7 +348,8 @@ def test_what_lies_outside_the_measured_range_is_counted() -> None:
 
 
 def test_layer_times_follow_the_table() -> None:
-    at_rest = replace(PROFILE, sustained={**PROFILE.sustained, "slowdown": 0.0})
+    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0}
+    at_rest = replace(PROFILE, sustained=nothing_more)
     latency = ProfiledLatency(at_rest, LLAMA, "serial")
     expected = sum(
         count * float(op_seconds(PROFILE.ops[op], 512)) for op, count in LAYER_OPS.items()
@@ -372,8 +373,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     without = calibration.refit(tmp_path)
     assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
-    # Every other batch to fit on, each taking what its parts take and 20 % of its load more, and
-    # decodes alone 5 us a layer.
+    # Every other batch to fit on, each taking what its parts take, 20 % times the square of the
+    # matrix products' share more, and 5 us a layer times the square of the rest.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
     to_fit_on = set(batches[::2])
     for index, row in table[table["op"] == "step"].iterrows():
@@ -381,15 +382,15 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         latency = ProfiledLatency(without, LLAMA, row["strategy"])
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
-        load = latency.matrix_load(shape.num_tokens, layers)
-        gaps = 0.0 if shape.prefills else 5e-6 * LLAMA.num_layers
-        table.loc[index, "time_us"] = (layers * (1 + 0.2 * load) + gaps + parts.once) * 1e6
+        share = latency.matrix_share(shape.num_tokens, layers)
+        gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
+        table.loc[index, "time_us"] = (layers * (1 + 0.2 * share**2) + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
             table.loc[index, "split"] = "grid"
     table.to_csv(tmp_path / "measurements.csv", index=False)
     fitted = calibration.refit(tmp_path)
     assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
-    assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-2)
+    assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-3)
     assert fitted.sustained["steps"] > 20
     for strategy in STRATEGIES:
         assert fitted.errors[f"step {strategy}"]["worst"] <= 2e-4
@@ -399,7 +400,7 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     assert 1.08 < slowed.step_time(prompt) / parts.step_time(prompt) < 1.2
     decodes = BatchShape.of((), [2048] * 16)
     longer = parts.step_time(decodes) + 5e-6 * LLAMA.num_layers
-    assert slowed.step_time(decodes) == pytest.approx(longer, rel=2e-3)
+    assert slowed.step_time(decodes) == pytest.approx(longer, rel=5e-3)
 
 
 def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:
