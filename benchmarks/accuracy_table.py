@@ -1,7 +1,6 @@
 """Simulated beside recorded: the tables and the figure of docs/accuracy.md, without a GPU.
 
-    python benchmarks/accuracy_table.py [--runs validation/h200] [--docs docs] [--readme README.md]
-    python benchmarks/accuracy_table.py --own-host
+    python benchmarks/accuracy_table.py [--docs docs] [--readme README.md]
     python benchmarks/accuracy_table.py --sizes
 
 Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, leaves
@@ -13,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -30,7 +31,6 @@ from accuracy_pages import (
     bars_table,
     filled,
     read_tables,
-    runs_table,
 )
 from numpy.typing import NDArray
 from record_runs import capacity
@@ -42,11 +42,34 @@ from podsim.model import model_named
 from podsim.simulation import latency_model_for
 from podsim.validation import ENGINE_FILE, Comparison, Recorded, compare, read_recording
 
+RUNS = Path(__file__).parent.parent / "validation" / "h200"
+
 # --------------------------------------------------------------------------- what is measured
 
 
 def row(comparison: Comparison) -> dict[str, object]:
     """Errors of one run (simulated over recorded, minus 1), and what they are errors of."""
+    recorded = comparison.recorded
+    others = {"pooled_": with_pooled_host(recorded), "own_": with_own_host(recorded)}
+    return errors_and_more(comparison) | {
+        host + name: error
+        for host, again in others.items()
+        for name, error in errors_of(compare(again, error_bars=False)).items()
+    }
+
+
+def errors_of(comparison: Comparison) -> dict[str, float]:
+    """Of what has a bar."""
+    steps, headline = comparison.steps(), comparison.headline()
+    return {
+        **{name: headline.loc[name, "error"] for name in METRICS},
+        "step_median": steps.loc["all", "median"],
+        "step_bias": steps.loc["all", "bias"],
+    }
+
+
+def errors_and_more(comparison: Comparison) -> dict[str, object]:
+    """With the host's time as it was measured before the run."""
     recorded, steps, headline = comparison.recorded, comparison.steps(), comparison.headline()
     options, deployment = recorded.engine["options"], recorded.deployment
     gpu = recorded.steps["gpu_seconds"].to_numpy()
@@ -59,9 +82,7 @@ def row(comparison: Comparison) -> dict[str, object]:
         "load": options["load"],
         "share": share_of_capacity(recorded),
         "requests": len(recorded.requests),
-        **{name: headline.loc[name, "error"] for name in METRICS},
-        "step_median": steps.loc["all", "median"],
-        "step_bias": steps.loc["all", "bias"],
+        **errors_of(comparison),
         "step_total": steps.loc["all", "total"],
         **gpu_errors(recorded),
         **{
@@ -79,9 +100,9 @@ def row(comparison: Comparison) -> dict[str, object]:
 
 
 def share_of_capacity(recorded: Recorded) -> float:
-    """Requests/s over what the workload reaches offline, as it is simulated today; NaN if offline.
+    """Requests/s that arrived over what the workload reaches offline, simulated; NaN if offline.
 
-    The load in a run's name is the share as it was simulated when the run was made.
+    The load in a run's name is that of the Poisson process; what it drew is some per cent more.
     """
     options = recorded.engine["options"]
     return math.nan if options["load"] is None else options["qps"] / capacity(options["workload"])
@@ -152,7 +173,7 @@ def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
 
 def compared(recorded: Recorded) -> Comparison:
     """With error bars, which only the runs above the first bars' loads need."""
-    return compare(recorded, error_bars=share_of_capacity(recorded) > MOST_BELOW)
+    return compare(recorded, error_bars=(recorded.engine["options"]["load"] or 0.0) > MOST_BELOW)
 
 
 def with_own_host(recorded: Recorded) -> Recorded:
@@ -165,7 +186,18 @@ def with_own_host(recorded: Recorded) -> Recorded:
     columns = [np.ones(len(steps)), steps["num_prefills"] + steps["num_decodes"], has_prefill]
     waited = steps["duration"] - steps["gpu_seconds"]
     found = np.linalg.lstsq(np.column_stack(columns).astype(float), waited, rcond=None)[0]
-    fixed, per_request, with_prefill = np.maximum(found, 0.0).tolist()
+    return with_host(recorded, *np.maximum(found, 0.0).tolist())
+
+
+def with_pooled_host(recorded: Recorded) -> Recorded:
+    """The same, with the host's time of all set-ups of the machine, not of one moment."""
+    return with_host(recorded, *pooled_host())
+
+
+def with_host(
+    recorded: Recorded, fixed: float, per_request: float, with_prefill: float
+) -> Recorded:
+    """The same, simulated with another time of the host."""
     deployment = dataclasses.replace(
         recorded.deployment,
         host_overhead=fixed,
@@ -175,16 +207,32 @@ def with_own_host(recorded: Recorded) -> Recorded:
     return dataclasses.replace(recorded, deployment=deployment)
 
 
+@cache
+def pooled_host() -> tuple[float, float, float]:
+    """Seconds: fixed, of a request, with prefill; from medians over what every set-up measured.
+
+    Each measured it on batches of its own before it was recorded; runs have no part in it.
+    """
+    texts = [(folder / ENGINE_FILE).read_text(encoding="utf-8") for folder in recordings(RUNS)]
+    measured = {json.dumps(json.loads(text)["host_time"]) for text in texts}
+    hosts = [json.loads(text) for text in sorted(measured)]
+    rows = pd.DataFrame([row for host in hosts for row in host["rows"]], columns=["n", "seconds"])
+    sizes = rows.groupby("n")["seconds"].agg(["median", "size"])
+    weights = np.sqrt(sizes["size"])
+    slope, fixed = np.polyfit(sizes.index, sizes["median"], 1, w=weights).tolist()
+    above = [s - fixed - slope * n for host in hosts for n, s in host["prefill_rows"]]
+    return fixed, slope, float(np.median(above))
+
+
 def recordings(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{ENGINE_FILE}"))
 
 
-def measure(folders: list[Path], own_host: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of all runs, and of their contexts."""
     rows, by_context = [], []
     for folder in folders:
-        recorded = read_recording(folder)
-        comparison = compared(with_own_host(recorded) if own_host else recorded)
+        comparison = compared(read_recording(folder))
         model = comparison.simulated.latency_model
         assert isinstance(model, ProfiledLatency)
         shipped = model.profile.source.startswith("profiles/")
@@ -219,30 +267,19 @@ def plot(errors: pd.DataFrame, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("validation/h200"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument(
-        "--own-host",
-        action="store_true",
-        help="print what would be left with the host's time as each run had it; write nothing",
-    )
     parser.add_argument(
         "--sizes",
         action="store_true",
         help="print errors of steps with prefill by graph size; write nothing",
     )
     arguments = parser.parse_args()
-    folders = recordings(arguments.runs)
-    if not folders:
-        raise SystemExit(f"{arguments.runs}: no recordings")
+    folders = recordings(RUNS)
     if arguments.sizes:
         print(by_size(folders).to_string(float_format="{:+.3f}".format))
         return
-    errors, by_context = measure(folders, arguments.own_host)
-    if arguments.own_host:
-        print(runs_table(errors), bars_table(errors), sep="\n\n")
-        return
+    errors, by_context = measure(folders)
     errors.to_csv(arguments.docs / ERRORS_FILE, index=False, float_format="%.5f")
     by_context.to_csv(arguments.docs / CONTEXTS_FILE, index=False, float_format="%.5f")
     kept = read_tables(arguments.docs)

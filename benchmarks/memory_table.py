@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,11 @@ POINT = ["model", "batch", "context", "layers"]
 SIZES = (16 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20, 2**30)
 SIZE_NAMES = ("16 KB", "256 KB", "4 MB", "64 MB", "1 GB")
 SHARES = ["throughput measured %", "simulated %", "step measured %", "step simulated %"]
-SHARES += ["gpu measured %"]
+SHARES += ["gpu measured %", "gpu simulated %"]
+PARTS = ["step", "gpu", "mapping", "table", "host"]
+"""Of a step, as benchmarks/same_tokens.py names them."""
+LONG = 1e-3
+"""Seconds of a call that stands out: twenty others take as long."""
 ONE_CALL = {"create": (1,), "map": (1,), "set_access": (1, 8, 64), "unmap": (1, 8, 64)}
 ONE_CALL["release"] = (1,)
 """Page-groups of a call, for each that is shown."""
@@ -46,6 +51,44 @@ def mapping_table(rows: pd.DataFrame, page_group: int) -> str:
             lines.append([what, *(f"{time:.1f}" for time in times)])
     size = f"us a page-group of {page_group >> 20} MB"
     return markdown([size, *(f"{gpu} GPU, {thread} thread" for gpu, thread in states)], lines)
+
+
+def growth_table(rows: pd.DataFrame) -> str:
+    """Microseconds a page-group of growing blocks, in each pass: the mean, and the median."""
+    keys = ["page_group", "page_groups", "thread", "beside"]
+    times = rows.groupby([*keys, "pass"], sort=False)[["time_us", "time_p50_us"]].mean()
+    besides, passes = (rows[name].drop_duplicates().tolist() for name in ("beside", "pass"))
+    lines = []
+    for key in rows[keys[:3]].drop_duplicates().itertuples(index=False, name=None):
+        size, count, thread = key
+        cells = [f"{size >> 20} MB, {count} in a block, {thread} thread"]
+        for beside in besides:
+            found = [times.loc[(*key, beside, number)] / count for number in passes]
+            cells += [", ".join(f"{mean:.1f} ({middle:.1f})" for mean, middle in found)]
+        lines.append(cells)
+    return markdown(["us a page-group, each pass", *(f"beside {what}" for what in besides)], lines)
+
+
+def calls_table(calls: pd.DataFrame, kv: str = "vattention") -> str:
+    """What the calls of a kind took while it served, by thread and sampling of the card."""
+    mine = calls[calls["kv"] == kv]
+    lines = []
+    for thread, sampling in product(("main", "background"), mine["sampling"].unique()):
+        of = mine[(mine["thread"] == thread) & (mine["sampling"] == sampling)]
+        maps, access = (of.loc[of["api"] == api, "seconds"] for api in ("map", "set_access"))
+        both = pd.concat([maps, access])
+        long = both[both > LONG]
+        lines.append(
+            [
+                f"{thread} thread, sampling {sampling}",
+                str(len(access)),
+                f"{maps.median() * 1e6:.1f}",
+                *(f"{us * 1e6:.1f}" for us in (access.median(), access.mean())),
+                f"{len(long)}, {long.sum() * 1e3:.0f} ms",
+            ]
+        )
+    header = ["", "page-groups", "`map`, P50, us", "`set_access`, P50, us", "mean, us"]
+    return markdown([*header, "calls over 1 ms"], lines)
 
 
 def transfer_table(rows: pd.DataFrame) -> str:
@@ -176,18 +219,39 @@ def same_tokens_table(rows: pd.DataFrame) -> str:
         ]
         for row in rows.to_dict("records")
     ]
-    header = ["", "throughput", "simulated", "step", "simulated", "GPU's part of it"]
+    header = ["", "throughput", "simulated", "step", "simulated", "GPU's part of it", "simulated"]
     return markdown([*header, "points off", "tokens that differ"], lines)
+
+
+def parts_table(rows: pd.DataFrame) -> str:
+    """Of a step with each kind of memory: milliseconds, measured and simulated."""
+    lines = [
+        [f"{row['kv']}, {row['source']}", *(f"{row[f'{part}_ms']:.2f}" for part in PARTS)]
+        for row in rows.to_dict("records")
+    ]
+    header = ["", "a step, ms", "of the GPU", "mapping", "block table", "the host besides"]
+    return markdown(header, lines)
+
+
+def served_tables(same_tokens: Path) -> dict[str, str]:
+    """Of what benchmarks/same_tokens.py left, and the calls kept beside."""
+    folder = same_tokens.with_suffix("")
+    return {
+        "differences": same_tokens_table(pd.read_csv(same_tokens)),
+        "parts": parts_table(pd.read_csv(same_tokens.with_name(f"{same_tokens.stem}-parts.csv"))),
+        "calls": calls_table(pd.read_csv(folder / "calls.csv.gz")),
+    }
 
 
 def tables(folder: Path) -> dict[str, str]:
     """Every table, by what it is about."""
     costs = read_memory_costs(folder, str(folder))
-    rows = {part: pd.read_csv(folder / f"{part}.csv") for part in ("mapping", "transfer")}
+    rows = {part: pd.read_csv(folder / f"{part}.csv") for part in ("mapping", "growth", "transfer")}
     chains = [pd.read_csv(folder / f"{part}.csv") for part in ("layers", "layers-column")]
     points = judged(costs, pd.concat(chains))
     return {
         "mapping": mapping_table(rows["mapping"], PAGE_GROUP),
+        "growth": growth_table(rows["growth"]),
         "transfer": transfer_table(rows["transfer"]),
         "paged": paged_table(costs),
         "errors": errors_table(costs),
@@ -215,14 +279,14 @@ def main() -> None:
     parser.add_argument("--same-tokens", type=Path)
     parser.add_argument("--page", type=Path, help="put the tables there")
     options = parser.parse_args()
-    made = [*tables(options.costs).values()]
+    made = tables(options.costs)
     if options.same_tokens:
-        made.append(same_tokens_table(pd.read_csv(options.same_tokens)))
-    for table in made:
+        made |= served_tables(options.same_tokens)
+    for table in made.values():
         print(table, end="\n\n")
     if options.page:
         page = options.page.read_text()
-        for table in made:
+        for table in made.values():
             page = filled(page, table)
         options.page.write_text(page)
 

@@ -51,9 +51,8 @@ OFFLINE_TOKENS = 16384
 of prompt to output tokens (P:D): as many as take half a minute to a minute."""
 OFFLINE_REQUESTS = {8: 32, 17: 48, 64: 48}
 
-WARM_UP = 120.0
-"""Seconds that an engine serves before it is recorded: from some moment of its first 80 s on
-every step is 0.15 ms shorter (docs/accuracy.md), and who serves for days does not see that."""
+WARM_UP = 20.0
+"""Seconds that an engine serves before it is recorded."""
 START_SECONDS = 35.0 + WARM_UP
 """An engine's own time before its first run, about: weights, graphs, the host's time, warm-up."""
 HOST = {
@@ -126,13 +125,11 @@ class Setup:
 
 
 LOADS = (0.85, 0.5, 1.2, 0.7, 0.95, 0.3)
-LONG_LOADS = (0.85, 1.2, 0.5, 0.7, 0.95, 0.3)
-"""Of runs of minutes."""
 BOTH = ("serial", "pod")
 SETUPS = (
     *(Setup("chat", "chat", attention, 512, LOADS) for attention in BOTH),
     *(Setup("code", "code", attention, 1024, LOADS) for attention in BOTH),
-    *(Setup("summary", "summary", attention, 1024, LONG_LOADS) for attention in BOTH),
+    *(Setup("summary", "summary", attention, 1024, LOADS) for attention in BOTH),
     *(
         Setup("budgets", "chat", attention, budget, (0.85,))
         for budget in (256, 1024, 2048)
@@ -210,64 +207,78 @@ def chosen(only: Sequence[str] | None) -> list[Setup]:
     return found
 
 
-def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
-    """Print every run that is missing, how long it and each group take, and what has no time."""
-    groups: dict[str, float] = {}
-    spent = 0.0
+def by_engine(setups: Sequence[Setup]) -> list[list[Setup]]:
+    """Those that one engine can serve one after another: only the token budget differs."""
+    engines: dict[tuple[str, str], list[Setup]] = {}
     for setup in setups:
-        expected = missing_runs(setup, out)
+        engines.setdefault((setup.workload, setup.attention), []).append(setup)
+    return list(engines.values())
+
+
+def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
+    """Print every run that is missing, how long it takes, and what has no time."""
+    spent = 0.0
+    for served in by_engine(setups):
+        expected = missing_runs(served, out)
         if not fits(expected, within - spent - START_SECONDS):
             continue
-        print(f"{setup.name}  ({setup.group}; {START_SECONDS:.0f} s to start)")
-        before, spent = spent, spent + START_SECONDS
-        for run, each in expected:
+        first = served[0]
+        print(f"{first.workload}-{first.attention}  ({START_SECONDS:.0f} s to start)")
+        spent += START_SECONDS
+        for _, run, each in expected:
             rate = "all at once" if run.qps is None else f"{run.qps:.2f} req/s"
             left_out = "" if spent + each <= within else "  no time left"
             spent += 0.0 if left_out else each
             requests = f"{len(run.trace):5} requests  {rate:>12}"
             print(f"  {run.name:30}{requests}{each:7.0f} s{left_out}")
-        groups[setup.group] = groups.get(setup.group, 0.0) + spent - before
-    for group, total in groups.items():
-        print(f"{group}: {total:.0f} s")
     print(f"all: {spent:.0f} s")
 
 
-def missing_runs(setup: Setup, out: Path) -> list[tuple[Run, float]]:
+def missing_runs(setups: Sequence[Setup], out: Path) -> list[tuple[Setup, Run, float]]:
     """The runs that are not there yet, and the seconds that each takes."""
-    missing = [run for run in setup.runs() if not (out / run.name).exists()]
-    return [(run, seconds(setup, run.trace)) for run in missing]
+    return [
+        (setup, run, seconds(setup, run.trace))
+        for setup in setups
+        for run in setup.runs()
+        if not (out / run.name).exists()
+    ]
 
 
-def fits(expected: Sequence[tuple[Run, float]], time_left: float) -> bool:
-    return any(each <= time_left for _, each in expected)
+def fits(expected: Sequence[tuple[Setup, Run, float]], time_left: float) -> bool:
+    return any(each <= time_left for _, _, each in expected)
 
 
 # -------------------------------------------------------------------------------- the recording
 
 
-def record(setup: Setup, out: Path, deadline: float) -> Iterator[str]:
-    """Make the runs of a set-up that are not there yet and end in time; a line on each."""
+def record(setups: Sequence[Setup], out: Path, deadline: float) -> Iterator[str]:
+    """Make the runs of one engine that are not there yet and end in time; a line on each."""
     from podsim.serving import Server
 
-    expected = missing_runs(setup, out)
+    expected = missing_runs(setups, out)
     if not fits(expected, deadline - time.monotonic() - START_SECONDS):
-        yield f"{setup.name}: recorded, or no time left for {len(expected)} runs"
+        yield f"{setups[0].name}: recorded, or no time left for {len(expected)} runs"
         return
-    deployment = setup.deployment()
-    step_time = latency_model_for(deployment, model_named(deployment.model)).step_time
-    server = Server(deployment, deployment.max_model_len, _on_progress)
+    largest = max(setups, key=lambda setup: setup.token_budget).deployment()
+    step_time = latency_model_for(largest, model_named(largest.model)).step_time
+    server = Server(largest, largest.max_model_len, _on_progress)
     warm_at = time.monotonic() + WARM_UP
     while time.monotonic() < warm_at:
-        server.serve(warm_up_trace(setup), step_time)
-    server.host_time = host = server.measure_host_time(_on_progress)
-    yield (
-        f"{setup.name}: host {host.fixed * 1e6:.0f} us a step, {host.per_request * 1e6:.1f} us a "
-        f"request, {host.with_prefill * 1e6:.0f} us with prefill"
-    )
-    for run, each in expected:
+        server.serve(warm_up_trace(setups[0]), step_time)
+    budget = 0
+    for setup, run, each in expected:
         if time.monotonic() + each > deadline:
             yield f"{run.name}: no time left"
             continue
+        if setup.token_budget != budget:
+            budget = setup.token_budget
+            server.set_token_budget(budget)
+            server.host_time = host = server.measure_host_time(_on_progress)
+            yield (
+                f"{setup.name}: host {host.fixed * 1e6:.0f} us a step, "
+                f"{host.per_request * 1e6:.1f} us a request, "
+                f"{host.with_prefill * 1e6:.0f} us with prefill"
+            )
         served = server.serve(run.trace, step_time)
         options = {
             "group": setup.group,
@@ -276,7 +287,11 @@ def record(setup: Setup, out: Path, deadline: float) -> Iterator[str]:
             "qps": run.qps,
         }
         recorded = Recorded.of(
-            served.recording, deployment, served.engine(options), run.name, served.gpu_samples
+            served.recording,
+            server.deployment,
+            served.engine(options),
+            run.name,
+            served.gpu_samples,
         )
         with result_folder(out / run.name, made_by=ENGINE_FILE) as folder:
             recorded.save(folder)
@@ -300,8 +315,8 @@ def main() -> None:
     if arguments.dry_run:
         show_plan(setups, arguments.out, arguments.within)
         return
-    for setup in setups:
-        for line in record(setup, arguments.out, started + arguments.within):
+    for served in by_engine(setups):
+        for line in record(served, arguments.out, started + arguments.within):
             print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
 

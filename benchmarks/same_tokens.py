@@ -40,7 +40,7 @@ from podsim.workload import Trace
 MAX_NUM_SEQS = 48
 SHORTEST, LONGEST_OUTPUT = 8, 192
 OUTPUT_FILE = "output.csv.gz"
-"""Beside a recording: every token of every request."""
+"""Beside a recording: every token of every answer."""
 CALLS_FILE = "calls.csv.gz"
 """Beside the rounds: what --calls timed."""
 PARTS = ["step", "gpu", "mapping", "table", "host"]
@@ -51,17 +51,18 @@ Tokens = dict[int, list[int]]
 
 
 class KeptTokens(Engine):
-    """Keeps the tokens of finished requests."""
+    """Keeps what finished requests were answered."""
 
     tokens: Tokens
 
     def _finish(self, request, end):
-        self.tokens[request.request_id] = self._tokens[request].tolist()
+        every = self._tokens[request].tolist()
+        self.tokens[request.request_id] = every[request.num_prompt_tokens :]
         super()._finish(request, end)
 
 
 class KeepingServer(Server):
-    """Keeps the tokens of the latest trace."""
+    """Keeps the answers to the latest trace."""
 
     tokens: Tokens
 
@@ -191,7 +192,7 @@ def serve(names: Sequence[str], options: argparse.Namespace) -> dict[str, Kind]:
         calls = timed_calls(servers, trace, options.calls)
         if options.keep:
             save(calls, options.keep / CALLS_FILE)
-        print(calls_summary(calls).to_string(float_format="{:.1f}".format))
+        report_calls(calls)
     for server in servers.values():
         server.close()
     return kinds
@@ -315,10 +316,19 @@ def mapping_summary(kv: str, kind: Kind) -> str:
     )
 
 
-def report(found: pd.DataFrame, out: Path | None) -> None:
-    """Leave the table as CSV, if so asked, and print it with the kinds as columns."""
+def report_calls(calls: pd.DataFrame) -> None:
+    print(calls_summary(calls).to_string(float_format="{:.1f}".format))
+
+
+def report(found: pd.DataFrame, by_part: pd.DataFrame, out: Path | None) -> None:
+    """Leave both tables as CSV, if so asked, and print them; the differences with the kinds as
+    columns.
+    """
     if out:
         found.to_csv(out, index=False, float_format="%.6f")
+        rows = by_part.rename_axis(["kv", "source"])
+        rows.to_csv(out.with_name(f"{out.stem}-parts.csv"), float_format="%.6f")
+    print(by_part.to_string(float_format="{:.3f}".format))
     # Columns of text and numbers: pandas calls the format of these, and refuses "%.2f".
     print(found.T.to_string(header=False, float_format="{:.2f}".format))
 
@@ -334,7 +344,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=0, help="rounds of timing each mapping call")
     parser.add_argument("--memory-costs", help="default: those shipped for the GPU")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV; the parts of a step go to OUT-parts.csv")
     parser.add_argument("--keep", type=Path, help="folder for a recording of every round")
     parser.add_argument("--from", type=Path, dest="kept", help="what --keep left: serve nothing")
     options = parser.parse_args()
@@ -346,6 +356,8 @@ def main() -> None:
     try:
         if options.kept:
             kinds = read_kept(names, options.kept, options.memory_costs)
+            if (options.kept / CALLS_FILE).is_file():
+                report_calls(pd.read_csv(options.kept / CALLS_FILE))
         else:
             kinds = serve(names, options)
     except InputError as error:
@@ -355,9 +367,8 @@ def main() -> None:
         if kind.rounds[0].deployment.kv == "vattention":
             print(mapping_summary(kv, kind))
     by_part = parts(kinds)
-    print(by_part.to_string(float_format="{:.3f}".format))
     found = table(kinds, by_part)
-    report(found, options.out)
+    report(found, by_part, options.out)
     if found["tokens differing"].sum():
         sys.exit(1)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from podsim.attention_features import FEATURES, Geometry
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
-from podsim.fitting import Timings, fit_attention, fit_heating
-from podsim.hardware import Gpu
+from podsim.fitting import Timings, fit_attention
+from podsim.hardware import Gpu, gpu_named
+from podsim.heat_fitting import SustainedRun, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import (
     LAYER_OPS,
@@ -27,8 +29,12 @@ from podsim.latency import (
 )
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
+from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
 
 Floats = NDArray[np.float64]
+
+ROUNDS = 10
+"""In which what whole steps take beside their parts is fitted; the second changes it by 1 %."""
 
 COLUMNS = (
     *("op", "strategy", "split", "num_tokens", "prefills", "decodes", "pass"),
@@ -75,14 +81,12 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
 
     Raises InputError if the file cannot be read or lacks rows.
     """
-    rows, launch = _measured(folder)
+    measured = _measured(folder, gpu, model)
+    rows, ops = measured.rows, measured.ops
     grid = rows[rows["split"] == "grid"]
     kernels = provenance["geometry"]
     assert isinstance(kernels, dict)
-    ops = _op_tables(grid)
-    linear = _linear_token_seconds(ops)
-    quiet = _quiet_layer_seconds(ops, linear)
-    kernels = kernels | {"linear_token_seconds": linear, "quiet_layer_seconds": quiet}
+    kernels = kernels | measured.layer
     geometry = Geometry.of(model, kernels)
     fitted_on = {name: rows_of(grid, name) for name in FEATURES}
     fitted_on["unified"] = without_whole_blocks(fitted_on["unified"], geometry.block_n)
@@ -95,7 +99,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
         model=model.name,
         shape=model.shape,
         provenance=provenance,
-        launch=launch,
+        launch=measured.launch,
         ops=ops,
         attention={
             "geometry": kernels,
@@ -106,13 +110,14 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
                 for name, overlap in attention.overlaps.items()
             },
         },
-        sustained={"slowdown": 0.0, "steps": 0, "heating": 0.0, "heat_seconds": 1.0},
+        sustained={"slowdown": 0.0, "heating": 0.0, "heat_seconds": 1.0},
         clock_falls=_clock_falls(grid, provenance),
+        clock_sensitivity={name: asdict(found) for name, found in measured.follows.items()},
         errors={},
         hull=_hull(grid),
     )
     profile = replace(profile, sustained={**profile.sustained, **_sustained(profile, model, grid)})
-    heating = _heating(profile, model, rows[rows["op"] == "sustained"])
+    heating = _heating(profile, model, rows)
     profile = replace(profile, sustained={**profile.sustained, **heating})
     return profile.with_errors(held_out_errors(predictions(profile, model, rows)))
 
@@ -121,8 +126,9 @@ def write_plots(folder: Path, profile: Profile) -> Path:
     """Leave figures of the rows of a profile folder against its models; where they are."""
     from podsim import fit_plots  # matplotlib takes half a second to load
 
-    rows, _ = _measured(folder)
-    return fit_plots.write_plots(folder, predictions(profile, model_of(profile), rows))
+    model = model_of(profile)
+    rows = _measured(folder, profile.gpu, model).rows
+    return fit_plots.write_plots(folder, predictions(profile, model, rows))
 
 
 def model_of(profile: Profile) -> Model:
@@ -130,15 +136,37 @@ def model_of(profile: Profile) -> Model:
     return Model(name=profile.model, max_model_len=1, **profile.shape)
 
 
-def _measured(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
-    """The rows of a folder with their seconds, and the launch costs.
+class Measured(NamedTuple):
+    """What the rows of a folder say before attention and whole steps are fitted."""
+
+    rows: pd.DataFrame
+    """One a point, with its `seconds` at the usual clock, and `seconds_as_timed`."""
+    launch: dict[str, float]
+    ops: dict[str, dict[str, list[float]]]
+    layer: dict[str, float]
+    """What `Geometry` is told of a layer beside attention."""
+    follows: dict[str, Sensitivity]
+
+
+def _measured(folder: Path, gpu: str, model: Model) -> Measured:
+    """Read, without the launches of graphs and what chance adds to clocks (`row_clocks`).
 
     A timed graph of one kernel carries the cost of launching a graph; in a step it is paid once.
     """
-    rows = read_measurements(folder / MEASUREMENTS_FILE)
-    launch = _launch_costs(rows)
-    launches = np.where(rows["op"].isin(["step", "sustained"]), 0.0, launch["graph"])
-    return rows.assign(seconds=rows["time_us"] * 1e-6 - launches), launch
+    passes = _read_passes(folder / MEASUREMENTS_FILE)
+    launch = _launch_costs(_one_row_a_point(passes))
+    launches = np.where(passes["op"].isin(["step", "sustained", "duty"]), 0.0, launch["graph"])
+    passes["seconds"] = passes["seconds_as_timed"] = passes["time_us"] * 1e-6 - launches
+    passes["seconds"], products = products_at_usual_clock(passes, model)
+    grid = _one_row_a_point(passes[passes["split"] == "grid"])
+    ops = _op_tables(grid)
+    linear = _linear_token_seconds(ops)
+    quiet = _quiet_layer_seconds(ops, linear)
+    passes["seconds"], attention = attention_at_usual_clock(
+        passes, model, gpu_named(gpu), linear, quiet
+    )
+    layer = {"linear_token_seconds": linear, "quiet_layer_seconds": quiet}
+    return Measured(_one_row_a_point(passes), launch, ops, layer, products | attention)
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
@@ -146,6 +174,17 @@ def read_measurements(path: Path) -> pd.DataFrame:
 
     Refused rows do not count.
     """
+    return _one_row_a_point(_read_passes(path))
+
+
+def _one_row_a_point(passes: pd.DataFrame) -> pd.DataFrame:
+    times = passes.columns.intersection(["time_us", "seconds", "seconds_as_timed"])
+    points = passes.groupby(_POINT, sort=False)
+    return points.agg(dict.fromkeys(times, "median") | {"sm_clock_mhz": "mean"}).reset_index()
+
+
+def _read_passes(path: Path) -> pd.DataFrame:
+    """The rows that are not refused."""
     try:
         rows = pd.read_csv(path, keep_default_na=False)
         missing = set(COLUMNS) - set(rows.columns)
@@ -153,7 +192,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
             raise InputError(f"{path}: misses the column {sorted(missing)[0]}")
         rows["time_us"] = rows["time_us"].astype(float)
         if "refused" in rows.columns:
-            rows = rows[rows["refused"] == ""]
+            rows = rows[rows["refused"] == ""].copy()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -162,8 +201,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not a table of measurements: {error}") from None
     clocks = rows["sm_clock_mhz"] if "sm_clock_mhz" in rows.columns else np.nan
     rows["sm_clock_mhz"] = pd.to_numeric(clocks, errors="coerce")
-    points = rows.groupby(_POINT, sort=False)
-    return points.agg({"time_us": "median", "sm_clock_mhz": "mean"}).reset_index()
+    return rows
 
 
 def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:
@@ -242,47 +280,73 @@ def _quiet_layer_seconds(
 
 
 def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:
-    """How much matrix work slows whole steps down: see `latency.Sustained`; least squares.
+    """What whole steps take beside the sum of their parts: see `ProfiledLatency.matrix_share`.
 
-    Without whole steps to fit on there is none, which `steps`, their number, tells.
+    `layer_gap` is the median over steps of decodes alone, which have little else; `slowdown` the
+    least squares of what is left with prefill. Without whole steps to fit on there is none, which
+    `steps`, their number, tells.
     """
     steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
-    loads, excesses = [], []
+    found = []
     for strategy, rows in steps.groupby("strategy"):
         latency = ProfiledLatency(profile, model, str(strategy))
         for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
             parts = latency.breakdown(shape)
             layers = parts.attention + parts.layers
-            loads.append(latency.matrix_load(shape.num_tokens, layers))
-            excesses.append((seconds - parts.once) / layers - 1)
-    load, excess = np.array(loads), np.array(excesses)
-    slowdown = max(0.0, float(load @ excess / (load @ load))) if loads else 0.0
-    return {"slowdown": slowdown, "steps": len(loads)}
+            of_layers = latency.matrix_share(shape.num_tokens, layers)
+            found.append((bool(shape.prefills), of_layers, layers, seconds - parts.once - layers))
+    table: Floats = np.array(found, dtype=np.float64).reshape(-1, 4)
+    has_prefill, share, in_layers, missing = (table[:, column] for column in range(4))
+    mixed, load, quiet = has_prefill > 0, share**2, (1 - share) ** 2
+    slowdown = gaps = 0.0
+    for _ in range(ROUNDS):  # each takes what the other leaves
+        if not mixed.all():
+            left = (missing - slowdown * load * in_layers)[~mixed]
+            gaps = max(0.0, float(np.median(left / quiet[~mixed])))
+        if mixed.any():
+            left = ((missing - gaps * quiet) / in_layers)[mixed]
+            slowdown = max(0.0, float(load[mixed] @ left / (load[mixed] @ load[mixed])))
+    gap = gaps / model.num_layers
+    return {"slowdown": slowdown, "layer_gap": gap, "steps": len(found)}
 
 
 def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:
-    """How much matrix work slows the steps after it down, and for how long: see `latency.Heat`.
+    """How much matrix work slows the steps after it down, and for how long: see `podsim.heat`.
 
     Without steps that were timed one after another from rest there is none.
     """
-    if rows.empty:
+    runs = [*_sustained_runs(profile, model, rows)]
+    if not runs:
         return {}
-    latency = ProfiledLatency(profile, model, "serial")
-    loads, drives, seconds = [], [], []
-    for _, windows in rows.groupby(["prefills", "decodes"], sort=False):
-        shape = shapes_of(windows.head(1))[0]
-        parts = latency.breakdown(shape)
-        loads.append(latency.load(shape.num_tokens, parts.attention + parts.layers))
-        drives.append(loads[-1] * latency.clock_fall(shape.num_tokens))
-        seconds.append(windows["seconds"].to_numpy() - parts.once)
-    ends = [float(text.removesuffix(" s")) for text in windows["strategy"]]
-    warming = fit_heating(np.array(ends), np.array(loads), np.array(drives), np.array(seconds))
+    warming = fit_heating(runs)
     return {
         "heating": warming.heating,
         "heat_seconds": warming.seconds,
         "slow_heating": warming.slow_heating,
         "slow_heat_seconds": warming.slow_seconds,
+        "headroom": warming.headroom,
     }
+
+
+def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator[SustainedRun]:
+    latency = ProfiledLatency(profile, model, "serial")
+    rows = rows[rows["op"].isin(["sustained", "duty"])]
+    for key, run in rows.groupby(["op", "prefills", "decodes", "split"], sort=False):
+        op, prefills, decoded, split = map(str, key)
+        shape = shapes_of(run.head(1))[0]
+        parts = latency.breakdown(shape)
+        load = latency.load(shape.num_tokens, parts.attention + parts.layers)
+        decodes = run[run["strategy"].str.startswith("decode ")]
+        mixed = run.drop(decodes.index)
+        every = int(split.removeprefix("1 in ")) if op == "duty" else 1
+        yield SustainedRun(
+            batch=f"{op} {prefills} {decoded}",
+            load=load,
+            drive=load * latency.clock_fall(shape.num_tokens),
+            ends=[float(text.split()[-2]) for text in mixed["strategy"]],
+            seconds=(mixed["seconds"] - parts.once).tolist(),
+            between=(every - 1) * float(decodes["seconds"].mean()) if every > 1 else 0.0,
+        )
 
 
 def _timings(rows: pd.DataFrame) -> Timings:

@@ -20,8 +20,7 @@ from podsim.attention_features import (
 from podsim.attention_model import DECODE_HEAVY, AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
-from podsim.heat import Warming
-from podsim.overlap import Overlap, roughness, table_weights, tables
+from podsim.overlap import Overlap, longer_side, roughness, table_weights, tables
 from podsim.unified_features import drawn, unified_features, unified_work
 
 Floats = NDArray[np.float64]
@@ -36,8 +35,6 @@ LIKENESS = 0.1
 """Weight of the differences of POD's tables for its two sets of tiles."""
 TILE_OVERHEADS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 """Blocks; those that are tried."""
-SLOW_FROM = 0.3
-"""Seconds: the time constant of the fast heat is below it, that of the slow one above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +179,18 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
                 [same, -same],
             ]
         )
+    # Sides on SMs of their own take as long as the longer one: smooth is what is paid beside it.
+    apart = float(name == "streams")
+    longer = np.array([apart * max(s.prefill, s.decode) for s in sides])
     # Of the order of seconds, as the cells are: the roughness is then small beside the errors.
-    features = np.concatenate([launches * 1e-6, cells * both[:, None]], axis=1)
-    rough = np.pad(differences, ((0, 0), (launches.shape[1], 0)))
+    features = np.concatenate([launches * 1e-6, longer[:, None], cells * both[:, None]], axis=1)
+    rough = np.pad(differences, ((0, 0), (launches.shape[1] + 1, 0)))
     solution = fit_non_negative(features, timings.seconds, rough)
-    coefficients, values = np.split(solution, [launches.shape[1]])
+    coefficients, (paid_of_longer,), values = np.split(
+        solution, [launches.shape[1], launches.shape[1] + 1]
+    )
     parts = np.split(values, 2 if heavy.any() else 1)
+    parts = [part + paid_of_longer * longer_side() for part in parts]
     model.coefficients[name] = (coefficients * 1e-6).tolist()
     model.overlaps[name] = Overlap.of(tables(parts[0]))
     if name == "pod":
@@ -220,30 +223,3 @@ def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None
         weights = 1 / np.maximum(errors, ERROR_OF_A_TIMING)
         weights /= weights.mean()
     return np.asarray(solution / scale)
-
-
-def fit_heating(ends: Floats, loads: Floats, drives: Floats, seconds: Floats) -> Warming:
-    """What the heats add to a step, and their time constants: least squares of logarithms.
-
-    `seconds` [batches, windows] are mean steps of rows of equal steps from rest, in windows that
-    end at `ends` [windows] seconds; `loads` and `drives` [batches] are the batches'. At the time t
-    a heat of such a row is drive (1 - exp(-t / its seconds)); see `heat.Warming`.
-    """
-    from scipy.optimize import least_squares  # takes half a second to load
-
-    starts = np.concatenate([[0.0], ends[:-1]])
-
-    def reached(tau: float) -> Floats:
-        return np.asarray(1 - tau * (np.exp(-starts / tau) - np.exp(-ends / tau)) / (ends - starts))
-
-    def slower(heating: float, tau: float, slow_heating: float, slow_tau: float) -> Floats:
-        added = heating * reached(tau) + slow_heating * reached(slow_tau)
-        return np.asarray(1 + np.outer(loads * drives, added))
-
-    def residuals(parameters: Floats) -> Floats:
-        at_rest = np.log(seconds / slower(*parameters))
-        return np.ravel(at_rest - at_rest.mean(axis=1, keepdims=True))
-
-    bounds = ([0.0, 0.005, 0.0, SLOW_FROM], [10.0, SLOW_FROM, 10.0, 10.0])
-    found = least_squares(residuals, [0.2, 0.05, 0.05, 1.0], bounds=bounds)
-    return Warming(*(float(value) for value in found.x))

@@ -2,7 +2,9 @@
 
 Within about 0.05 s of matrix work the clock falls by a tenth and more; a second, slower control
 takes some per cent more after about a second. Both are seen in whole steps that are timed one after
-another from rest (`op` "sustained" of a profile's measurements), and both are fitted to them.
+another from rest (`op` "sustained" of a profile's measurements), and both are fitted to them. The
+limit is on a mean: work that waits for the memory draws less than it allows, and makes up for
+matrix work around it (`op` "duty": steps with prefill between steps of decodes alone).
 """
 
 from __future__ import annotations
@@ -31,22 +33,30 @@ class Warming:
 
     At the load l and the heats f and s, layers take 1 + l (heating f + slow_heating s) of their
     time after a long rest. What a profile's operations and whole steps are timed at lies between:
-    after some 0.1 s of their own work, f is their drive and s is still 0.
+    after some 0.1 s of their own work, f is their drive and s is still 0. Decodes and a rest drive
+    both to minus the `headroom`, and only what of a heat is above 0 slows steps down.
     """
 
     heating: float
     seconds: float
     slow_heating: float
     slow_seconds: float
+    headroom: float = 0.0
+
+    @property
+    def at_rest(self) -> Heats:
+        """After a long rest, or long after the last step with prefill."""
+        return Heats(-self.headroom, -self.headroom)
 
     @classmethod
     def of(cls, sustained: Mapping[str, float]) -> Warming:
-        """Of a profile; the first profiles lack the slow one."""
+        """Of a profile; the first profiles lack the slow heat, later ones the headroom."""
         return cls(
             sustained["heating"],
             sustained["heat_seconds"],
             sustained.get("slow_heating", 0.0),
             sustained.get("slow_heat_seconds", 1.0),
+            sustained.get("headroom", 0.0),
         )
 
     def factor(self, load: float, drive: float, heats: Heats, seconds: float) -> float:
@@ -54,13 +64,26 @@ class Warming:
 
         The heats at its start near the drive while it runs; their means count.
         """
-        fast = _mean(drive, heats.fast, seconds, self.seconds)
-        slow = _mean(drive, heats.slow, seconds, self.slow_seconds)
+        fast = max(_mean(drive, heats.fast, seconds, self.seconds), 0.0)
+        slow = max(_mean(drive, heats.slow, seconds, self.slow_seconds), 0.0)
         added = load * (self.heating * fast + self.slow_heating * slow)
         return (1.0 + added) / (1.0 + self.heating * load * drive)
 
+    def added(self, heats: Heats, seconds: float) -> float:
+        """What matrix work takes longer in a step of decodes alone, of so many seconds: a share.
+
+        Its time is measured at the full clock.
+        """
+        fast = max(_mean(-self.headroom, heats.fast, seconds, self.seconds), 0.0)
+        slow = max(_mean(-self.headroom, heats.slow, seconds, self.slow_seconds), 0.0)
+        return self.heating * fast + self.slow_heating * slow
+
+    def rested(self, heats: Heats, seconds: float) -> Heats:
+        """The heats after so many seconds without a step that has prefill."""
+        return self.worked(heats, -self.headroom, seconds)
+
     def worked(self, heats: Heats, drive: float, seconds: float) -> Heats:
-        """The heats after so many seconds of a drive; at rest it is 0."""
+        """The heats after so many seconds of a drive."""
         return Heats(
             drive + (heats.fast - drive) * math.exp(-seconds / self.seconds),
             drive + (heats.slow - drive) * math.exp(-seconds / self.slow_seconds),

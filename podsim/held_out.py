@@ -62,8 +62,8 @@ def without_whole_blocks(rows: pd.DataFrame, block_n: int) -> pd.DataFrame:
 def predictions(profile: Profile, model: Model, rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each measured one of a kernel, an operation or a whole step.
 
-    Columns: kernel, split, batch (text), measured and predicted (seconds), heavy_tail,
-    several_chunks (bool). `rows` have a column `seconds`.
+    Columns: kernel, split, batch (text), measured, as_timed and predicted (seconds), heavy_tail,
+    several_chunks (bool). `rows` have the columns `seconds` and `seconds_as_timed`.
     """
     return pd.concat([*_attention(profile, model, rows), *_operations(profile, rows),
                       *_steps(profile, model, rows)], ignore_index=True)  # fmt: skip
@@ -104,6 +104,7 @@ def _table(
             "split": rows["split"].to_numpy(),
             "batch": tokens if points is None else [point.summary for point in points],
             "measured": rows["seconds"].to_numpy(),
+            "as_timed": rows["seconds_as_timed"].to_numpy(),
             "predicted": np.asarray(predicted, dtype=float),
             "heavy_tail": [is_heavy_tailed(point) for point in points or ()] or False,
             "several_chunks": [has_several_chunks(point) for point in points or ()] or False,
@@ -129,7 +130,8 @@ def held_out_errors(table: pd.DataFrame) -> dict[str, dict[str, object]]:
     """Of `predictions`, the relative error of each kernel on rows that were not fitted on.
 
     Attention has rows of their own for heavy-tailed batches and for those of 2 to 4 chunks, where
-    there are such batches. Raises InputError if a kernel has no held-out rows.
+    there are such batches. Rows that were brought to their usual clock (`podsim.row_clocks`) have
+    the errors against what was timed too. Raises InputError if a kernel has no held-out rows.
     """
     errors: dict[str, dict[str, object]] = {}
     for kernel, rows in table.groupby("kernel", sort=False):
@@ -147,9 +149,14 @@ def held_out_errors(table: pd.DataFrame) -> dict[str, dict[str, object]]:
 
 
 def _error(rows: pd.DataFrame) -> dict[str, object]:
-    relative = (rows["predicted"] / rows["measured"] - 1).to_numpy()
+    relative, as_timed = (
+        (rows["predicted"] / rows[column] - 1).to_numpy() for column in ("measured", "as_timed")
+    )
     worst = str(rows["batch"].iloc[int(np.abs(relative).argmax())])
-    return {**error_summary(relative), "worst_batch": worst}
+    error = {**error_summary(relative), "worst_batch": worst}
+    if not np.array_equal(relative, as_timed):
+        error |= {f"{name}_as_timed": error_summary(as_timed)[name] for name in ("median", "p90")}
+    return error
 
 
 def error_summary(relative: NDArray[np.float64]) -> dict[str, float]:

@@ -73,30 +73,53 @@ class WarmsUp(Protocol):
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
         """Seconds of a step with prefill, and its drive: what the heats near meanwhile."""
 
+    def matrix_seconds(self, num_tokens: int) -> float:
+        """Of the matrix products of so many tokens: what a lower clock slows."""
+
 
 class Heat:
     """How one replica's card feels the matrix work behind it, and how long its steps take then.
 
-    Steps of decodes alone wait for the memory: they neither add to the heats nor feel them. A model
-    that does not warm up has its own step times.
+    To the heats steps of decodes alone are a rest, but they feel them. A model that does not warm
+    up has its own step times.
     """
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self._warming = model if isinstance(model, WarmsUp) else None
-        self._heats = Heats()
+        self._heats = Heats() if self._warming is None else self._warming.warming.at_rest
         self._time = 0.0
+        self._decode_run_times = decode_run_times(model)
 
     def step_time(self, shape: BatchShape, start: float) -> float:
         """Seconds of a step that begins at `start`, later than all before."""
         model = self._warming
-        if model is None or not shape.prefills:
+        if model is None:
             return self._model.step_time(shape)
-        heats = model.warming.worked(self._heats, 0.0, start - self._time)
+        if not shape.prefills:
+            return self._heated([self._model.step_time(shape)], shape, start)[0]
+        heats = model.warming.rested(self._heats, start - self._time)
         seconds, drive = model.step_time_at(shape, heats)
         self._heats = model.warming.worked(heats, drive, seconds)
         self._time = start + seconds
         return seconds
+
+    def decode_run_times(self, shape: BatchShape, num_steps: int, start: float) -> list[float]:
+        """Seconds of consecutive steps of decodes, as `step_time` gives them one by one."""
+        times = self._decode_run_times(shape, num_steps)
+        return times if self._warming is None else self._heated(times, shape, start)
+
+    def _heated(self, times: list[float], shape: BatchShape, start: float) -> list[float]:
+        model = self._warming
+        assert model is not None
+        matrix_seconds = model.matrix_seconds(shape.num_decodes)
+        for step, seconds in enumerate(times):
+            heats = model.warming.rested(self._heats, start - self._time)
+            if heats.fast <= 0.0 and heats.slow <= 0.0:
+                break  # and stay so until the next step with prefill
+            times[step] += matrix_seconds * model.warming.added(heats, seconds)
+            start += times[step]
+        return times
 
 
 def decode_steps(shape: BatchShape, num_steps: int) -> Iterator[BatchShape]:
@@ -196,6 +219,7 @@ class ProfiledLatency:
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
+        self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
         self._clock_falls = _clock_falls(profile, graph_padding)
         self._matrix_seconds_per_token: float = (
@@ -230,6 +254,10 @@ class ProfiledLatency:
         """The share of the layers' seconds that is matrix products."""
         return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
 
+    def matrix_seconds(self, num_tokens: int) -> float:
+        """See `WarmsUp`."""
+        return self._matrix_seconds_per_token * num_tokens * self.scale
+
     def clock_fall(self, num_tokens: int) -> float:
         """How far nothing but layers over so many tokens takes the clock down: see `heat.Heats`."""
         return self._clock_falls[min(num_tokens, len(self._clock_falls) - 1)]
@@ -243,8 +271,9 @@ class ProfiledLatency:
         )
         if prefills:
             once += self.host_with_prefill
-        slower = 1.0 + self._slowdown * self.matrix_load(num_tokens, attention + layers)
-        return attention * slower, layers * slower, once, collectives
+        share = self.matrix_share(num_tokens, attention + layers)
+        slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
+        return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -261,27 +290,30 @@ class ProfiledLatency:
             collectives,
         )
 
-    def matrix_load(self, num_tokens: int, seconds: T) -> T:
-        """The square of the matrix products' share of the layers' seconds.
+    def matrix_share(self, num_tokens: int, seconds: T) -> T:
+        """The matrix products' share of the layers' seconds.
 
-        Whole steps take longer than their parts, timed with pauses between them: matrix work
-        without a pause lowers the clock further. What it adds is in proportion to this.
+        Whole steps take longer than their parts, timed with pauses between them. Matrix work
+        without a pause lowers the clock further: what that adds is in proportion to the square of
+        this. And a kernel starts later behind others than alone: what that adds to a layer goes
+        with the square of the rest.
         """
-        share = self._matrix_seconds_per_token * num_tokens / seconds
-        return share * share
+        return self._matrix_seconds_per_token * num_tokens / seconds
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; the arithmetic of `step_time` in the same order."""
         _, _, n, keys, longest, _ = shape
         layers, once, collectives = self._beside_attention(n, n, n)
         num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
+        gaps = self._gaps
         matrix_seconds = self._matrix_seconds_per_token * n
 
         def seconds(attention: T) -> T:
             attention = num_layers * attention
             share = matrix_seconds / (attention + layers)
-            slower = 1.0 + slowdown * (share * share)
-            return (attention * slower + layers * slower + once + collectives) * scale
+            slower, quiet = 1.0 + slowdown * (share * share), 1.0 - share
+            in_layers = attention * slower + (layers * slower + gaps * (quiet * quiet))
+            return (in_layers + once + collectives) * scale
 
         times: list[float]
         if num_steps < WORTH_AN_ARRAY:

@@ -217,7 +217,7 @@ def measure_recompute(on_progress: Progress = lambda text: None) -> list[Row]:
             chain = _Chain(shape)
             for tokens, split in _token_counts():
                 labels = {"hidden": hidden, "outputs": outputs, "rotated": int(rotary)}
-                place = {"tokens": tokens, "split": split, "pass": number}
+                place = {"layers": CHAIN_LAYERS, "tokens": tokens, "split": split, "pass": number}
                 rows.append(labels | place | _timing(chain.recomputing(tokens)))
     return rows
 

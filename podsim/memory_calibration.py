@@ -39,6 +39,11 @@ HANDOFF, RELAY = "handoff", "relay"
 two copies that wait for each other by way of another stream."""
 
 
+CHAIN_COLUMN = "layers"
+"""Of recompute.csv, where recomputing was timed between so many layers. Rows without it were timed
+one recomputation after the other, which leaves its weights in the cache: they go on a line."""
+
+
 def write_rows(folder: Path, part: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Leave `PART.csv` in a folder."""
     table = pd.DataFrame(rows)
@@ -69,9 +74,8 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
         fitted["transfer"], of_transfer = _fits(copies, _transfer_name, "bytes", _line)
         errors |= of_transfer
     if "recompute" in rows:
-        fitted["recompute"], of_recompute = _fits(
-            rows["recompute"], _recompute_name, "tokens", _curve
-        )
+        fit = _curve if CHAIN_COLUMN in rows["recompute"].columns else _line
+        fitted["recompute"], of_recompute = _fits(rows["recompute"], _recompute_name, "tokens", fit)
         errors |= of_recompute
     if "paged" in rows:
         fitted["paged"] = _paged(rows["paged"])

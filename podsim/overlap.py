@@ -97,6 +97,13 @@ def roughness() -> NDArray[np.float64]:
     return rows
 
 
+def longer_side() -> NDArray[np.float64]:
+    """[cells]: of the sides' time, that of the longer one; the table by waves has none of it."""
+    shares = np.array(SHARES)
+    longer = np.maximum(shares, 1 - shares)
+    return np.concatenate([np.repeat(longer, len(BUSY)), np.zeros(len(SHARES) * len(WAVES))])
+
+
 def tables(cells: NDArray[np.float64]) -> dict[str, list[list[float]]]:
     """The two tables of the cells that `table_weights` weighs."""
     parts = np.split(cells, [len(SHARES) * len(BUSY)])

@@ -155,6 +155,20 @@ def sustained_points() -> list[AttentionPoint]:
     return [*alone, *mixed]
 
 
+def duty_points() -> list[tuple[AttentionPoint, int]]:
+    """Batches, and steps of their decodes alone after each: chunks one step in 1, 2, 4 and 8.
+
+    The power limit looks at a mean: how far it lets the clock fall under chunks that come now and
+    then is not what it does under nothing but chunks.
+    """
+    batches = (((256, 1024), 32, 1024), ((512, 1024), 64, 1024), ((1024, 2048), 32, 2048))
+    return [
+        (AttentionPoint((chunk,), (context,) * decodes, f"1 in {every}"), every - 1)
+        for chunk, decodes, context in batches
+        for every in (1, 2, 4, 8)
+    ]
+
+
 def _prefill_grid() -> list[AttentionPoint]:
     chunks = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     contexts = (0, 1024, 4096, 8192, 16384, 32768, 65536, MAX_CONTEXT)

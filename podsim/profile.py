@@ -53,6 +53,9 @@ class Profile:
     clock_falls: Mapping[str, list[float]] = field(default_factory=dict)
     """`num_tokens`, and of each the `falls`: the highest clock over that of layers over so many
     tokens, minus 1. The first profiles lack them, as do those of cards that do not tell."""
+    clock_sensitivity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """How the times of matrix products (`products`) and of attention under each strategy follow the
+    clock: `row_clocks.Sensitivity`. None of those whose rows are as timed."""
     scaling: Scaling | None = None
     """None: measured. Otherwise how its costs come from those of another GPU; in no file."""
 
@@ -82,6 +85,7 @@ class Profile:
             "launch": self.launch,
             "sustained": self.sustained,
             "clock_falls": self.clock_falls,
+            "clock_sensitivity": self.clock_sensitivity,
             "attention": self.attention,
             "ops": self.ops,
         }

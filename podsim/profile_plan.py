@@ -19,6 +19,7 @@ from podsim.points import (
     NUM_STEPS,
     AttentionPoint,
     attention_points,
+    duty_points,
     graph_points,
     linear_points,
     step_points,
@@ -44,10 +45,15 @@ CEILINGS = (
 ONCE_OPS = ("embedding", "lm_head", "sampling")
 """Timed together, as a step runs them once."""
 
-KINDS = ("ceiling", "launch", "linear", "once", "attention", "step", "sustained")
+KINDS = ("ceiling", "launch", "linear", "once", "attention", "step", "sustained", "duty")
 
 SUSTAINED_ENDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.4)
 """Whole steps one after another from rest: seconds at which the windows end that are rows."""
+
+DUTY_ENDS = (0.4, 0.8, 1.6, 2.4)
+"""The same where steps with prefill have steps of decodes alone between them,"""
+DUTY_STEPS = ("mixed", "decode")
+"""of which the rows are apart."""
 
 SECONDS_PER_SEQUENCE = 0.068
 """Of the first H200 profile: 6.5 minutes for the start and 5,330 timed sequences."""
@@ -77,7 +83,9 @@ class Job:
     """Of attention and whole steps: the batch."""
     strategy: str = ""
     """Of attention and whole steps; of a ceiling its name. Rows of sustained work have the end of
-    their window there."""
+    their window there, those of a duty which of its steps too."""
+    decode_steps: int = 0
+    """Of a duty: steps of the batch's decodes alone after each step of all."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -87,11 +95,19 @@ class Job:
         if self.kind == "sustained":
             windows = (f"{end:g} s" for end in SUSTAINED_ENDS)
             return tuple(Key(self.kind, w, self.split, self.num_tokens, *texts) for w in windows)
+        if self.kind == "duty":
+            labels = [f"{step} {end:g} s" for step in self.duty_steps for end in DUTY_ENDS]
+            return tuple(Key(self.kind, w, self.split, self.num_tokens, *texts) for w in labels)
         return tuple(Key(op, self.strategy, self.split, self.num_tokens, *texts) for op in ops)
+
+    @property
+    def duty_steps(self) -> tuple[str, ...]:
+        """Which steps a duty has."""
+        return DUTY_STEPS if self.decode_steps else DUTY_STEPS[:1]
 
     def label(self, key: Key) -> str:
         """What tells its rows apart."""
-        return key.strategy if self.kind == "sustained" else key.op
+        return key.strategy if self.kind in ("sustained", "duty") else key.op
 
 
 class Turn(NamedTuple):
@@ -148,8 +164,8 @@ class Plan:
 def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     """The ceilings, then every point in each pass, in an order that mixes small and large.
 
-    The sizes of CUDA graphs that no other point has come after all that. With `quick`, one point
-    in ten of each kind, and not those.
+    The sizes of CUDA graphs that no other point has come after all that, then the duties. With
+    `quick`, one point in ten of each kind, and not those.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)
@@ -176,6 +192,10 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         for number in range(PASSES):
             for index in rng.permutation(len(sizes)):
                 turns += [Turn(job, number) for job in sizes[index]]
+        turns += [
+            Turn(Job("duty", point.split, point.num_tokens, point, decode_steps=decodes), 0)
+            for point, decodes in duty_points()
+        ]
     return Plan(tuple(turns), quick)
 
 

@@ -30,7 +30,10 @@ operations,"""
 SPREAD_FLOOR = 1e-6
 """or at most so many seconds,"""
 MOST_ROUNDS = 2
-"""or so many rounds are done."""
+"""or so many rounds are done,"""
+LONG_ROUND = 0.25
+"""or its timings together take as many seconds: then they are a mean over the ups and downs of the
+clock already, and whole steps of large models would take most of a profile's time."""
 ATTEMPTS = 2
 """A sequence with a row that cannot be believed is prepared and timed again so often in all."""
 
@@ -153,8 +156,8 @@ def _measured(job: Job, number: int, prepare: Prepare, check: Callable[[Row], st
 def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
     """Repeat a sequence until its timings are close together."""
     rounds = [sequence.round(True)]
-    once = job.kind in ("ceiling", "sustained")
-    while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds):
+    once = job.kind in ("ceiling", "sustained", "duty")
+    while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds) and not _is_long(rounds):
         rounds.append(sequence.round(False))
     clocks = [r.sm_clock for r in rounds if r.sm_clock is not None]
     fault = next((r.fault for r in rounds if r.fault), "")
@@ -186,6 +189,10 @@ def _is_close(rounds: Sequence[Round]) -> bool:
         for seconds in [[s for r in rounds for s in r.seconds[name]]]
         for low, *_, high in [quantiles(seconds, n=10)]
     )
+
+
+def _is_long(rounds: Sequence[Round]) -> bool:
+    return sum(sum(timed) for r in rounds for timed in r.seconds.values()) >= LONG_ROUND
 
 
 _SCRATCH = ".finishing"
@@ -239,8 +246,8 @@ def _both_refused(rows: Sequence[Row]) -> list[Row]:
 
 
 TIMING = (
-    "inside its layer, after 40 ms of that layer's own work on numbers drawn anew; sustained: "
-    "whole steps one after another from rest, the mean of a window; ceilings: the best of short "
-    "bursts after a pause"
+    "inside its layer, after 40 ms of that layer's own work on numbers drawn anew; sustained and "
+    "duty: whole steps one after another from rest, the mean of a window; ceilings: the best of "
+    "short bursts after a pause"
 )
 """What state of the card a profile's times are of."""

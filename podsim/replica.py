@@ -16,7 +16,7 @@ from podsim.batch import Batch, BatchShape
 from podsim.clock import At
 from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
-from podsim.latency import Heat, LatencyModel, decode_run_times
+from podsim.latency import Heat, LatencyModel
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
 from podsim.step_memory import StepMemory
@@ -52,7 +52,6 @@ class Replica:
         self.gaps = TokenGaps(log)
         self.on_finish: Callable[[Request], None] = lambda request: None
         self._heat = Heat(latency_model)
-        self._decode_run_times = decode_run_times(latency_model)
         self._outstanding_tokens = 0
         self._work_arrived = env.event()
         self._now = env.now
@@ -154,7 +153,7 @@ class Replica:
         num_steps = self._steps_with_blocks(num_steps, batch.num_decodes)
         if num_steps > 1 and self.memory is not None:
             num_steps = self.memory.most_steps(decodes, num_steps)
-        return self._decode_run_times(shape, num_steps)
+        return self._heat.decode_run_times(shape, num_steps, self._now)
 
     def _steps_with_blocks(self, num_steps: int, num_decodes: int) -> int:
         """How many of these steps find KV blocks; the first has them already."""

@@ -72,8 +72,10 @@ def _too_fast(row: Row, model: Model, gpu: Gpu, ceilings: Ceilings) -> str:
     work = None
     if row["op"] == "launch":
         least = ceilings.launch
-    elif row["op"] in ("step", "sustained"):
+    elif row["op"] in ("step", "sustained", "duty"):
         chunks, contexts = point.prefills, point.decode_contexts
+        if str(row["strategy"]).startswith("decode "):
+            chunks = ()  # of a duty
         least = step_seconds(model, gpu, ceilings, chunks, contexts, LAYER_OPS)
     else:
         work = _work(row, point, model, gpu)
@@ -110,7 +112,7 @@ def _ceiling_fault(row: Row, gpu: Gpu) -> str:
 
 
 def _too_wide(row: Row) -> str:
-    if row["op"] in ("ceiling", "sustained"):  # the best counts; the clock is meant to fall
+    if row["op"] in ("ceiling", "sustained", "duty"):  # the best counts; the clock is meant to fall
         return ""
     low, middle, high = (number(row, n) for n in ("time_p10_us", "time_us", "time_p90_us"))
     if not 0 < low <= middle <= high:

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -172,6 +172,18 @@ class Server:
         """A GPU that starts first waits for the others: that is no work, and the host's fault."""
         if self.group is not None:
             recording.gpu_seconds = self.group.least_seconds(recording.gpu_seconds)
+
+    def set_token_budget(self, token_budget: int) -> None:
+        """Serve with so many tokens in a step, no more than the engine was made for.
+
+        The host's time is to be measured again then.
+        """
+        if token_budget > self.llama.max_tokens:
+            raise InputError(
+                f"token_budget is {token_budget}: this engine was made for at most "
+                f"{self.llama.max_tokens}"
+            )
+        self.deployment = replace(self.deployment, token_budget=token_budget)
 
     def close(self) -> None:
         """Give back what torch does not know of: memory that was mapped. The server is of no use

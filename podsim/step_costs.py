@@ -9,7 +9,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
-from podsim.heat import Heats
 from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
 from podsim.metrics import STEP_KINDS, step_kinds, tokens_out
 from podsim.simulation import Result
@@ -67,8 +66,11 @@ def kernel_table(
     if not isinstance(model, ProfiledLatency) or steps.empty:
         return None
     tokens = (steps["num_prefill_tokens"] + steps["num_decodes"]).to_numpy()
+    has_prefill = steps["num_prefills"].to_numpy() > 0
     shapes, which = np.unique(
-        np.stack([tokens, tokens_out(steps, requests)], axis=1), axis=0, return_inverse=True
+        np.stack([tokens, tokens_out(steps, requests), has_prefill], axis=1),
+        axis=0,
+        return_inverse=True,
     )
     parts = {name: seconds[which.ravel()] for name, seconds in _without_attention(model, shapes)}
     if result.memory:
@@ -101,9 +103,14 @@ def _warmth(
     replicas, starts = steps["replica"].to_numpy(), steps["start"].to_numpy()
     prefills, durations = steps["num_prefills"].to_numpy() > 0, steps["duration"].to_numpy()
     for replica in np.unique(replicas):
-        heats, time = Heats(), 0.0
-        for i in np.flatnonzero((replicas == replica) & prefills).tolist():
-            heats = warming.worked(heats, 0.0, starts[i] - time)
+        heats, time = warming.at_rest, 0.0
+        for i in np.flatnonzero(replicas == replica).tolist():
+            if not prefills[i]:
+                now = warming.rested(heats, starts[i] - time)
+                added = model.matrix_seconds(int(tokens[i])) * warming.added(now, durations[i])
+                found[i] = in_layers[i] / (in_layers[i] - added)
+                continue
+            heats = warming.rested(heats, starts[i] - time)
             for _ in range(3):  # the load is that of the layers without the factor
                 load = model.load(int(tokens[i]), in_layers[i] / found[i])
                 drive = load * model.clock_fall(int(tokens[i]))
@@ -126,13 +133,17 @@ def _held_up(result: Result, steps: pd.DataFrame) -> Floats:
 def _without_attention(
     model: ProfiledLatency, shapes: NDArray[np.int64]
 ) -> list[tuple[str, Floats]]:
-    """Seconds of each operation but attention for rows of (tokens, tokens that come out).
+    """Seconds of each operation but attention for rows of (tokens, tokens out, has prefill).
 
     The latency model's own sums, shared out by the measured times of the operations in them.
     """
+    batches = [
+        BatchShape.of([(n, n)]) if has_prefill else BatchShape.of_decodes(n, n, 1)
+        for n, _, has_prefill in shapes.tolist()
+    ]
     sums = [
-        asdict(model.breakdown(BatchShape.of([(n, n)])._replace(num_sampled=m)))
-        for n, m in shapes.tolist()
+        asdict(model.breakdown(batch._replace(num_sampled=m)))
+        for batch, m in zip(batches, shapes[:, 1].tolist(), strict=True)
     ]
     layers = np.array([row["layers"] for row in sums])
     once = np.array([row["once"] for row in sums])

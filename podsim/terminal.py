@@ -333,13 +333,21 @@ def _errors(of: str, errors: Mapping[str, Mapping[str, float]]) -> Table:
     for name in ("kernel", "points", "median", "P90", "worst", "bias"):
         is_kernel = name == "kernel"
         table.add_column(name, justify="left" if is_kernel else "right", no_wrap=is_kernel)
+    has_timed = any("median_as_timed" in error for error in errors.values())
+    if has_timed:
+        table.add_column("as timed", justify="right")
     has_worst = any("worst_batch" in error for error in errors.values())
     if has_worst:
         table.add_column("worst batch")
     for kernel, error in errors.items():
         cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
-        worst = [str(error["worst_batch"])] if has_worst else []
-        table.add_row(kernel, f"{error['points']:.0f}", *cells, f"{error['bias']:+.1%}", *worst)
+        cells.append(f"{error['bias']:+.1%}")
+        if has_timed:
+            timed = [error.get(f"{name}_as_timed") for name in ("median", "p90")]
+            cells.append(" / ".join(f"{part:.1%}" for part in timed if part is not None))
+        if has_worst:
+            cells.append(str(error["worst_batch"]))
+        table.add_row(kernel, f"{error['points']:.0f}", *cells)
     return table
 
 

@@ -31,9 +31,9 @@ from podsim.batch import BatchShape, PrefillShape
 from podsim.cli import app
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
-from podsim.fitting import fit_heating
 from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
+from podsim.heat_fitting import SustainedRun, fit_heating
 from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import LAYER_OPS, ConstantLatency, Heat, ProfiledLatency, op_seconds
 from podsim.model import Model, model_named
@@ -348,7 +348,8 @@ def test_what_lies_outside_the_measured_range_is_counted() -> None:
 
 
 def test_layer_times_follow_the_table() -> None:
-    at_rest = replace(PROFILE, sustained={**PROFILE.sustained, "slowdown": 0.0})
+    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0}
+    at_rest = replace(PROFILE, sustained=nothing_more)
     latency = ProfiledLatency(at_rest, LLAMA, "serial")
     expected = sum(
         count * float(op_seconds(PROFILE.ops[op], 512)) for op, count in LAYER_OPS.items()
@@ -372,7 +373,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     without = calibration.refit(tmp_path)
     assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
-    # Every other batch to fit on, each taking what its parts take and 20 % of its load more.
+    # Every other batch to fit on, each taking what its parts take, 20 % times the square of the
+    # matrix products' share more, and 5 us a layer times the square of the rest.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
     to_fit_on = set(batches[::2])
     for index, row in table[table["op"] == "step"].iterrows():
@@ -380,13 +382,15 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         latency = ProfiledLatency(without, LLAMA, row["strategy"])
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
-        load = latency.matrix_load(shape.num_tokens, layers)
-        table.loc[index, "time_us"] = (layers * (1 + 0.2 * load) + parts.once) * 1e6
+        share = latency.matrix_share(shape.num_tokens, layers)
+        gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
+        table.loc[index, "time_us"] = (layers * (1 + 0.2 * share**2) + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
             table.loc[index, "split"] = "grid"
     table.to_csv(tmp_path / "measurements.csv", index=False)
     fitted = calibration.refit(tmp_path)
     assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
+    assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-3)
     assert fitted.sustained["steps"] > 20
     for strategy in STRATEGIES:
         assert fitted.errors[f"step {strategy}"]["worst"] <= 2e-4
@@ -395,7 +399,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     slowed, parts = (ProfiledLatency(profile, LLAMA, "pod") for profile in (fitted, without))
     assert 1.08 < slowed.step_time(prompt) / parts.step_time(prompt) < 1.2
     decodes = BatchShape.of((), [2048] * 16)
-    assert slowed.step_time(decodes) == pytest.approx(parts.step_time(decodes), rel=2e-3)
+    longer = parts.step_time(decodes) + 5e-6 * LLAMA.num_layers
+    assert slowed.step_time(decodes) == pytest.approx(longer, rel=5e-3)
 
 
 def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:
@@ -498,8 +503,16 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
     assert seconds == pytest.approx(at(drive, drive), rel=1e-3)  # a long row
     assert at(0.0, 0.0) < 0.9 * latency.step_time(prompt) < 0.9 * seconds
     assert at(drive, 0.0) == pytest.approx(latency.step_time(prompt), rel=2e-3)  # as it is timed
-    decode = BatchShape.of([], [100])
-    assert heat.step_time(decode, time) == latency.step_time(decode)  # waits for the memory
+    decode = BatchShape.of([], [100] * 64)
+    cold = latency.step_time(decode)
+    moments = np.linspace(0, cold, 1001)  # its matrix products feel what is left of the heats
+    left = 0.9 * fast * np.exp(-moments / 0.06) + 0.3 * slow * np.exp(-moments / 1.2)
+    hot = cold + latency.matrix_seconds(64) * float(left.mean())
+    assert heat.step_time(decode, time) == pytest.approx(hot, rel=1e-4)
+    assert 1.01 < hot / cold < 1.1
+    assert heat.step_time(decode, time + 100.0) == pytest.approx(cold, rel=1e-9)
+    one_by_one = heat.decode_run_times(decode, 1, time)
+    assert heat.decode_run_times(decode, 3, time)[:1] == one_by_one
     rested = at(fast * math.exp(-1), slow * math.exp(-0.06 / 1.2))
     assert heat.step_time(prompt, time + 0.06) == pytest.approx(rested, rel=1e-4)
     assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0, 0.0), rel=1e-4)
@@ -530,5 +543,34 @@ def test_heating_is_found_from_rows_of_steps() -> None:
             fast, slow = (drive * (1 - np.exp(-moments / tau)) for tau in (0.06, 1.2))
             slower = 1 + load * (0.9 * fast + 0.3 * slow)
             means[i, j] = at_rest[i] * np.trapezoid(slower, moments) / (end - start)
-    found = fit_heating(ends, loads, drives, means)
-    assert astuple(found) == pytest.approx(astuple(WARMING), rel=1e-3)
+    runs = [
+        SustainedRun(f"batch {i}", loads[i], drives[i], ends.tolist(), means[i].tolist())
+        for i in range(3)
+    ]
+    assert astuple(fit_heating(runs)) == pytest.approx(astuple(WARMING), rel=2e-3)
+
+
+def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
+    """Steps of 20 ms at rest, one in 1, 2, 4 and 8; the others are decodes of 10 ms."""
+    true = replace(WARMING, headroom=0.1)
+    load, drive, ends = 0.8, 0.3, (0.4, 0.8, 1.6, 2.4)
+    runs = []
+    for every in (1, 2, 4, 8):
+        heats, time = true.at_rest, 0.0
+        sums: list[list[float]] = [[], [], [], []]
+        while time < ends[-1]:
+            at_start = 0.02 * (1 + 0.9 * load * drive)
+            seconds = at_start * true.factor(load, drive, heats, 0.02)
+            heats = true.rested(true.worked(heats, drive, seconds), 0.01 * (every - 1))
+            time += seconds
+            if time < ends[-1]:
+                sums[int(np.searchsorted(ends, time))].append(seconds)
+            time += 0.01 * (every - 1)
+        means = [float(np.mean(window)) for window in sums]
+        runs.append(SustainedRun("a", load, drive, ends, means, 0.01 * (every - 1)))
+    assert runs[-1].seconds[-1] == pytest.approx(0.02, rel=1e-3), "the mean power is too low"
+    assert runs[0].seconds[-1] > 1.2 * runs[-1].seconds[-1]
+    found = fit_heating(runs)
+    # The fit clips a heat at each moment, a step its mean.
+    assert found.headroom == pytest.approx(0.1, rel=0.2)
+    assert found.heating == pytest.approx(0.9, rel=0.15)

@@ -69,6 +69,8 @@ JOBS = [
     *(Job("attention", "grid", MIXED.num_tokens, MIXED, name) for name in STRATEGIES),
     *(Job("step", "grid", MIXED.num_tokens, MIXED, name) for name in ("pod",)),
     Job("sustained", "sustained", MIXED.num_tokens, MIXED),
+    Job("duty", "1 in 1", MIXED.num_tokens, MIXED),
+    Job("duty", "1 in 3", MIXED.num_tokens, MIXED, decode_steps=2),
 ]
 
 
@@ -79,19 +81,29 @@ def test_every_kind_of_job_gives_a_time_for_each_of_its_rows(bench: Any) -> None
         for first in (True, False):
             measured = sequence.round(first)
             assert set(measured.seconds) == {job.label(key) for key in job.keys}, job
-            enough = {"sustained": 2, "step": 5}.get(job.kind, 11)
+            enough = {"sustained": 2, "duty": 2, "step": 5}.get(job.kind, 11)
             assert all(len(times) >= enough for times in measured.seconds.values())
         assert (sequence.work is None) == (job.kind != "ceiling")
-        if job.kind not in ("ceiling", "sustained"):
+        if job.kind not in ("ceiling", "sustained", "duty"):
             assert measured.sm_clock == 1.7e9
+
+
+def test_a_round_of_long_sequences_has_fewer_repeats() -> None:
+    from podsim.measure import FEWEST_REPEATS, repeats_of
+
+    assert [repeats_of(once, 5) for once in (1e-5, 0.05, 0.051, 0.08, 0.1, 0.3, 2.0)] == [
+        *(5, 5, 5, 4),
+        *(FEWEST_REPEATS,) * 3,
+    ]
 
 
 def test_a_window_has_the_mean_of_the_steps_that_end_in_it() -> None:
     from podsim.measure import windows
+    from podsim.profile_plan import SUSTAINED_ENDS
 
     # Steps of 20 ms, from 0.05 s on of 30 ms; one of a second stands for the last windows.
     ends = [0.0, 0.02, 0.04, 0.06, 0.09, 0.12, 1.12]
-    means = {name: seconds[0] for name, seconds in windows(ends).items()}
+    means = {name: seconds[0] for name, seconds in windows(ends, SUSTAINED_ENDS).items()}
     assert means == pytest.approx(
         {
             "0.05 s": 0.02,
@@ -103,6 +115,21 @@ def test_a_window_has_the_mean_of_the_steps_that_end_in_it() -> None:
             "2.4 s": 1.0,
         }
     )
+
+
+def test_the_steps_of_a_duty_have_means_of_their_own() -> None:
+    from podsim.measure import windows
+
+    # A step with prefill of 30 ms, then two of decodes of 10 ms, again and again.
+    ends = [0.0, 0.03, 0.04, 0.05, 0.08, 0.09, 0.1, 0.16, 0.17, 0.18]
+    assert windows(ends, (0.1, 0.2), (0,), 3) == {
+        "0.1 s": pytest.approx([0.03, 0.03]),
+        "0.2 s": pytest.approx([0.06, 0.06]),
+    }
+    assert windows(ends, (0.1, 0.2), (1, 2), 3) == {
+        "0.1 s": pytest.approx([0.01, 0.01]),
+        "0.2 s": pytest.approx([0.01, 0.01]),
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its fakes are for machines without a GPU")

@@ -25,7 +25,8 @@ LAYERS = [
     {"roofline", "scaling"},
     {"profile", "points", "attention_features", "unified_features", "overlap", "attention_model"},
     {"collectives", "latency", "paged_latency"},
-    {"fitting", "held_out", "fit_plots", "calibration", "collective_calibration"},
+    {"fitting", "heat_fitting", "held_out", "row_clocks"},
+    {"fit_plots", "calibration", "collective_calibration"},
     {"layer_predictions", "memory_calibration"},
     {
         "row_checks",

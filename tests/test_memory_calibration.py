@@ -24,7 +24,7 @@ from podsim.layer_predictions import (
     split_error,
 )
 from podsim.memory_calibration import fit_folder, fit_line, write_rows
-from podsim.memory_costs import APIS, MemoryCosts, find_memory_costs, read_memory_costs
+from podsim.memory_costs import APIS, Curve, Line, MemoryCosts, find_memory_costs, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 from podsim.simulation import simulate
 from podsim.workload import Trace
@@ -174,8 +174,8 @@ def test_transfers_and_recomputation(costs: MemoryCosts) -> None:
 def test_a_curve_is_straight_between_what_was_measured(folder: Path) -> None:
     """From 64 tokens on 4 per microsecond, with a noisy dip at 96; then 2 at 2048 and beyond."""
     rows = [
-        {"hidden": 64, "outputs": 128, "rotated": 0, "tokens": tokens, "split": split}
-        | {"pass": 0, "time_us": time}
+        {"hidden": 64, "outputs": 128, "rotated": 0, "layers": 6, "tokens": tokens}
+        | {"split": split, "pass": 0, "time_us": time}
         for tokens, split, time in (
             *((64, "grid", 16.0), (96, "grid", 15.0), (128, "grid", 32.0), (2048, "grid", 512.0)),
             *((4096, "grid", 1536.0), (100, "held_out", 18.0)),
@@ -191,6 +191,23 @@ def test_a_curve_is_straight_between_what_was_measured(folder: Path) -> None:
         middle = (begin + min(end, 9000)) / 2
         assert line.fixed + line.per_unit * middle == pytest.approx(again.at(middle))
     assert read_memory_costs(folder, "costs").recompute_costs(64, 128, rotated=False) == again
+
+
+def test_recomputing_that_was_timed_on_its_own_goes_on_a_line(folder: Path) -> None:
+    """The same times, between layers and without: then 10 us and 0.1 us a token."""
+    rows = recompute_rows()
+    for row in rows:
+        row["time_us"] = 10 + 0.1 * int(str(row["tokens"]))
+    write_rows(folder, "recompute", rows)
+    alone = fit_folder(folder, "h200", {}).recompute_costs(4096, 8192, rotated=True)
+    assert isinstance(alone, Line)
+    assert (alone.fixed, alone.per_unit) == (pytest.approx(10e-6), pytest.approx(0.1e-6))
+    write_rows(folder, "recompute", [row | {"layers": 6} for row in rows])
+    between = fit_folder(folder, "h200", {}).recompute_costs(4096, 8192, rotated=True)
+    assert isinstance(between, Curve)
+    assert between.units == (64, 4096, 65536)
+    for tokens in (64, 4096, 10_000, 65536):
+        assert between.at(tokens) == pytest.approx(alone.at(tokens))
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,29 @@ from pathlib import Path
 import memory_figure
 import pandas as pd
 import pytest
-from memory_table import filled, judged, layers_summary, same_tokens_table, tables
+from memory_table import calls_table, filled, judged, layers_summary, served_tables, tables
 
 from podsim.layer_predictions import RESIDENT, predicted_layer
 from podsim.memory_costs import find_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
+SAME_TOKENS = ROOT / "benchmarks" / "memory" / "h200-same-tokens.csv"
 
 
 def test_the_page_shows_what_the_rows_say() -> None:
     page = (ROOT / "docs" / "memory.md").read_text()
     for name, table in tables(ROOT / "profiles" / "h200" / "memory").items():
         assert table in page, f"python benchmarks/memory_table.py has another table of {name}"
+
+
+def test_the_page_shows_what_was_served_over_each_kind_of_memory() -> None:
+    page = (ROOT / "docs" / "memory.md").read_text()
+    for name, table in served_tables(SAME_TOKENS).items():
+        assert table in page, f"python benchmarks/memory_table.py has another table of {name}"
+    rows = pd.read_csv(SAME_TOKENS)
+    assert not rows["tokens differing"].any()
+    assert set(rows["same sign"]) == {"yes"}
 
 
 def test_a_table_takes_the_place_of_the_one_with_its_header() -> None:
@@ -33,12 +43,19 @@ def test_a_table_takes_the_place_of_the_one_with_its_header() -> None:
         filled(page, "| c |\n| --- |\n| 5 |")
 
 
-def test_the_page_shows_what_was_served_over_each_kind_of_memory() -> None:
-    page = (ROOT / "docs" / "memory.md").read_text()
-    rows = pd.read_csv(ROOT / "benchmarks" / "memory" / "h200-same-tokens.csv")
-    assert same_tokens_table(rows) in page
-    assert not rows["tokens differing"].any()
-    assert set(rows["same sign"]) == {"yes"}
+def test_calls_are_counted_by_thread_and_sampling() -> None:
+    """Two page-groups in a step, the second of which waits 2 ms; one beside it."""
+    columns = ["kv", "sampling", "thread", "api", "seconds"]
+    rows = [("main", "map", 3e-6), ("main", "set_access", 40e-6), ("main", "map", 5e-6)]
+    rows += [("main", "set_access", 2e-3), ("main", "step", 2.2e-3)]
+    rows += [("background", "map", 4e-6), ("background", "set_access", 50e-6)]
+    calls = pd.DataFrame([("vattention", "none", *row) for row in rows], columns=columns)
+    other = calls.assign(kv="sliced", seconds=1.0)
+    lines = calls_table(pd.concat([calls, other])).splitlines()[2:]
+    assert lines == [
+        "| main thread, sampling none | 2 | 4.0 | 1020.0 | 1020.0 | 1, 2 ms |",
+        "| background thread, sampling none | 1 | 4.0 | 50.0 | 50.0 | 0, 0 ms |",
+    ]
 
 
 def test_the_page_names_what_calls_take_in_a_loop() -> None:
@@ -54,6 +71,26 @@ def test_the_page_names_what_calls_take_in_a_loop() -> None:
     assert seconds["idle", 2, 1] == pytest.approx(33.1e-6, abs=5e-8)
     assert seconds["idle", 8, 1] == pytest.approx(33.8e-6, abs=5e-8)
     assert costs.interference[str(2 * 2**20)] == pytest.approx(0.004, abs=5e-4)
+
+
+def test_the_page_names_what_growth_takes() -> None:
+    """Of blocks in 64 tensors of page-groups of 2 MB, and of Yi-34B's in 120."""
+    costs = find_memory_costs("h200")
+    idle, busy = (costs.mapping_costs(2 * 2**20, state) for state in ("idle", "busy"))
+    assert idle.map_seconds(1, 1) == pytest.approx(56.6e-6, abs=5e-8)
+    assert idle.map_seconds(64, 1) == pytest.approx(3.62e-3, abs=5e-6)
+    assert idle.map_seconds(120, 1) == pytest.approx(6.8e-3, abs=5e-5)
+    assert replace(idle, growth=None).map_seconds(120, 1) == pytest.approx(4.0e-3, abs=5e-5)
+    assert busy.map_seconds(64, 1) == pytest.approx(3.84e-3, abs=5e-6)
+
+    rows = pd.read_csv(ROOT / "profiles" / "h200" / "memory" / "growth.csv")
+    rows = rows[(rows["page_group"] == 2 * 2**20) & (rows["page_groups"] == 64)]
+    us = rows["time_us"] / 64
+    alone = us[(rows["thread"] == "main") & (rows["beside"] == "nothing")]
+    assert alone.mean() == pytest.approx(47.1, abs=0.05)
+    by = us.groupby([rows["thread"], rows["first"]]).mean().round(1)
+    assert (by["main", True], by["main", False]) == (50.5, 49.9)
+    assert (by["background", True], by["background", False]) == (61.0, 52.3)
 
 
 def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from podsim.profile_checks import check_profile
 from podsim.profile_extend import reopen
 from podsim.profile_journal import JOURNAL_FILE
 from podsim.profile_plan import CEILINGS, Job, Key, Plan, Turn, plan_profile
-from podsim.profile_run import MOST_ROUNDS, Round, run_profile
+from podsim.profile_run import LONG_ROUND, MOST_ROUNDS, Round, run_profile
 from podsim.roofline import Ceilings, attention_work, op_work, step_seconds
 
 MODEL, GPU = model_named("llama-3-8b"), gpu_named("h200")
@@ -151,8 +151,12 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     while plan.turns[num].job.kind == "sustained":
         num += 1
     assert num == len(CEILINGS) + len(sustained_points())
+    duties = [turn.job for turn in plan.turns if turn.job.kind == "duty"]
+    assert [turn.job for turn in plan.turns[-len(duties) :]] == duties
+    assert {job.split for job in duties} == {"1 in 1", "1 in 2", "1 in 4", "1 in 8"}
     first, second = (
-        [turn.job for turn in plan.turns[num:] if turn.number == number] for number in (0, 1)
+        [turn.job for turn in plan.turns[num : -len(duties)] if turn.number == number]
+        for number in (0, 1)
     )
     assert first != second
     assert set(first) == set(second)
@@ -175,7 +179,7 @@ def test_a_measured_profile_passes_its_own_check(whole: Path) -> None:
     assert profile.provenance["quick"] is True
     assert profile.provenance["refused_rows"] == 0
     assert profile.provenance["ceilings"]["read_bandwidth"] == pytest.approx(4.4e12, rel=0.01)
-    assert set(profile.provenance["wall_seconds"]) == set(PLAN.counts())
+    assert set(profile.provenance["wall_seconds"]) == set(PLAN.counts()) - {"duty"}
     rows = pd.read_csv(whole / "measurements.csv", keep_default_na=False)
     assert (rows["sm_clock_mhz"] == 1755).all()
     assert len(rows) == len(list(PLAN.rows()))
@@ -293,7 +297,7 @@ def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
     assert set(graph_sizes(8192)) <= planned
     late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
     first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
-    assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once"}
+    assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once", "duty"}
 
 
 def few_turns(kind: str, count: int = 1) -> Plan:
@@ -316,10 +320,18 @@ def measured_rows(folder: Path, gpu: FakeGpu, plan: Plan) -> pd.DataFrame:
 
 def test_a_quiet_sequence_runs_one_round_and_a_noisy_one_until_the_cap(tmp_path: Path) -> None:
     quiet = measured_rows(tmp_path / "quiet", FakeGpu(scatter=0.01), few_turns("attention"))
-    noisy = measured_rows(tmp_path / "noisy", FakeGpu(scatter=0.2), few_turns("step"))
+    noisy = measured_rows(tmp_path / "noisy", FakeGpu(scatter=0.2), few_turns("attention"))
     assert quiet["repeats"].tolist() == [11]
     assert noisy["repeats"].tolist() == [11 * MOST_ROUNDS]
     assert noisy["refused"].tolist() == [""]
+
+
+def test_a_round_of_long_steps_is_enough(tmp_path: Path) -> None:
+    plan = few_turns("step")
+    (key,) = plan.turns[-1].job.keys
+    slower = 1.1 * LONG_ROUND / 11 / true_seconds(plan.turns[-1].job, key)
+    gpu = FakeGpu(scatter=0.2, change=lambda job, times: slower if job.kind == "step" else 1.0)
+    assert measured_rows(tmp_path / "long", gpu, plan)["repeats"].tolist() == [11]
 
 
 def test_a_row_faster_than_the_machine_is_timed_again_then_refused(tmp_path: Path) -> None:

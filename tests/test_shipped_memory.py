@@ -52,7 +52,7 @@ def leaves(content: object, path: str = "") -> Iterator[tuple[str, object]]:
 def test_it_is_said_where_they_come_from(folder: Path) -> None:
     provenance = find_memory_costs(folder.parent.name).provenance
     assert set(provenance) == {part for part in COLUMNS if (folder / f"{part}.csv").is_file()}
-    assert set(provenance) >= set(COLUMNS) - {"growth"}
+    assert set(provenance) == set(COLUMNS)
     for part, facts in provenance.items():
         assert isinstance(facts, dict)
         for fact in ("device_name", "driver", "power_limit", "torch", "cuda", "date"):

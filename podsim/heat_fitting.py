@@ -1,0 +1,95 @@
+"""Fits how matrix work slows later steps down (`podsim.heat`) to steps timed from rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from podsim.heat import Warming
+
+Floats = NDArray[np.float64]
+
+SLOW_FROM = 0.3
+"""Seconds: the time constant of the fast heat is below it, that of the slow one above."""
+CELL = 0.002
+"""Seconds in which a heat is taken to move in a straight line."""
+FIRST_GUESS = (0.2, 0.05, 0.05, 1.0, 0.05)
+LEAST = (0.0, 0.005, 0.0, SLOW_FROM, 0.0)
+MOST = (10.0, SLOW_FROM, 10.0, 10.0, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SustainedRun:
+    """Equal steps with prefill one after another from rest, or with decodes alone between them."""
+
+    batch: str
+    """Runs of one batch take the same time after a rest; they stand side by side."""
+    load: float
+    drive: float
+    ends: Sequence[float]
+    """Seconds at which windows end, the first of which begins with the run."""
+    seconds: Sequence[float]
+    """Mean step with prefill of each window."""
+    between: float = 0.0
+    """Seconds of steps of decodes alone after each."""
+
+    def share(self, cells: Floats) -> Floats:
+        """Of cells of CELL seconds from the run's start, how much steps with prefill take."""
+        step = float(np.mean(self.seconds))
+        each = step + self.between
+
+        def worked(time: Floats) -> Floats:
+            return np.asarray(np.floor(time / each) * step + np.minimum(time % each, step))
+
+        return (worked(cells + CELL) - worked(cells)) / CELL
+
+
+def fit_heating(runs: Sequence[SustainedRun]) -> Warming:
+    """What heats add to a step, their time constants, the headroom: least squares of logarithms.
+
+    Without runs that have decodes between their steps nothing tells the headroom: it is 0 then.
+    """
+    from scipy.optimize import least_squares  # takes half a second to load, and only fits need it
+
+    free = 5 if any(run.between for run in runs) else 4
+    batches = [list(some) for _, some in groupby(runs, key=lambda run: run.batch)]
+
+    def residuals(parameters: Floats) -> Floats:
+        warming = Warming(*parameters.tolist())
+        found = []
+        for batch in batches:
+            at_rest = [np.log(run.seconds) - np.log(slowdowns(run, warming)) for run in batch]
+            logs = np.concatenate(at_rest)
+            found.append(logs - logs.mean())
+        return np.concatenate(found)
+
+    bounds = (LEAST[:free], MOST[:free])
+    found = least_squares(residuals, FIRST_GUESS[:free], bounds=bounds)
+    return Warming(*(float(value) for value in found.x))
+
+
+def slowdowns(run: SustainedRun, warming: Warming) -> Floats:
+    """Of a run's windows: the mean time of its steps' layers over that after a long rest."""
+    cells = np.arange(round(run.ends[-1] / CELL), dtype=np.float64) * CELL
+    share = run.share(cells)
+    drives = share * run.drive - (1 - share) * warming.headroom
+    added = warming.heating * _heats(drives, warming.seconds, warming)
+    added += warming.slow_heating * _heats(drives, warming.slow_seconds, warming)
+    window = np.searchsorted(run.ends, cells + CELL / 2)
+    weights = np.bincount(window, share, len(run.ends))
+    return np.asarray(1 + run.load * np.bincount(window, share * added, len(run.ends)) / weights)
+
+
+def _heats(drives: Floats, tau: float, warming: Warming) -> Floats:
+    """Of each cell its heat, as far as it slows steps down: see `Warming.factor`."""
+    from scipy.signal import lfilter
+
+    kept = np.exp(-CELL / tau)
+    start = warming.at_rest.fast
+    ends, _ = lfilter([1 - kept], [1, -kept], drives, zi=[kept * start])
+    starts = np.concatenate([[start], ends[:-1]])
+    return np.asarray(np.maximum((starts + ends) / 2, 0.0))
