@@ -36,11 +36,11 @@ def predicted_layer(
 
 
 def predicted_split(
-    costs: MemoryCosts, model: str, batch: int, context: int, schedule: str, compute: float = 0.0
+    costs: MemoryCosts, model: str, batch: int, context: int, schedule: str, num_layers: int = 1
 ) -> int:
-    """Tokens of each request to recompute, of a layer that takes `compute` seconds besides."""
-    layer = predicted_layer(costs, SHAPES[model], batch * context, compute, schedule)
-    return round(layer.best_split(1, schedule) / batch)
+    """Tokens of each request to recompute, in layers that compute nothing besides."""
+    layer = predicted_layer(costs, SHAPES[model], batch * context, 0.0, schedule)
+    return round(layer.best_split(num_layers, schedule) / batch)
 
 
 def judge_layers(costs: MemoryCosts, rows: pd.DataFrame) -> dict[str, dict[str, float]]:

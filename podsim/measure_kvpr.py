@@ -28,7 +28,8 @@ MOST_TOKENS = 131072
 FRACTIONS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)
 """Splits that are timed, of the predicted one,"""
 OF_CONTEXT = (0.1, 0.25, 0.5, 0.75)
-"""and of the context, whatever is predicted."""
+"""and of the context, whatever is predicted: in a row, where what a layer waits for changes by the
+split. In a column it waits for its weights, and the times are straight."""
 PASSES = 2
 REPEATS = 3
 LEAD_CYCLES = 20_000_000
@@ -85,7 +86,8 @@ def _measure_point(point: Point, schedule: str, host: HostBuffers, predicted: in
         host=host,
         weights_on_host=schedule == "column",
     )
-    splits = splits_around(predicted, point.context)
+    of_context = OF_CONTEXT if schedule == "row" else ()
+    splits = splits_around(predicted, point.context, of_context)
     _check(layers, splits, schedule)
     chains: dict[int, Callable[[], object]] = {RESIDENT: layers.resident}
     chains |= {split: partial(layers.offloaded, split, schedule) for split in splits}
@@ -100,10 +102,12 @@ def _measure_point(point: Point, schedule: str, host: HostBuffers, predicted: in
     return rows
 
 
-def splits_around(predicted: int, context: int) -> list[int]:
-    """Nothing, everything, what lies around the predicted split, and between, in whole tokens."""
+def splits_around(predicted: int, context: int, of_context: Sequence[float] = ()) -> list[int]:
+    """Nothing, everything, what lies around the predicted split, and parts of the context, in whole
+    tokens.
+    """
     near = {round(fraction * predicted) for fraction in FRACTIONS}
-    near |= {round(fraction * context) for fraction in OF_CONTEXT}
+    near |= {round(fraction * context) for fraction in of_context}
     return sorted({0, context, *(split for split in near if 0 < split < context)})
 
 

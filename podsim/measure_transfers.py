@@ -32,7 +32,8 @@ PASSES = 3
 REPEATS = 7
 HANDOFFS = 64
 LEAD_CYCLES = 4_000_000
-"""About two milliseconds that the GPU sleeps while the host queues."""
+"""About two milliseconds that the GPU sleeps while the host queues a copy; two of them while it
+queues layers, and five copies and kernels in turn."""
 
 Row = dict[str, object]
 Progress = Callable[[str], None]
@@ -152,7 +153,7 @@ def _handoff_rows(number: int) -> Iterator[Row]:
                     work()
 
     def seconds(run: Callable[[], None]) -> float:
-        return median(_queued(run, streams) / HANDOFFS for _ in range(REPEATS))
+        return median(_queued(run, streams, leads=5) / HANDOFFS for _ in range(REPEATS))
 
     copies = seconds(partial(alone, copy))
     with_kernels = seconds(partial(in_turn, kernel)) - copies - seconds(partial(alone, kernel))
@@ -163,11 +164,11 @@ def _handoff_rows(number: int) -> Iterator[Row]:
         yield labels | place | {"time_us": max(lost, 1e-9) * 1e6, "repeats": REPEATS}
 
 
-def _queued(run: Callable[[], None], streams: Sequence[torch.cuda.Stream]) -> float:
+def _queued(run: Callable[[], None], streams: Sequence[torch.cuda.Stream], leads: int) -> float:
     """Seconds of what `run` queues on two streams, all of it before it begins."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(5 * LEAD_CYCLES)
+    torch.cuda._sleep(leads * LEAD_CYCLES)
     start.record()
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -259,11 +260,12 @@ class _Chain:
         with_it = partial(self._layers, partial(made, x, kv))
         for run in (alone, with_it):
             run()
-        seconds = [
-            _queued(with_it, [self.copying]) - _queued(alone, [self.copying])
-            for _ in range(REPEATS)
-        ]
-        return [max(each / CHAIN_LAYERS, 1e-9) for each in seconds]
+
+        def seconds(run: Callable[[], None]) -> float:
+            return _queued(run, [self.copying], leads=2)
+
+        longer = [seconds(with_it) - seconds(alone) for _ in range(REPEATS)]
+        return [max(each / CHAIN_LAYERS, 1e-9) for each in longer]
 
     def _layers(self, recompute: Callable[[], None] | None) -> None:
         stream = torch.cuda.current_stream()

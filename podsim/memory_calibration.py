@@ -50,6 +50,19 @@ def write_rows(folder: Path, part: str, rows: Sequence[Mapping[str, object]]) ->
     _write(folder / f"{part}.csv", table.to_csv(index=False, float_format="%.4f"))
 
 
+def with_more_passes(
+    folder: Path, part: str, rows: Sequence[Mapping[str, object]]
+) -> list[dict[str, object]]:
+    """Rows of a part that are in the folder, and these, their passes numbered on.
+
+    Raises InputError, naming file and column, if the folder's cannot be read.
+    """
+    kept = _read(folder, part)
+    first = int(kept["pass"].max()) + 1
+    more = [{**row, "pass": first + int(str(row["pass"]))} for row in rows]
+    return [*({str(name): row[name] for name in row} for row in kept.to_dict("records")), *more]
+
+
 def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> MemoryCosts:
     """Fit all parts whose rows are in a folder, and leave memory.json there.
 

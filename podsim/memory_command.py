@@ -29,6 +29,9 @@ def profile_memory_command(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the rows and costs; parts are added to it.")
     ] = None,
+    more: Annotated[
+        bool, typer.Option("--more", help="Keep the passes of growth that are there, and add some.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time what memory systems cost on this machine's GPU: mapping, transfers, recomputation, and
@@ -50,11 +53,18 @@ def profile_memory_command(
         if part not in COLUMNS:
             expected = ", ".join((*COLUMNS, "fit"))
             raise InputError(f"part is '{part}', expected one of: {expected}")
+        if more and part != "growth":
+            raise InputError(f"--more adds passes of growth; {part} is measured as a whole")
+        if more and part not in provenance:
+            raise InputError(f"{folder}: no growth that --more could add passes to")
         rows = _measured(part, known, old)
+        if more:
+            rows = memory_calibration.with_more_passes(folder, part, rows)
         memory_calibration.write_rows(folder, part, rows)
-        machine = _machine(f"podsim profile-memory {part} --gpu {gpu}")
+        machine = _machine(f"podsim profile-memory {part} --gpu {gpu}{' --more' * more}")
         kernels = {"kernels_sha256": kernels_hash()} if part == "paged" else {}
-        provenance[part] = machine | kernels
+        before = {"before": provenance[part]} if more else {}
+        provenance[part] = machine | kernels | before
     costs = memory_calibration.fit_folder(folder, gpu, provenance)
     if as_json:
         typer.echo(report.to_json(costs.description()), nl=False)
@@ -96,8 +106,9 @@ def _measured(part: str, gpu: Gpu, old: MemoryCosts | None) -> list[dict[str, ob
         raise InputError(f"{part} needs predictions: measure transfer and recompute first")
     schedule = "column" if part == "layers-column" else "row"
 
-    def predict(*point: Any) -> int:
-        return layer_predictions.predicted_split(old, *point)
+    def predict(model: str, batch: int, context: int, schedule: str) -> int:
+        layers = measure_kvpr.NUM_LAYERS
+        return layer_predictions.predicted_split(old, model, batch, context, schedule, layers)
 
     return measure_kvpr.measure(schedule, predict, _tell)
 

@@ -213,6 +213,24 @@ def test_growth_leaves_rows_and_costs_beside_those_of_mapping(
         growth = costs.mapping_costs(size, state).growth
         assert growth is not None
         assert costs.mapping_costs(size, state).map_seconds(4, 1) == growth.at(4) > 0
+    run("growth", "--more", "--out", tmp_path)
+    more = pd.read_csv(tmp_path / "growth.csv")
+    pd.testing.assert_frame_equal(more[: len(rows)], rows)
+    assert more["pass"].tolist() == [*rows["pass"], *(rows["pass"] + measure_growth.PASSES)]
+    assert read_memory_costs(tmp_path, "costs").provenance["growth"] == {
+        "command": "podsim profile-memory growth --gpu h200 --more",
+        "before": costs.provenance["growth"],
+    }
+
+
+def test_what_passes_cannot_be_added_to(tmp_path: Path) -> None:
+    for part, message in (
+        ("growth", f"{tmp_path}: no growth that --more could add passes to"),
+        ("layers", "--more adds passes of growth; layers is measured as a whole"),
+    ):
+        options = ["profile-memory", part, "--more", "--out", str(tmp_path)]
+        assert str(CliRunner().invoke(app, options).exception) == message
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,10 @@ def test_points_and_splits_that_are_timed() -> None:
         assert 1 <= point.batch <= 64
         assert 128 <= point.context <= 8192
     near = [16, 40, 50, 70, 80, 90, 95, 100, 105, 110, 120, 140]
-    assert measure_kvpr.splits_around(100, 160) == [0, *near, 160]
-    assert measure_kvpr.splits_around(0, 160) == [0, 16, 40, 80, 120, 160]
+    parts = measure_kvpr.OF_CONTEXT
+    assert measure_kvpr.splits_around(100, 160, parts) == [0, *near, 160]
+    assert measure_kvpr.splits_around(0, 160, parts) == [0, 16, 40, 80, 120, 160]
+    assert measure_kvpr.splits_around(160, 160) == [0, 80, 112, 128, 144, 152, 160]
 
 
 def test_the_new_token_is_stored_on_the_host() -> None:
