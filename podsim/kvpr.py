@@ -93,8 +93,8 @@ class OffloadedLayer(NamedTuple):
     def best_split(self, num_layers: int, schedule: str) -> int:
         """The integer split with the least seconds; of equals the smallest.
 
-        The seconds are the maximum of linear functions of the split, but for what a first byte
-        costs at the ends: their minimum is at an end or beside a crossing.
+        The seconds are linear in the split between corners, but for what a first byte costs at
+        the ends: their minimum is at an end or beside a corner.
         """
         if not self.pays():
             return 0
