@@ -39,6 +39,8 @@ from podsim.workload import Trace
 
 HOST_STEPS = 48
 """Decode steps of each batch size by which the host's time is measured."""
+HOST_ROUNDS = 3
+"""Over all batches by which it is measured."""
 PREFILL_REQUESTS, PREFILL_OUTPUTS = 24, 8
 """Requests, each with a prompt of a whole budget, and their outputs: for steps with prefill."""
 KV_STEP = 64
@@ -239,36 +241,51 @@ class Server:
         memory.apply([Change(0, 0, 1, maps=False)])
 
     def measure_host_time(self, on_progress: Progress) -> HostTime:
-        """Serve batches of short requests, and see how long a step takes beside the GPU's work."""
-        prompt = max(1, min(16, self.llama.max_len - HOST_STEPS))
-        most = self._most_at_once(prompt + HOST_STEPS)
+        """Serve batches of short requests, and see how long a step takes beside the GPU's work.
+
+        In rounds over all batches: what else a machine does comes and goes within seconds.
+        """
+        most = self._most_at_once(self._host_prompt + HOST_STEPS)
         sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
-        rows = []
-        for done, size in enumerate([most, *sizes]):
-            on_progress("measuring host time", done, len(sizes) + 2)
-            waits = [
-                wait.seconds
-                for wait in self._waits([(prompt, HOST_STEPS)] * size)
-                if wait.shape.num_decodes == size and not wait.shape.prefills
-            ]
-            if done:  # the first batch only warms up
-                rows.append((size, statistics.median(waits)))
-        on_progress("measuring host time", len(sizes) + 1, len(sizes) + 2)
-        prompt = max(1, min(self.deployment.token_budget, self.llama.max_len - PREFILL_OUTPUTS))
-        waits_with_prefill = [
-            wait
-            for wait in self._waits([(prompt, PREFILL_OUTPUTS)] * PREFILL_REQUESTS)
-            if wait.shape.prefills
-        ]
-        on_progress("measuring host time", len(sizes) + 2, len(sizes) + 2)
+        decodes: dict[int, list[float]] = {size: [] for size in sizes}
+        with_prefill: list[_Wait] = []
+        total = HOST_ROUNDS * (len(sizes) + 1) + 1
+        on_progress("measuring host time", 0, total)
+        self._decode_waits(most)  # the first batch only warms up
+        for done in range(1, total):
+            on_progress("measuring host time", done, total)
+            size = [*sizes, None][(done - 1) % (len(sizes) + 1)]
+            if size is None:
+                with_prefill += self._prefill_waits()
+            else:
+                decodes[size] += self._decode_waits(size)
+        on_progress("measuring host time", total, total)
+        rows = [(size, statistics.median(waits)) for size, waits in decodes.items()]
         prefill_rows = [
             (wait.shape.num_decodes + len(wait.shape.prefills), wait.seconds)
-            for wait in waits_with_prefill
+            for wait in with_prefill
         ]
-        mapping_rows = [
-            (wait.page_groups, wait.mapping) for wait in waits_with_prefill if wait.page_groups
-        ]
+        mapping_rows = [(w.page_groups, w.mapping) for w in with_prefill if w.page_groups]
         return HostTime.fit(rows, prefill_rows, mapping_rows)
+
+    @property
+    def _host_prompt(self) -> int:
+        """Tokens of the prompts whose decodes are timed."""
+        return max(1, min(16, self.llama.max_len - HOST_STEPS))
+
+    def _decode_waits(self, size: int) -> list[float]:
+        """Of steps of so many decodes alone."""
+        return [
+            wait.seconds
+            for wait in self._waits([(self._host_prompt, HOST_STEPS)] * size)
+            if wait.shape.num_decodes == size and not wait.shape.prefills
+        ]
+
+    def _prefill_waits(self) -> list[_Wait]:
+        """Of steps with prefill."""
+        prompt = max(1, min(self.deployment.token_budget, self.llama.max_len - PREFILL_OUTPUTS))
+        waits = self._waits([(prompt, PREFILL_OUTPUTS)] * PREFILL_REQUESTS)
+        return [wait for wait in waits if wait.shape.prefills]
 
     def _most_at_once(self, num_tokens: int) -> int:
         """Requests of so many tokens that are let in together."""

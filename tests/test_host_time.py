@@ -15,7 +15,7 @@ from podsim.engine import Engine
 from podsim.kv_cache import PagedKVCache
 from podsim.model import MODELS
 from podsim.scheduler import SCHEDULERS
-from podsim.serving import Server
+from podsim.serving import HOST_ROUNDS, Server
 
 FIXED, PER_REQUEST, WITH_PREFILL, MAPPING = 3e-4, 2e-6, 1e-4, 4e-3
 
@@ -83,6 +83,23 @@ def test_mapping_is_no_part_of_the_hosts_time() -> None:
     assert host.fixed == pytest.approx(FIXED)
     assert host.per_request == pytest.approx(PER_REQUEST)
     assert host.with_prefill == pytest.approx(WITH_PREFILL)
-    assert len(host.mapping_rows) == 16
+    assert len(host.mapping_rows) == 16 * HOST_ROUNDS
     assert {page_groups for page_groups, _ in host.mapping_rows} == {64}
     assert {seconds for _, seconds in host.mapping_rows} == {MAPPING}
+
+
+def test_a_machine_that_is_slow_for_a_while_does_not_count(monkeypatch) -> None:
+    """In the first of three rounds all steps take 1 ms more."""
+    plain, served = MadeUpServer._waits, []
+
+    def waits(self, lengths):
+        served.append(lengths)
+        slow = 1e-3 if len(served) <= 1 + 6 else 0.0  # a warm-up, five sizes and prompts
+        for wait in plain(self, lengths):
+            yield wait._replace(seconds=wait.seconds + slow)
+
+    monkeypatch.setattr(MadeUpServer, "_waits", waits)
+    host = MadeUpServer().measure_host_time(lambda what, done, total: None)
+    assert host.fixed == pytest.approx(FIXED)
+    assert host.per_request == pytest.approx(PER_REQUEST)
+    assert host.with_prefill == pytest.approx(WITH_PREFILL)
