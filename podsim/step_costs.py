@@ -106,8 +106,8 @@ def _warmth(
         heats, time = warming.at_rest, 0.0
         for i in np.flatnonzero(replicas == replica).tolist():
             if not prefills[i]:
-                now = warming.rested(heats, starts[i] - time)
-                added = model.matrix_seconds(int(tokens[i])) * warming.added(now, durations[i])
+                share = warming.left(heats, starts[i] - time, durations[i])
+                added = model.matrix_seconds(int(tokens[i])) * share
                 found[i] = in_layers[i] / (in_layers[i] - added)
                 continue
             heats = warming.rested(heats, starts[i] - time)
