@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+COLD = 1e-6
+"""A heat that is no more slows nothing down."""
+
 
 class Heats(NamedTuple):
     """Means of what past steps drove, with weights that fall exponentially into the past.
@@ -78,7 +81,7 @@ class Warming:
         room, tau, slow_tau = self.headroom, self.seconds, self.slow_seconds
         fast = (heats.fast + room) * math.exp(-since / tau)
         slow = (heats.slow + room) * math.exp(-since / slow_tau)
-        if fast <= room and slow <= room:
+        if fast <= room + COLD and slow <= room + COLD:
             return 0.0
         fast *= tau / seconds * (1.0 - math.exp(-seconds / tau))
         slow *= slow_tau / seconds * (1.0 - math.exp(-seconds / slow_tau))

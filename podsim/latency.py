@@ -109,6 +109,13 @@ class Heat:
         times = self._decode_run_times(shape, num_steps)
         return times if self._warming is None else self._heated(times, shape, start)
 
+    def is_cold(self, start: float) -> bool:
+        """Whether no step of decodes alone from `start` on feels a heat, until one with prefill."""
+        model = self._warming
+        if model is None:
+            return True
+        return model.warming.left(self._heats, start - self._time, 1e-9) == 0.0
+
     def _heated(self, times: list[float], shape: BatchShape, start: float) -> list[float]:
         model = self._warming
         assert model is not None
