@@ -19,6 +19,7 @@ import torch
 
 import podsim
 from podsim.llama import DECODE
+from podsim.measure_sequences import Timed
 from podsim.request import Request
 from podsim.serving import Server
 
@@ -52,11 +53,12 @@ class Contest:
         step = server.llama._steps[DECODE, DECODES][1]
         source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
         target = torch.empty_like(source)
+        self.small = _small_kernels(300)  # its graph writes to what it keeps
         matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         self.timed: dict[str, tuple[Callable[[], object], int]] = {
             "step": (step.run, 60),
             "copy 1 GB": (lambda: target.copy_(source), 40),
-            "300 small kernels": (_small_kernels(300).replay, 40),
+            "300 small kernels": (self.small.graph.replay, 40),
             "product": (lambda: torch.mm(matrix, matrix), 20),
         }
         self.started = time.monotonic()
@@ -66,18 +68,14 @@ class Contest:
         print(f"{time.monotonic() - self.started:6.1f} {label:36} {times}", flush=True)
 
 
-def _small_kernels(count: int) -> torch.cuda.CUDAGraph:
+def _small_kernels(count: int) -> Timed:
     few = torch.zeros(1024, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        few.add_(1)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch() -> None:
         for _ in range(count):
             few.add_(1)
-    return graph
+
+    return Timed("small kernels", launch)
 
 
 def _us(run: Callable[[], object], count: int) -> float:

@@ -43,6 +43,20 @@ Fault = Callable[[], str]
 """Tells why what was timed last cannot be believed, or nothing."""
 
 
+def captured(launch: Launch) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what is launched, compiled and warmed up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph
+
+
 class Timed:
     """An operation captured as a CUDA graph, compiled and warmed up.
 
@@ -52,15 +66,7 @@ class Timed:
     def __init__(self, name: str, launch_op: Launch) -> None:
         self.name = name
         self.launch_op = launch_op
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                launch_op()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            launch_op()
+        self.graph = captured(launch_op)
 
 
 class GraphSequence:
