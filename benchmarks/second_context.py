@@ -1,14 +1,15 @@
 """What another process on the same GPU does to an engine's step: one context, two, and one again.
 
-    python benchmarks/second_context.py > benchmarks/second-context/h200.txt
+    python benchmarks/second_context.py --order 0 > benchmarks/second-context/h200-0.txt
 
 Times, on one GPU, an engine's step of 16 decodes (Llama-3-8B, a CUDA graph), 300 kernels that do
 next to nothing, a copy of 1 GB and a matrix product: alone, while another process has a context,
-after it has ended, and around memory being taken and given back. Takes a minute.
+after it has ended, and around memory being taken and given back, in two orders. Takes a minute.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 
 import podsim
 from podsim.llama import DECODE
+from podsim.measure_sequences import Timed
 from podsim.request import Request
 from podsim.serving import Server
 
@@ -51,11 +53,12 @@ class Contest:
         step = server.llama._steps[DECODE, DECODES][1]
         source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
         target = torch.empty_like(source)
+        self.small = _small_kernels(300)  # its graph writes to what it keeps
         matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         self.timed: dict[str, tuple[Callable[[], object], int]] = {
             "step": (step.run, 60),
             "copy 1 GB": (lambda: target.copy_(source), 40),
-            "300 small kernels": (_small_kernels(300).replay, 40),
+            "300 small kernels": (self.small.graph.replay, 40),
             "product": (lambda: torch.mm(matrix, matrix), 20),
         }
         self.started = time.monotonic()
@@ -65,18 +68,14 @@ class Contest:
         print(f"{time.monotonic() - self.started:6.1f} {label:36} {times}", flush=True)
 
 
-def _small_kernels(count: int) -> torch.cuda.CUDAGraph:
+def _small_kernels(count: int) -> Timed:
     few = torch.zeros(1024, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        few.add_(1)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch() -> None:
         for _ in range(count):
             few.add_(1)
-    return graph
+
+    return Timed("small kernels", launch)
 
 
 def _us(run: Callable[[], object], count: int) -> float:
@@ -100,20 +99,61 @@ def beside(contest: Contest, label: str, code: str, seconds: float) -> None:
     contest.print_times("after it")
 
 
-def main() -> None:
-    contest = Contest()
-    contest.print_times("at the start")
-    contest.print_times("again")
+def asked(contest: Contest) -> None:
+    subprocess.run(["nvidia-smi", "-q"], capture_output=True, check=True)
+    contest.print_times("after nvidia-smi -q")
+
+
+def a_context(contest: Contest) -> None:
     beside(contest, "a second context", CONTEXT, 5.0)
+
+
+def a_rest(contest: Contest) -> None:
     time.sleep(4.0)
     contest.print_times("after 4 s idle")
+
+
+def products(contest: Contest) -> None:
+    multiply, _ = contest.timed["product"]
+    end = time.monotonic() + 5.0
+    while time.monotonic() < end:
+        for _ in range(20):
+            multiply()
+        torch.cuda.synchronize()
+    contest.print_times("after 5 s of products")
+
+
+def own_memory(contest: Contest) -> None:
     kept = torch.zeros(60 << 30, dtype=torch.uint8, device="cuda")
     contest.print_times("own 60 GB")
     del kept
     torch.cuda.empty_cache()
     contest.print_times("own 60 GB given back")
+
+
+def some_memory(contest: Contest) -> None:
     beside(contest, "another process has 60 GB", SOME_MEMORY, 5.0)
+
+
+def all_memory(contest: Contest) -> None:
     beside(contest, "another process has all memory", ALL_MEMORY, 6.0)
+
+
+ORDERS = (
+    (asked, a_context, a_rest, products, own_memory, some_memory, all_memory),
+    (own_memory, products, all_memory, some_memory, a_context, asked),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--order", type=int, choices=(0, 1), default=0)
+    order = ORDERS[parser.parse_args().order]
+    contest = Contest()
+    contest.print_times("at the start")
+    contest.print_times("again")
+    for change in order:
+        change(contest)
     contest.print_times("end")
 
 

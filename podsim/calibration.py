@@ -339,6 +339,8 @@ def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Itera
         decodes = run[run["strategy"].str.startswith("decode ")]
         mixed = run.drop(decodes.index)
         every = int(split.removeprefix("1 in ")) if op == "duty" else 1
+        if mixed.empty or (every > 1 and decodes.empty):
+            continue  # refused
         yield SustainedRun(
             batch=f"{op} {prefills} {decoded}",
             load=load,

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+COLD = 1e-6
+"""A heat that is no more slows nothing down."""
+
 
 class Heats(NamedTuple):
     """Means of what past steps drove, with weights that fall exponentially into the past.
@@ -69,14 +72,21 @@ class Warming:
         added = load * (self.heating * fast + self.slow_heating * slow)
         return (1.0 + added) / (1.0 + self.heating * load * drive)
 
-    def added(self, heats: Heats, seconds: float) -> float:
-        """What matrix work takes longer in a step of decodes alone, of so many seconds: a share.
+    def left(self, heats: Heats, since: float, seconds: float) -> float:
+        """What matrix work takes longer in a step of decodes alone, as a share of its time.
 
-        Its time is measured at the full clock.
+        The step takes `seconds` and begins `since` seconds after those heats. Its own time is
+        measured at the full clock. Once this is 0, it is so until the next step with prefill.
         """
-        fast = max(_mean(-self.headroom, heats.fast, seconds, self.seconds), 0.0)
-        slow = max(_mean(-self.headroom, heats.slow, seconds, self.slow_seconds), 0.0)
-        return self.heating * fast + self.slow_heating * slow
+        room, tau, slow_tau = self.headroom, self.seconds, self.slow_seconds
+        fast = (heats.fast + room) * math.exp(-since / tau)
+        slow = (heats.slow + room) * math.exp(-since / slow_tau)
+        if fast <= room + COLD and slow <= room + COLD:
+            return 0.0
+        fast *= tau / seconds * (1.0 - math.exp(-seconds / tau))
+        slow *= slow_tau / seconds * (1.0 - math.exp(-seconds / slow_tau))
+        added = self.heating * (fast - room) if fast > room else 0.0
+        return added + self.slow_heating * (slow - room) if slow > room else added
 
     def rested(self, heats: Heats, seconds: float) -> Heats:
         """The heats after so many seconds without a step that has prefill."""

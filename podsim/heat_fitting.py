@@ -64,6 +64,7 @@ def fit_heating(runs: Sequence[SustainedRun]) -> Warming:
         for batch in batches:
             at_rest = [np.log(run.seconds) - np.log(slowdowns(run, warming)) for run in batch]
             logs = np.concatenate(at_rest)
+            logs = logs[np.isfinite(logs)]
             found.append(logs - logs.mean())
         return np.concatenate(found)
 
@@ -73,7 +74,10 @@ def fit_heating(runs: Sequence[SustainedRun]) -> Warming:
 
 
 def slowdowns(run: SustainedRun, warming: Warming) -> Floats:
-    """Of a run's windows: the mean time of its steps' layers over that after a long rest."""
+    """Of a run's windows: the mean time of its steps' layers over that after a long rest.
+
+    NaN where decodes alone take a whole window.
+    """
     cells = np.arange(round(run.ends[-1] / CELL), dtype=np.float64) * CELL
     share = run.share(cells)
     drives = share * run.drive - (1 - share) * warming.headroom
@@ -81,6 +85,7 @@ def slowdowns(run: SustainedRun, warming: Warming) -> Floats:
     added += warming.slow_heating * _heats(drives, warming.slow_seconds, warming)
     window = np.searchsorted(run.ends, cells + CELL / 2)
     weights = np.bincount(window, share, len(run.ends))
+    weights[weights == 0.0] = np.nan
     return np.asarray(1 + run.load * np.bincount(window, share * added, len(run.ends)) / weights)
 
 

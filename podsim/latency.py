@@ -109,15 +109,22 @@ class Heat:
         times = self._decode_run_times(shape, num_steps)
         return times if self._warming is None else self._heated(times, shape, start)
 
+    def is_cold(self, start: float) -> bool:
+        """Whether no step of decodes alone from `start` on feels a heat, until one with prefill."""
+        model = self._warming
+        if model is None:
+            return True
+        return model.warming.left(self._heats, start - self._time, 1e-9) == 0.0
+
     def _heated(self, times: list[float], shape: BatchShape, start: float) -> list[float]:
         model = self._warming
         assert model is not None
-        matrix_seconds = model.matrix_seconds(shape.num_decodes)
+        matrix_seconds, left = model.matrix_seconds(shape.num_decodes), model.warming.left
         for step, seconds in enumerate(times):
-            heats = model.warming.rested(self._heats, start - self._time)
-            if heats.fast <= 0.0 and heats.slow <= 0.0:
-                break  # and stay so until the next step with prefill
-            times[step] += matrix_seconds * model.warming.added(heats, seconds)
+            share = left(self._heats, start - self._time, seconds)
+            if share == 0.0:
+                break
+            times[step] += matrix_seconds * share
             start += times[step]
         return times
 

@@ -2,21 +2,14 @@
 
 Every operation is timed inside the layer it belongs to, after that layer has run for a while: so
 the L2 cache holds what it would in serving (the weights stream 100s of MB through it), and the
-card is in the power state that serving such batches puts it in. A timing is a CUDA graph's replay
-between two events; the host queues it while the card is still busy, so that it is never waited for.
-Two small kernels around the timed repetitions read every SM's cycle counter: the clock of a row is
-what its SMs really ran at.
+card is in the power state that serving such batches puts it in. How is in `measure_sequences`.
 """
 
 from __future__ import annotations
 
-import math
 import subprocess
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 import triton
 
@@ -35,36 +28,20 @@ from podsim.kernels.config import (
 from podsim.kernels.plan import AttentionPlan, Decode, PrefillChunk
 from podsim.measure_ceilings import CeilingSequence
 from podsim.measure_clock import SmClock
+from podsim.measure_sequences import (
+    REPEATS,
+    STEP_REPEATS,
+    GraphSequence,
+    Launch,
+    SustainedSequence,
+    Timed,
+)
 from podsim.model import Model
 from podsim.points import MAX_CONTEXT, AttentionPoint, pool_tokens
-from podsim.profile_plan import DUTY_ENDS, SUSTAINED_ENDS, Job
-from podsim.profile_run import LONG_ROUND, Round
+from podsim.profile_plan import Job
 
-REPEATS = 11
-"""Of a round."""
-STEP_REPEATS = 5
-"""Of a round of whole steps, which take longer and vary less."""
-FEWEST_REPEATS = 3
-"""Of a round that would be long (`profile_run.LONG_ROUND`)."""
-WARM_UP = 0.04
-"""Seconds that a sequence runs before it is timed: the power limit acts within a few 10 ms."""
-WARM_UP_AGAIN = 0.01
-"""Seconds before each further round: the host has looked at the timings for a moment."""
 MAX_TOKENS = 8192 + 512
 MOST_DECODES = 256
-HOST_SECONDS_PER_LAUNCH = 20e-6
-"""At most, to queue a graph and an event."""
-REST = 1.0
-"""Seconds without work before sustained work, so that the clock is at its highest."""
-SUSTAINED_SECONDS = max(SUSTAINED_ENDS[-1], DUTY_ENDS[-1]) + 0.1
-MOST_QUEUED = 4
-LEAST_LEAD = 2e-3
-"""Seconds that the host gets ahead of a card that keeps up with it."""
-SLEEP_CYCLES_PER_SECOND = 2e9
-
-Launch = Callable[[], object]
-Fault = Callable[[], str]
-"""Tells why what was timed last cannot be believed, or nothing."""
 
 
 def require_gpu(gpu: Gpu) -> None:
@@ -129,148 +106,6 @@ def _geometry(model: Model) -> dict[str, int]:
         "min_split_len": config.min_split_len,
         "resident_keys": RESIDENT_KEYS if config.kernels == "hopper" else 0,
     }
-
-
-class Timed:
-    """An operation captured as a CUDA graph, compiled and warmed up.
-
-    It keeps the operation, because the graph reads tensors that only the operation refers to.
-    """
-
-    def __init__(self, name: str, launch_op: Launch) -> None:
-        self.name = name
-        self.launch_op = launch_op
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                launch_op()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            launch_op()
-
-
-class GraphSequence:
-    """Operations that run one after another, again and again; see `profile_run.TimedSequence`."""
-
-    work: float | None = None
-
-    def __init__(
-        self, ops: Sequence[Timed], clock: SmClock, fault: Fault, repeats: int = REPEATS
-    ) -> None:
-        self._ops = ops
-        self._clock = clock
-        self._fault = fault
-        self._repeats = repeats
-
-    def round(self, first: bool) -> Round:
-        """Warm up, then time the repetitions of every operation whose name is not empty."""
-        self._clock.clear()
-        once = self._warm_up(WARM_UP if first else WARM_UP_AGAIN)
-        self._clock.start()
-        marks = []
-        for _ in range(repeats_of(once, self._repeats)):
-            row = [torch.cuda.Event(enable_timing=True)]
-            row[0].record()
-            for op in self._ops:
-                op.graph.replay()
-                row.append(torch.cuda.Event(enable_timing=True))
-                row[-1].record()
-            marks.append(row)
-        self._clock.stop()
-        torch.cuda.synchronize()
-        seconds = {
-            op.name: [row[i].elapsed_time(row[i + 1]) / 1000 for row in marks]
-            for i, op in enumerate(self._ops)
-            if op.name
-        }
-        return Round(seconds, self._clock.mean_hertz(), self._fault())
-
-    def _warm_up(self, seconds: float) -> float:
-        """Run for so long, and leave the card busy while the host goes on; seconds of one run."""
-        self._replay()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self._replay()
-        end.record()
-        torch.cuda.synchronize()
-        once: float = start.elapsed_time(end) / 1000
-        for _ in range(math.ceil(seconds / once)):
-            self._replay()
-        host_seconds = HOST_SECONDS_PER_LAUNCH * len(self._ops)
-        if once < 2 * host_seconds + LEAST_LEAD / self._repeats:  # the card keeps up with the host
-            lead = max(self._repeats * host_seconds, LEAST_LEAD)
-            torch.cuda._sleep(int(lead * SLEEP_CYCLES_PER_SECOND))
-        return once
-
-    def _replay(self) -> None:
-        for op in self._ops:
-            op.graph.replay()
-
-
-def repeats_of(once: float, most: int) -> int:
-    """Of a sequence that takes `once` seconds: until a round is long, but a few."""
-    return max(FEWEST_REPEATS, min(most, math.ceil(LONG_ROUND / once)))
-
-
-class SustainedSequence:
-    """Whole steps one after another, from rest; see `profile_run.TimedSequence`."""
-
-    work: float | None = None
-
-    def __init__(self, job: Job, steps: Sequence[Timed], fault: Fault) -> None:
-        self._job = job
-        self._steps = steps
-        self._fault = fault
-
-    def round(self, first: bool) -> Round:
-        """REST seconds without work, then the steps in turn until the last window has ended."""
-        torch.cuda.synchronize()
-        time.sleep(REST)
-        marks = [torch.cuda.Event(enable_timing=True)]
-        marks[0].record()
-        started = time.perf_counter()
-        each = len(self._steps)
-        while time.perf_counter() - started < SUSTAINED_SECONDS or len(marks) <= each:
-            self._steps[(len(marks) - 1) % each].graph.replay()
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-            if len(marks) > MOST_QUEUED:  # the host is not to run away from the card
-                marks[-MOST_QUEUED].synchronize()
-        torch.cuda.synchronize()
-        ends = [marks[0].elapsed_time(mark) / 1000 for mark in marks]
-        if self._job.kind == "sustained":
-            return Round(windows(ends, SUSTAINED_ENDS), None, self._fault())
-        seconds: dict[str, list[float]] = {}
-        for name in self._job.duty_steps:
-            turns = [0] if name == "mixed" else range(1, each)
-            found = windows(ends, DUTY_ENDS, turns, each)
-            seconds |= {f"{name} {window}": values for window, values in found.items()}
-        return Round(seconds, None, self._fault())
-
-
-def windows(
-    ends: Sequence[float],
-    window_ends: Sequence[float],
-    turns: Sequence[int] = (0,),
-    every: int = 1,
-) -> dict[str, list[float]]:
-    """Of each window its mean step, from when steps ended: of those `turns` of `every` steps.
-
-    The first number is when the first step began. A step counts in the window in which it ends; one
-    that no step ends in has the mean of the step across it.
-    """
-    mine = np.isin(np.arange(len(ends) - 1) % every, turns)
-    steps, ended = np.diff(ends)[mine], np.array(ends[1:])[mine]
-    window = np.searchsorted(window_ends, ended, side="left")
-    found = {}
-    for i, end in enumerate(window_ends):
-        inside = steps[window == i]
-        across = min(int(np.searchsorted(ended, end)), len(steps) - 1)
-        mean = float(inside.mean()) if len(inside) else float(steps[across])
-        found[f"{end:g} s"] = [mean, mean]
-    return found
 
 
 class LayerBench:

@@ -19,6 +19,7 @@ from podsim.kernels.attention import attention
 from podsim.kernels.config import AttentionConfig, config_for
 from podsim.kernels.plan import PAGE_SIZES, AttentionPlan, Decode, PrefillChunk
 from podsim.measure_clock import SmClock
+from podsim.measure_sequences import captured
 
 FLUSH_BYTES = 1 << 30
 """Read between launches, so that none finds its keys in the L2 and none has to write back what
@@ -149,7 +150,7 @@ class Contest:
     def __init__(self, ours: dict[str, Launch], theirs: dict[str, Launch]) -> None:
         self._launches = ours  # a graph reads tensors that only these refer to
         self._runs: dict[str, Launch] = {
-            name: _captured(launch).replay for name, launch in ours.items()
+            name: captured(launch).replay for name, launch in ours.items()
         }
         self._runs |= theirs
         for run in theirs.values():
@@ -312,7 +313,7 @@ def launch_overhead(kernels: str, repeats: int = 300) -> list[Row]:
     found: list[Row] = []
     for name in ("serial", "unified", "pod"):
         launch = problem.launch(name, problem.config(name, kernels))
-        graph = _captured(launch)
+        graph = captured(launch)
         for how, run in (("called", launch), ("replayed", graph.replay)):
             found.append({"kernel": name, "how": how, "seconds": _host_seconds(run, repeats)})
     return found
@@ -326,19 +327,6 @@ def _host_seconds(run: Launch, repeats: int) -> float:
         seconds.append(time.perf_counter() - started)
         torch.cuda.synchronize()
     return sorted(seconds)[repeats // 2]
-
-
-def _captured(launch: Launch) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            launch()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    return graph
 
 
 def free_memory() -> None:

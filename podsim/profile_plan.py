@@ -29,6 +29,8 @@ from podsim.points import (
 PASSES = 2
 """Times the whole list of points is gone through, each time in another order, because what a
 point takes drifts with what ran before it."""
+MOST_LAYERS_TWICE = 64
+"""Whole steps of a model of more layers are long, and timed in the first pass alone."""
 MAX_SAMPLED = 512
 LAUNCH_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Empty kernels in a graph: what a launch and what an event costs."""
@@ -186,7 +188,7 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     ]
     for number in range(PASSES):
         for index in rng.permutation(len(groups)):
-            turns += [Turn(job, number) for job in groups[index]]
+            turns += [Turn(job, number) for job in groups[index] if number < _passes(job, model)]
     if not quick:  # last, so that profiles from before they were planned can be extended by them
         sizes = [_linear_jobs(num_tokens, split) for num_tokens, split in graph_points(linear)]
         for number in range(PASSES):
@@ -197,6 +199,10 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
             for point, decodes in duty_points()
         ]
     return Plan(tuple(turns), quick)
+
+
+def _passes(job: Job, model: Model) -> int:
+    return 1 if job.kind == "step" and model.num_layers > MOST_LAYERS_TWICE else PASSES
 
 
 def rows_sha256(rows: Iterator[tuple[Key, int]]) -> str:

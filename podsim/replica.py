@@ -151,7 +151,9 @@ class Replica:
         decodes = self.scheduler.decodes
         num_steps = min(self._run_limit, decodes.steps_to_finish())
         num_steps = self._steps_with_blocks(num_steps, batch.num_decodes)
-        if num_steps > 1 and self.memory is not None:
+        if self.memory is not None and not self._heat.is_cold(self._now):
+            num_steps = 1  # how hot later steps are depends on when memory lets them start
+        elif num_steps > 1 and self.memory is not None:
             num_steps = self.memory.most_steps(decodes, num_steps)
         return self._heat.decode_run_times(shape, num_steps, self._now)
 

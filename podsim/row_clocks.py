@@ -161,6 +161,8 @@ def _brought(
 def _pairs(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """[points to fit on, columns x two passes], without those that were timed once."""
     grid = rows[rows["split"] == "grid"]
+    if grid["pass"].nunique() < 2:
+        return grid[:0]
     return grid.pivot_table(
         index=_POINT, columns="pass", values=list(columns), sort=False
     ).dropna()  # fmt: skip

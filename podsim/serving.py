@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -249,17 +250,21 @@ class Server:
         sizes = sorted({1, *(n for n in (8, 16, 32, 64, 128, 256) if n < most), most})
         decodes: dict[int, list[float]] = {size: [] for size in sizes}
         with_prefill: list[_Wait] = []
-        total = HOST_ROUNDS * (len(sizes) + 1) + 1
-        on_progress("measuring host time", 0, total)
+        total = 1 + HOST_ROUNDS * (len(sizes) + 1)
+        done = count()
+
+        def tell() -> None:
+            on_progress("measuring host time", next(done), total)
+
+        tell()
         self._decode_waits(most)  # the first batch only warms up
-        for done in range(1, total):
-            on_progress("measuring host time", done, total)
-            size = [*sizes, None][(done - 1) % (len(sizes) + 1)]
-            if size is None:
-                with_prefill += self._prefill_waits()
-            else:
+        for _ in range(HOST_ROUNDS):
+            for size in sizes:
+                tell()
                 decodes[size] += self._decode_waits(size)
-        on_progress("measuring host time", total, total)
+            tell()
+            with_prefill += self._prefill_waits()
+        tell()
         rows = [(size, statistics.median(waits)) for size, waits in decodes.items()]
         prefill_rows = [
             (wait.shape.num_decodes + len(wait.shape.prefills), wait.seconds)

@@ -73,6 +73,8 @@ def kernel_table(
         return_inverse=True,
     )
     parts = {name: seconds[which.ravel()] for name, seconds in _without_attention(model, shapes)}
+    num_requests = (steps["num_prefills"] + steps["num_decodes"]).to_numpy()
+    parts["launch"] = parts["launch"] + _host(model, num_requests, has_prefill)
     if result.memory:
         parts["memory"] = _held_up(result, steps)
     total = steps["duration"].to_numpy()
@@ -106,8 +108,8 @@ def _warmth(
         heats, time = warming.at_rest, 0.0
         for i in np.flatnonzero(replicas == replica).tolist():
             if not prefills[i]:
-                now = warming.rested(heats, starts[i] - time)
-                added = model.matrix_seconds(int(tokens[i])) * warming.added(now, durations[i])
+                share = warming.left(heats, starts[i] - time, durations[i])
+                added = model.matrix_seconds(int(tokens[i])) * share
                 found[i] = in_layers[i] / (in_layers[i] - added)
                 continue
             heats = warming.rested(heats, starts[i] - time)
@@ -130,12 +132,22 @@ def _held_up(result: Result, steps: pd.DataFrame) -> Floats:
     return seconds
 
 
+def _host(
+    model: ProfiledLatency, num_requests: NDArray[np.int64], has_prefill: NDArray[np.bool_]
+) -> Floats:
+    """Of each step, the host's seconds beside those that every step has."""
+    return np.asarray(
+        model.host_per_request * num_requests + model.host_with_prefill * has_prefill, dtype=float
+    )
+
+
 def _without_attention(
     model: ProfiledLatency, shapes: NDArray[np.int64]
 ) -> list[tuple[str, Floats]]:
     """Seconds of each operation but attention for rows of (tokens, tokens out, has prefill).
 
-    The latency model's own sums, shared out by the measured times of the operations in them.
+    Without what the host takes by what a step has. The latency model's own sums, shared out by the
+    measured times of the operations in them.
     """
     batches = [
         BatchShape.of([(n, n)]) if has_prefill else BatchShape.of_decodes(n, n, 1)
@@ -157,7 +169,9 @@ def _without_attention(
         name: np.where(sampled > 0, op_seconds(ops[name], sampled), 0.0) for name in SAMPLED_OPS
     }
     total = np.sum(list(at_ends.values()), axis=0)
+    has_prefill = shapes[:, 2] > 0
     kernels = once - model.step_overhead
+    kernels -= _host(model, np.where(has_prefill, 1, tokens), has_prefill)
     parts += [(name, kernels * seconds / total) for name, seconds in at_ends.items()]
     overhead = np.full(len(shapes), model.step_overhead)
     combined: dict[str, Floats] = {}

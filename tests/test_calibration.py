@@ -33,7 +33,7 @@ from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
-from podsim.heat_fitting import SustainedRun, fit_heating
+from podsim.heat_fitting import SustainedRun, fit_heating, slowdowns
 from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import LAYER_OPS, ConstantLatency, Heat, ProfiledLatency, op_seconds
 from podsim.model import Model, model_named
@@ -511,8 +511,12 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
     assert heat.step_time(decode, time) == pytest.approx(hot, rel=1e-4)
     assert 1.01 < hot / cold < 1.1
     assert heat.step_time(decode, time + 100.0) == pytest.approx(cold, rel=1e-9)
-    one_by_one = heat.decode_run_times(decode, 1, time)
-    assert heat.decode_run_times(decode, 3, time)[:1] == one_by_one
+    start, one_by_one = time, []
+    for longer in range(40):  # as long as the heats last, and longer
+        contexts = BatchShape.of([], [100 + longer] * 64)
+        one_by_one.append(heat.step_time(contexts, start))
+        start += one_by_one[-1]
+    assert heat.decode_run_times(decode, 40, time) == one_by_one
     rested = at(fast * math.exp(-1), slow * math.exp(-0.06 / 1.2))
     assert heat.step_time(prompt, time + 0.06) == pytest.approx(rested, rel=1e-4)
     assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0, 0.0), rel=1e-4)
@@ -574,3 +578,27 @@ def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
     # The fit clips a heat at each moment, a step its mean.
     assert found.headroom == pytest.approx(0.1, rel=0.2)
     assert found.heating == pytest.approx(0.9, rel=0.15)
+
+
+def test_a_window_of_decodes_alone_says_nothing_of_steps_with_prefill() -> None:
+    """A step of 0.2 s, then 0.7 s of decodes: no step with prefill is in the second window."""
+    run = SustainedRun("a", 0.8, 0.3, (0.4, 0.8, 1.6), (0.25, 0.25, 0.24), between=0.7)
+    found = slowdowns(run, WARMING)
+    assert np.isnan(found).tolist() == [False, True, False]
+    other = SustainedRun("a", 0.8, 0.3, (0.4, 0.8, 1.6), (0.25, 0.26, 0.26))
+    assert all(np.isfinite(astuple(fit_heating([other, run]))))
+
+
+@pytest.mark.parametrize("lost", ["mixed", "decode"])
+def test_a_duty_of_which_rows_were_refused_is_left_out(lost: str, tmp_path: Path) -> None:
+    table = copy_of("llama-3-8b", tmp_path)
+    refused = (table["split"] == "1 in 4") & table["strategy"].str.startswith(lost)
+    assert refused.sum() == 12
+    table[~refused].to_csv(tmp_path / "measurements.csv", index=False)
+    assert 0.01 < calibration.refit(tmp_path).sustained["headroom"] < 0.1
+
+
+def test_rows_of_one_pass_stay_as_timed(tmp_path: Path) -> None:
+    table = copy_of("llama-3-8b", tmp_path)
+    table[table["pass"] == 0].to_csv(tmp_path / "measurements.csv", index=False)
+    assert calibration.refit(tmp_path).clock_sensitivity == {}

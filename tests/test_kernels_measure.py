@@ -38,7 +38,7 @@ MIXED = AttentionPoint(((3, 9), (2, 2)), (7,), "grid")
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from podsim import measure, measure_ceilings, points
+    from podsim import measure, measure_ceilings, measure_sequences, points
 
     fake_cuda(monkeypatch)
     monkeypatch.setattr(measure, "SmClock", FakeClock)
@@ -54,8 +54,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(measure_ceilings, name, size)
     with OnCpu():
         monkeypatch.setattr(measure, "MAX_TOKENS", 4096)
-        monkeypatch.setattr(measure, "REST", 0.0)
-        monkeypatch.setattr(measure, "SUSTAINED_SECONDS", 0.001)
+        monkeypatch.setattr(measure_sequences, "REST", 0.0)
+        monkeypatch.setattr(measure_sequences, "SUSTAINED_SECONDS", 0.001)
         monkeypatch.setattr(measure, "MOST_DECODES", 1)  # beyond which one prompt is timed
         yield measure.Bench(TINY)
 
@@ -89,7 +89,7 @@ def test_every_kind_of_job_gives_a_time_for_each_of_its_rows(bench: Any) -> None
 
 
 def test_a_round_of_long_sequences_has_fewer_repeats() -> None:
-    from podsim.measure import FEWEST_REPEATS, repeats_of
+    from podsim.measure_sequences import FEWEST_REPEATS, repeats_of
 
     assert [repeats_of(once, 5) for once in (1e-5, 0.05, 0.051, 0.08, 0.1, 0.3, 2.0)] == [
         *(5, 5, 5, 4),
@@ -98,7 +98,7 @@ def test_a_round_of_long_sequences_has_fewer_repeats() -> None:
 
 
 def test_a_window_has_the_mean_of_the_steps_that_end_in_it() -> None:
-    from podsim.measure import windows
+    from podsim.measure_sequences import windows
     from podsim.profile_plan import SUSTAINED_ENDS
 
     # Steps of 20 ms, from 0.05 s on of 30 ms; one of a second stands for the last windows.
@@ -118,7 +118,7 @@ def test_a_window_has_the_mean_of_the_steps_that_end_in_it() -> None:
 
 
 def test_the_steps_of_a_duty_have_means_of_their_own() -> None:
-    from podsim.measure import windows
+    from podsim.measure_sequences import windows
 
     # A step with prefill of 30 ms, then two of decodes of 10 ms, again and again.
     ends = [0.0, 0.03, 0.04, 0.05, 0.08, 0.09, 0.1, 0.16, 0.17, 0.18]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import dropwhile
 from pathlib import Path
 from zlib import crc32
@@ -162,6 +162,15 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     assert set(first) == set(second)
     assert len(set(plan.rows())) == len(list(plan.rows()))
     assert plan.sha256() == plan_profile(MODEL, GPU).sha256() != PLAN.sha256()
+
+
+def test_whole_steps_of_many_layers_are_timed_once() -> None:
+    steps = {
+        layers: plan_profile(replace(MODEL, num_layers=layers), GPU).counts()["step"]
+        for layers in (64, 65)
+    }
+    assert steps[64]["sequences"] == 2 * steps[65]["sequences"] > 0
+    assert steps[64]["points"] == steps[65]["points"]
 
 
 def test_quick_is_a_tenth_of_each_kind_and_can_be_fitted() -> None:

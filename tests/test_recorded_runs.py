@@ -87,6 +87,16 @@ def test_a_pages_tables_are_those_of_the_files(page: Path) -> None:
     assert text.count("<!-- end of ") >= 1
 
 
+def test_the_readme_says_how_far_off_steps_are_on_the_gpu() -> None:
+    online = ERRORS[ERRORS["load"].notna()]
+    decode, mixed = (online[f"gpu_{kind}_bias"].abs().max() for kind in ("decode", "mixed"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"in all {len(online)} online runs, the mean error of a run's steps of decodes is at most "
+        f"{decode:.1%}, of its steps with prefill at most {mixed:.1%}"
+    ) in text.replace(" %", "%")
+
+
 def test_every_table_is_on_a_page() -> None:
     pages = "".join((DOCS / "accuracy.md", ROOT / "README.md")[i].read_text() for i in (0, 1))
     for name in accuracy_pages.TABLES:

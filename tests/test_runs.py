@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,6 +179,28 @@ def test_runs_equal_single_steps_with_measured_costs(
         simulate(trace_of(rows), deployment, step_by_step=step_by_step)
         for step_by_step in (False, True)
     )
+    assert_equal(fast, plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv": "vattention"},
+        {"kv_offload": "full", "model": "llama-2-7b", "num_blocks": 100, "host_memory": 100.0},
+    ],
+    ids=["vattention", "offload"],
+)
+def test_runs_equal_single_steps_where_memory_holds_steps_up(options: dict[str, object]) -> None:
+    """What a card has left of its heat depends on when memory lets a step start."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers((200, 20), (3000, 300), (150, 2)).tolist()
+    rows = [(rng.exponential(1 / 6), prompt, output) for prompt, output in lengths]
+    deployment = Deployment(attention="pod", **options)  # type: ignore[arg-type]
+    fast, plain = (
+        simulate(trace_of(rows), deployment, step_by_step=step_by_step)
+        for step_by_step in (False, True)
+    )
+    assert sum(sum(memory.log.held_up) for memory in fast.memory) > 0
     assert_equal(fast, plain)
 
 
