@@ -82,13 +82,15 @@ def test_the_rows_are_possible(folder: Path) -> None:
 
 def test_the_bars_on_layers_and_splits() -> None:
     """docs/memory.md states them, and where they are missed: times of full transfer within 5 %,
-    and with recomputation nine of ten; the predicted split within 3 % of the best time measured.
+    and with recomputation nine of ten of all timed splits; the predicted split within 10 % of the
+    best measured, its time within 3 %.
     """
     errors = find_memory_costs("h200").errors
     for schedule in ("row", "column"):
         assert errors[f"layers {schedule}: full"]["points"] >= 20
         assert errors[f"layers {schedule}: full"]["worst"] < 0.05
         assert errors[f"layers {schedule}: kvpr"]["p90"] < 0.05
+        assert errors[f"layers {schedule}: best split"]["worst"] < 0.1
         assert errors[f"layers {schedule}: regret"]["worst"] < 0.03
 
 
