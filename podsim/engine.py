@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,7 @@ from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
 from podsim.request import Request
 from podsim.scheduler import Scheduler
-from podsim.step_inputs import StepInputs
+from podsim.step_inputs import Lengths, StepInputs
 from podsim.vattention import VAttentionCache
 
 SLOTTED = (VAttentionCache, PagedBlocks)
@@ -78,8 +79,11 @@ class Forward(Protocol):
     table_seconds: float
     """Of the latest step: in which the host entered new KV blocks and looked up where tokens go."""
 
-    def run(self, inputs: StepInputs) -> NDArray[np.int64]:
-        """The token that follows each sample row, once it is on the host."""
+    def run(self, inputs: StepInputs, foresee: Callable[[], Lengths]) -> NDArray[np.int64]:
+        """The token that follows each sample row, once it is on the host.
+
+        What `foresee` says of the next step can be prepared while this one is computed.
+        """
 
 
 @dataclass(slots=True)
@@ -219,7 +223,8 @@ class Engine:
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
         if self.mapping is not None:
             self.mapping.begin(batch, self.scheduler.decodes)
-        sampled = self.forward.run(inputs)
+        foresee = partial(Lengths.after, batch.prefills, decodes, self._slot)
+        sampled = self.forward.run(inputs, foresee)
         end = self.clock.now()
         self._receive_until(end)
         self._record_step(inputs.shape, start, end)

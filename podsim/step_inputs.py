@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,45 @@ from numpy.typing import NDArray
 from podsim.batch import BatchShape, Chunk
 from podsim.block_tables import NewBlocks
 from podsim.request import Request
+
+
+class Lengths(NamedTuple):
+    """What the attention of a step is planned by."""
+
+    chunks: Sequence[tuple[int, int, int]]
+    """num_tokens, context_len and slot of each prefill chunk."""
+    decodes: Sequence[tuple[int, int]]
+    """context_len and slot of each decode."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(num_tokens for num_tokens, _, _ in self.chunks) + len(self.decodes)
+
+    @classmethod
+    def after(
+        cls, chunks: Sequence[Chunk], decodes: Sequence[Request], slot: Mapping[Request, int]
+    ) -> Lengths:
+        """Of the step after one of these, which is not computed yet, if nobody else is let in.
+
+        A prompt that is not done takes as many tokens as leave the step as long as it was. What the
+        scheduler decides may differ.
+        """
+        on = [(r, r.num_computed_tokens + 2) for r in decodes if r.num_tokens_to_emit > 1]
+        num_tokens, begun = len(decodes), []
+        for request, n in chunks:
+            num_tokens += n
+            if n < request.num_uncomputed_tokens:
+                begun.append((request, n))
+            elif request.num_tokens_to_emit > 1:
+                on.append((request, request.num_known_tokens + 1))
+        on.sort(key=lambda member: member[0].admission)
+        room, next_chunks = num_tokens - len(on), []
+        for request, n in begun:
+            take = min(request.num_uncomputed_tokens - n, room)
+            if take > 0:
+                next_chunks.append((take, request.num_computed_tokens + n + take, slot[request]))
+                room -= take
+        return cls(next_chunks, [(context, slot[request]) for request, context in on])
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +64,7 @@ class StepInputs:
     """KV slot of each token."""
     sample_rows: NDArray[np.int32]
     """Tokens whose successors come out: the last of each completed prompt, and all decodes."""
-    chunks: Sequence[tuple[int, int, int]]
-    """num_tokens, context_len and slot of each prefill chunk."""
-    decodes: Sequence[tuple[int, int]]
-    """context_len and slot of each decode."""
+    lengths: Lengths
     new_blocks: Sequence[NewBlocks] = ()
     """Of a paged KV cache: what is to be entered into the block table before the step."""
 
@@ -61,14 +98,13 @@ class StepInputs:
             np.concatenate([*positions, np.array(computed, np.int32)]),
             np.concatenate([*slots, np.array(own_slots, np.int32)]),
             np.array(sample_rows, np.int32),
-            shapes,
-            [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)],
+            Lengths(shapes, [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)]),
             new_blocks,
         )
 
     @property
     def shape(self) -> BatchShape:
         """What the step costs depends on it."""
-        chunks = [(num_tokens, context_len) for num_tokens, context_len, _ in self.chunks]
-        contexts = [context_len for context_len, _ in self.decodes]
+        chunks = [(num_tokens, context_len) for num_tokens, context_len, _ in self.lengths.chunks]
+        contexts = [context_len for context_len, _ in self.lengths.decodes]
         return BatchShape.of(chunks, contexts)._replace(num_sampled=len(self.sample_rows))

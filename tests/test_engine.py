@@ -55,12 +55,12 @@ class MadeUpForward:
         self.cache = np.full((num_slots, 4096), -1)
         self.served: dict[int, list[int]] = {}
 
-    def run(self, inputs):
+    def run(self, inputs, foresee):
         self.gpu_seconds = LengthLatency().step_time(inputs.shape)
         self.clock.time += self.gpu_seconds
         self.cache[inputs.slots, inputs.positions] = inputs.token_ids
-        lengths = [(n, context, slot) for n, context, slot in inputs.chunks]
-        lengths += [(1, context, slot) for context, slot in inputs.decodes]
+        lengths = [(n, context, slot) for n, context, slot in inputs.lengths.chunks]
+        lengths += [(1, context, slot) for context, slot in inputs.lengths.decodes]
         starts = np.cumsum([0, *(n for n, _, _ in lengths)])
         out = []
         for start, (n, context, slot) in zip(starts, lengths, strict=False):
@@ -95,9 +95,9 @@ class WatchedMapping:
         self.num_ahead = 0
         compute = forward.run
 
-        def run(inputs):
+        def run(inputs, foresee):
             assert self.mapped[inputs.slots, inputs.positions].all(), "written where nothing is"
-            return compute(inputs)
+            return compute(inputs, foresee)
 
         forward.run = run
 
@@ -183,6 +183,29 @@ def test_mapped_slots_serve_as_blocks_of_the_same_size_do(num_blocks):
     assert cache.num_used_blocks == 0
 
 
+def test_the_next_step_is_foreseen_unless_a_prompt_begins():
+    """Prompts of several chunks, a last token of a request, all at once."""
+    foreseen, followed = [], []
+
+    class Watching(MadeUpForward):
+        def run(self, inputs, foresee):
+            followed.append(inputs.lengths)
+            foreseen.append(foresee())
+            return super().run(inputs, foresee)
+
+    deployment = Deployment(token_budget=64, max_num_seqs=16, max_model_len=400)
+    trace = random_trace(4, num_requests=40)
+    serve(trace, deployment, num_blocks=400, kind=Watching)
+    num_foreseen = 0
+    for ahead, step in zip(foreseen, followed[1:], strict=False):
+        begins = any(num_tokens == context_len for num_tokens, context_len, _ in step.chunks)
+        if not begins and step.num_tokens:
+            assert ahead == step
+            num_foreseen += 1
+    assert num_foreseen > 100
+    assert sum(bool(step.chunks and step.decodes) for step in followed) > 30
+
+
 def test_a_request_that_cannot_be_served_is_refused():
     trace = Trace.of((0.0, 10, 2), (0.0, 300, 200))
     deployment = Deployment(token_budget=64, max_num_seqs=4, max_model_len=400)
@@ -224,10 +247,10 @@ def prompts_of(trace):
     deployment = Deployment(token_budget=40, max_num_seqs=4, max_model_len=64)
 
     class Reader(MadeUpForward):
-        def run(self, inputs):
-            if inputs.chunks:
-                found.append(inputs.token_ids[: inputs.chunks[0][0]].tolist())
-            return super().run(inputs)
+        def run(self, inputs, foresee):
+            if inputs.lengths.chunks:
+                found.append(inputs.token_ids[: inputs.lengths.chunks[0][0]].tolist())
+            return super().run(inputs, foresee)
 
     serve(trace, deployment, num_blocks=40, kind=Reader)
     return [tokens for tokens in found if len(tokens) > 30]
