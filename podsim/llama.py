@@ -11,6 +11,7 @@ the others, and gathers all logits.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
@@ -29,7 +30,7 @@ from podsim.kernels.plan import CapturedPlan, Plan, Room
 from podsim.llama_weights import Weights
 from podsim.model import Model
 from podsim.step_buffers import StepBuffers
-from podsim.step_inputs import Lengths, StepInputs
+from podsim.step_inputs import Foresee, Lengths, StepInputs
 from podsim.tensor_parallel import Group
 
 NORM_EPS = 1e-5
@@ -219,9 +220,7 @@ class Llama:
 
     # ---- a step
 
-    def run(
-        self, step: StepInputs, foresee: Callable[[], Lengths] | None = None
-    ) -> NDArray[np.int64]:
+    def run(self, step: StepInputs, foresee: Foresee | None = None) -> NDArray[np.int64]:
         """Compute a step; the token that follows each of its sample rows, once on the host.
 
         While the GPU computes, the host makes the lists of the step that `foresee` says is next.
@@ -247,14 +246,23 @@ class Llama:
             self._compute(_Launch(*self.group.receive_step(len(_Launch._fields))))
             self.group.took(self.gpu_seconds)
 
-    def _compute(self, launch: _Launch, foresee: Callable[[], Lengths] | None = None) -> None:
+    def _compute(self, launch: _Launch, foresee: Foresee | None = None) -> None:
         """The step whose inputs are in the host's block; returns when it is done."""
         self._queue(launch)
         if foresee is not None:
-            self._prepare(foresee())
+            self._prepare_next(foresee)
         if self._begun and self._end:
             self._end.synchronize()
             self.gpu_seconds = self._begun.elapsed_time(self._end) / 1000
+
+    def _prepare_next(self, foresee: Foresee) -> None:
+        """Make the next step's lists, anew whenever another is foreseen, until this step ends."""
+        while True:
+            if lengths := foresee():
+                self._prepare(lengths)
+            if self._end is None or self._end.query():
+                return
+            time.sleep(0)  # for other threads of this process: one maps memory
 
     def _prepare(self, lengths: Lengths) -> None:
         if not lengths.num_tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,29 +28,39 @@ class Lengths(NamedTuple):
 
     @classmethod
     def after(
-        cls, chunks: Sequence[Chunk], decodes: Sequence[Request], slot: Mapping[Request, int]
+        cls,
+        chunks: Sequence[Chunk],
+        decodes: Sequence[Request],
+        slot: Mapping[Request, int],
+        waiting: Iterable[tuple[Request, int]],
+        token_budget: int,
     ) -> Lengths:
-        """Of the step after one of these, which is not computed yet, if nobody else is let in.
+        """Of the step after one of these, which is not computed yet.
 
-        A prompt that is not done takes as many tokens as leave the step as long as it was. What the
-        scheduler decides may differ.
+        All decodes, then the prompts under way, then those that wait, each with the slot it would
+        have, while there is room in the budget. What the scheduler decides may differ.
         """
         on = [(r, r.num_computed_tokens + 2) for r in decodes if r.num_tokens_to_emit > 1]
-        num_tokens, begun = len(decodes), []
+        prompts = []
         for request, n in chunks:
-            num_tokens += n
             if n < request.num_uncomputed_tokens:
-                begun.append((request, n))
+                prompts.append((request, request.num_computed_tokens + n, slot[request]))
             elif request.num_tokens_to_emit > 1:
                 on.append((request, request.num_known_tokens + 1))
         on.sort(key=lambda member: member[0].admission)
-        room, next_chunks = num_tokens - len(on), []
-        for request, n in begun:
-            take = min(request.num_uncomputed_tokens - n, room)
-            if take > 0:
-                next_chunks.append((take, request.num_computed_tokens + n + take, slot[request]))
-                room -= take
-        return cls(next_chunks, [(context, slot[request]) for request, context in on])
+        prompts += [(request, 0, own) for request, own in waiting]
+        room, begun = token_budget - len(on), []
+        for request, computed, own in prompts:
+            n = min(request.num_known_tokens - computed, room)
+            if n <= 0:
+                break
+            begun.append((n, computed + n, own))
+            room -= n
+        return cls(begun, [(context, slot[request]) for request, context in on])
+
+
+Foresee = Callable[[], Lengths | None]
+"""What the next step will likely be; None if that is as it was when last asked."""
 
 
 @dataclass(frozen=True, slots=True)

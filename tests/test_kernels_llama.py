@@ -80,12 +80,13 @@ class Served:
         # Slots are not in the order of the requests.
         self.slot = {r: len(lengths) - 1 - i for i, r in enumerate(self.requests)}
 
-    def step(self, chunks=(), decodes=()):
+    def step(self, chunks=(), decodes=(), waiting=()):
         """Chunks as (request, num_tokens), decodes as requests; then the counters move."""
+        waiting = [(self.requests[i], self.slot[self.requests[i]]) for i in waiting]
         chunks = [Chunk(self.requests[i], n) for i, n in chunks]
         decodes = [self.requests[i] for i in decodes]
         inputs = StepInputs.of(chunks, decodes, self.tokens, self.slot)
-        foresee = partial(Lengths.after, chunks, decodes, self.slot)
+        foresee = partial(Lengths.after, chunks, decodes, self.slot, waiting, 96)
         sampled = self.llama.run(inputs, foresee).copy()
         logits = self.llama.logits[: len(sampled)].float()
         done = [r for r, n in chunks if n == r.num_uncomputed_tokens] + decodes
@@ -122,15 +123,15 @@ def test_lists_that_were_foreseen_are_not_made_again(device, monkeypatch):
         write(lists, plan, lengths)
 
     monkeypatch.setattr(step_buffers, "_write", watched)
-    served = Served([50, 20], device, "pod")
+    served = Served([50, 20, 10], device, "pod")
     served.step(chunks=[(0, 30)])
     assert len(made) == 2, "its own, and those of the next step"
     served.step(chunks=[(0, 20)])
     served.step(decodes=[0])
     assert len(made) == 4, "only the next step's"
-    served.step(chunks=[(1, 20)], decodes=[0])  # let in: nobody foresaw that
+    served.step(chunks=[(1, 20)], decodes=[0], waiting=[2])  # the second is let in unforeseen
     assert len(made) == 6
-    served.step(decodes=[0, 1])
+    served.step(chunks=[(2, 10)], decodes=[0, 1])  # and the third was
     assert len(made) == 7
 
 
