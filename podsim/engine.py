@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
 from podsim.request import Request
 from podsim.scheduler import Scheduler
-from podsim.step_inputs import StepInputs
+from podsim.step_inputs import Foresee, Lengths, StepInputs
 from podsim.vattention import VAttentionCache
 
 SLOTTED = (VAttentionCache, PagedBlocks)
@@ -78,8 +78,11 @@ class Forward(Protocol):
     table_seconds: float
     """Of the latest step: in which the host entered new KV blocks and looked up where tokens go."""
 
-    def run(self, inputs: StepInputs) -> NDArray[np.int64]:
-        """The token that follows each sample row, once it is on the host."""
+    def run(self, inputs: StepInputs, foresee: Foresee) -> NDArray[np.int64]:
+        """The token that follows each sample row, once it is on the host.
+
+        While it computes, `foresee` may be asked again and again.
+        """
 
 
 @dataclass(slots=True)
@@ -167,9 +170,12 @@ class Engine:
             else:
                 return self.recording
 
-    def _receive_until(self, time: float) -> None:
+    def _receive_until(self, time: float) -> int:
+        """How many requests came."""
+        num_coming = len(self._coming)
         while self._coming and self._coming[0].arrival_time <= time:
             self._receive(self._coming.popleft())
+        return num_coming - len(self._coming)
 
     def _receive(self, request: Request) -> None:
         reason = reason_to_refuse(request, self.max_model_len, self.kv_cache.capacity)
@@ -219,7 +225,7 @@ class Engine:
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
         if self.mapping is not None:
             self.mapping.begin(batch, self.scheduler.decodes)
-        sampled = self.forward.run(inputs)
+        sampled = self.forward.run(inputs, self._foreseer(batch, decodes))
         end = self.clock.now()
         self._receive_until(end)
         self._record_step(inputs.shape, start, end)
@@ -232,6 +238,46 @@ class Engine:
         self._deliver(sampled_for, sampled.tolist())
         self._book(batch, end)
         return end
+
+    def _foreseer(self, batch: Batch, decodes: Sequence[Request]) -> Foresee:
+        """Says what follows a step that is being computed, and again whenever a request comes."""
+        asked = False
+
+        def foresee() -> Lengths | None:
+            nonlocal asked
+            if not self._receive_until(self.clock.now()) and asked:
+                return None
+            asked = True
+            waiting = self._next_in_line(batch, decodes)
+            return Lengths.after(
+                batch.prefills, decodes, self._slot, waiting, self.scheduler.token_budget
+            )
+
+        return foresee
+
+    def _next_in_line(
+        self, batch: Batch, decodes: Sequence[Request]
+    ) -> Iterator[tuple[Request, int]]:
+        """Who waits and has a slot and KV blocks after a step: not known where slots are the
+        cache's own to choose.
+        """
+        if isinstance(self.kv_cache, SLOTTED):
+            return
+        done = [r for r in decodes if r.num_tokens_to_emit == 1]
+        done += [
+            request
+            for request, n in batch.prefills
+            if n == request.num_uncomputed_tokens and request.num_tokens_to_emit == 1
+        ]
+        slots = [*self._free_slots, *(self._slot[request] for request in done)]
+        blocks_for = self.kv_cache.blocks_for
+        free = self.kv_cache.num_free_blocks
+        free += sum(blocks_for(request.num_known_tokens) for request in done)
+        for request in self.scheduler.waiting:
+            free -= blocks_for(request.num_known_tokens)
+            if not slots or free < 0:
+                return
+            yield request, slots.pop()
 
     def _allot(self, batch: Batch, decodes: Sequence[Request]) -> tuple[Sequence[NewBlocks], float]:
         """The KV blocks that are new with this step, and the seconds of choosing them."""

@@ -11,6 +11,7 @@ the others, and gathers all logits.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
@@ -29,7 +30,7 @@ from podsim.kernels.plan import CapturedPlan, Plan, Room
 from podsim.llama_weights import Weights
 from podsim.model import Model
 from podsim.step_buffers import StepBuffers
-from podsim.step_inputs import StepInputs
+from podsim.step_inputs import Foresee, Lengths, StepInputs
 from podsim.tensor_parallel import Group
 
 NORM_EPS = 1e-5
@@ -167,6 +168,7 @@ class Llama:
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
         on_gpu = self.device.type == "cuda"
         self._begun = torch.cuda.Event(enable_timing=True, external=True) if on_gpu else None
+        self._end = torch.cuda.Event(enable_timing=True) if on_gpu else None
         self.sampled_host = torch.zeros(rows, dtype=torch.int64, pin_memory=on_gpu)
         self.cos_sin = rope.rope_table(self.max_len, model.head_dim, ROPE_BASE, self.device)
 
@@ -218,20 +220,23 @@ class Llama:
 
     # ---- a step
 
-    def run(self, step: StepInputs) -> NDArray[np.int64]:
-        """Compute a step; the token that follows each of its sample rows, once on the host."""
+    def run(self, step: StepInputs, foresee: Foresee | None = None) -> NDArray[np.int64]:
+        """Compute a step; the token that follows each of its sample rows, once on the host.
+
+        While the GPU computes, the host makes the lists of the step that `foresee` says is next.
+        """
         if len(step.token_ids) > self.max_tokens:
             raise InputError(
                 f"a step of {len(step.token_ids)} tokens, but this model was set up for at most "
                 f"{self.max_tokens}"
             )
-        launch = self._launch_of(step)
+        launch = self._launch_of(step.lengths, len(step.sample_rows))
         plan, _ = self._parts(launch)
         self.inputs.fill(step, plan, launch.size, self._padding_slot)
         self.table_seconds = self.inputs.table_seconds
         if self.group is not None:
             self.group.send_step(*launch)
-        self._compute(launch)
+        self._compute(launch, foresee)
         return self.sampled_host[: len(step.sample_rows)].numpy()
 
     def follow(self) -> NoReturn:
@@ -241,16 +246,31 @@ class Llama:
             self._compute(_Launch(*self.group.receive_step(len(_Launch._fields))))
             self.group.took(self.gpu_seconds)
 
-    def _compute(self, launch: _Launch) -> None:
+    def _compute(self, launch: _Launch, foresee: Foresee | None = None) -> None:
         """The step whose inputs are in the host's block; returns when it is done."""
-        if self._begun is None:
-            self._queue(launch)
-            return
-        end = torch.cuda.Event(enable_timing=True)
         self._queue(launch)
-        end.record()
-        end.synchronize()
-        self.gpu_seconds = self._begun.elapsed_time(end) / 1000
+        if foresee is not None:
+            self._prepare_next(foresee)
+        if self._begun and self._end:
+            self._end.synchronize()
+            self.gpu_seconds = self._begun.elapsed_time(self._end) / 1000
+
+    def _prepare_next(self, foresee: Foresee) -> None:
+        """Make the next step's lists, anew whenever another is foreseen, until this step ends."""
+        while True:
+            if lengths := foresee():
+                self._prepare(lengths)
+            if self._end is None or self._end.query():
+                return
+            time.sleep(0)  # for other threads of this process: one maps memory
+
+    def _prepare(self, lengths: Lengths) -> None:
+        if not lengths.num_tokens:
+            return
+        launch = self._launch_of(lengths, 0)
+        if not launch.is_crowded:
+            plan, _ = self._parts(launch)
+            self.inputs.prepare(plan, lengths)
 
     def _queue(self, launch: _Launch) -> None:
         self.inputs.copy()
@@ -259,13 +279,15 @@ class Llama:
         if n := launch.num_sampled:
             self._heads[n].run()
             self.sampled_host[:n].copy_(self.sampled[:n], non_blocking=True)
+        if self._end:
+            self._end.record()
 
-    def _launch_of(self, step: StepInputs) -> _Launch:
+    def _launch_of(self, lengths: Lengths, num_sampled: int) -> _Launch:
         return _Launch(
-            KINDS.index(self._kind(step)),
-            graph_size(len(step.token_ids)),
-            int(len(step.chunks) > MAX_CHUNKS),
-            graph_size(len(step.sample_rows)),
+            KINDS.index(self._kind(lengths)),
+            graph_size(lengths.num_tokens),
+            int(len(lengths.chunks) > MAX_CHUNKS),
+            graph_size(num_sampled),
         )
 
     def _parts(self, launch: _Launch) -> tuple[CapturedPlan, Captured]:
@@ -276,13 +298,13 @@ class Llama:
             self._crowded[key] = self._step_of(*key, self.max_requests)
         return self._crowded[key]
 
-    def _kind(self, step: StepInputs) -> str:
-        if not (step.chunks and step.decodes):
-            return PREFILL if step.chunks else DECODE
+    def _kind(self, lengths: Lengths) -> str:
+        if not (lengths.chunks and lengths.decodes):
+            return PREFILL if lengths.chunks else DECODE
         if DECODE_HEAVY not in self._kinds:
             return MIXED
-        chunks = [(num_tokens, context) for num_tokens, context, _ in step.chunks]
-        contexts = [context for context, _ in step.decodes]
+        chunks = [(num_tokens, context) for num_tokens, context, _ in lengths.chunks]
+        contexts = [context for context, _ in lengths.decodes]
         group = self.model.num_q_heads // self.model.num_kv_heads
         return DECODE_HEAVY if is_decode_heavy(chunks, contexts, group) else MIXED
 

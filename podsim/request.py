@@ -59,5 +59,10 @@ class Request:
         return self.num_prompt_tokens + self.num_emitted_tokens - self.num_computed_tokens
 
     @property
+    def num_tokens_to_emit(self) -> int:
+        """Output tokens the user has not received."""
+        return self.num_output_tokens - self.num_emitted_tokens
+
+    @property
     def is_finished(self) -> bool:
         return self.num_emitted_tokens == self.num_output_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sized
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,8 +30,12 @@ class Completed:
 class Scheduler(Protocol):
     """Builds batches and moves the requests' counters; it knows no clock."""
 
+    token_budget: int
+    """Most tokens of a step."""
+
     @property
-    def waiting(self) -> Sized: ...
+    def waiting(self) -> Collection[Request]:
+        """Requests that hold no KV blocks, in the order in which they are let in."""
 
     @property
     def running(self) -> Collection[Request]:

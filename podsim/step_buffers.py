@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from podsim.block_tables import BlockTable
 from podsim.graph_sizes import graph_size
 from podsim.kernels.plan import CapturedPlan, Decode, PrefillChunk, Room
-from podsim.step_inputs import StepInputs
+from podsim.step_inputs import Lengths, StepInputs
 from podsim.tensor_parallel import Group
 
 
@@ -55,6 +55,8 @@ class StepBuffers:
         self.block_table = table.view(table_shape) if page_size else None
         *self._host_parts, entries = (part.numpy() for part in self.host.split(sizes))
         self._table = BlockTable(entries.reshape(table_shape), page_size) if page_size else None
+        self._prepared_lists = np.zeros_like(self._host_parts[-1])
+        self._prepared: tuple[CapturedPlan, Lengths] | None = None
         self.table_seconds = 0.0
 
     def fill(
@@ -67,8 +69,19 @@ class StepBuffers:
         positions[:n], positions[n:num_tokens] = step.positions, 0
         slots[:n], slots[n:num_tokens] = self.slots_of(step), padding_slot
         sample_rows[:m], sample_rows[m:] = step.sample_rows, 0
-        chunks = [PrefillChunk(*chunk) for chunk in step.chunks]
-        plan.write(lists, chunks, [Decode(*decode) for decode in step.decodes])
+        if self._prepared == (plan, step.lengths):
+            lists[:] = self._prepared_lists
+        else:
+            _write(lists, plan, step.lengths)
+
+    def prepare(self, plan: CapturedPlan, lengths: Lengths) -> None:
+        """Make the lists of a step that may be filled in next, while another one is computed.
+
+        Apart from the host's block, which the GPU may still be reading.
+        """
+        self._prepared = None
+        _write(self._prepared_lists, plan, lengths)
+        self._prepared = plan, lengths
 
     def slots_of(self, step: StepInputs) -> NDArray[np.int32]:
         """Where k and v of each token go, after the step's new blocks are in the table.
@@ -90,3 +103,8 @@ class StepBuffers:
         """Queue the copy of what a step reads to the device; all of it where nobody fills."""
         used = self._copied
         self.device[:used].copy_(self.host[:used], non_blocking=True)
+
+
+def _write(lists: NDArray[np.int32], plan: CapturedPlan, lengths: Lengths) -> None:
+    chunks = [PrefillChunk(*chunk) for chunk in lengths.chunks]
+    plan.write(lists, chunks, [Decode(*decode) for decode in lengths.decodes])

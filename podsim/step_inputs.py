@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,55 @@ from numpy.typing import NDArray
 from podsim.batch import BatchShape, Chunk
 from podsim.block_tables import NewBlocks
 from podsim.request import Request
+
+
+class Lengths(NamedTuple):
+    """What the attention of a step is planned by."""
+
+    chunks: Sequence[tuple[int, int, int]]
+    """num_tokens, context_len and slot of each prefill chunk."""
+    decodes: Sequence[tuple[int, int]]
+    """context_len and slot of each decode."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(num_tokens for num_tokens, _, _ in self.chunks) + len(self.decodes)
+
+    @classmethod
+    def after(
+        cls,
+        chunks: Sequence[Chunk],
+        decodes: Sequence[Request],
+        slot: Mapping[Request, int],
+        waiting: Iterable[tuple[Request, int]],
+        token_budget: int,
+    ) -> Lengths:
+        """Of the step after one of these, which is not computed yet.
+
+        All decodes, then the prompts under way, then those that wait, each with the slot it would
+        have, while there is room in the budget. What the scheduler decides may differ.
+        """
+        on = [(r, r.num_computed_tokens + 2) for r in decodes if r.num_tokens_to_emit > 1]
+        prompts = []
+        for request, n in chunks:
+            if n < request.num_uncomputed_tokens:
+                prompts.append((request, request.num_computed_tokens + n, slot[request]))
+            elif request.num_tokens_to_emit > 1:
+                on.append((request, request.num_known_tokens + 1))
+        on.sort(key=lambda member: member[0].admission)
+        prompts += [(request, 0, own) for request, own in waiting]
+        room, begun = token_budget - len(on), []
+        for request, computed, own in prompts:
+            n = min(request.num_known_tokens - computed, room)
+            if n <= 0:
+                break
+            begun.append((n, computed + n, own))
+            room -= n
+        return cls(begun, [(context, slot[request]) for request, context in on])
+
+
+Foresee = Callable[[], Lengths | None]
+"""What the next step will likely be; None if that is as it was when last asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +74,7 @@ class StepInputs:
     """KV slot of each token."""
     sample_rows: NDArray[np.int32]
     """Tokens whose successors come out: the last of each completed prompt, and all decodes."""
-    chunks: Sequence[tuple[int, int, int]]
-    """num_tokens, context_len and slot of each prefill chunk."""
-    decodes: Sequence[tuple[int, int]]
-    """context_len and slot of each decode."""
+    lengths: Lengths
     new_blocks: Sequence[NewBlocks] = ()
     """Of a paged KV cache: what is to be entered into the block table before the step."""
 
@@ -61,14 +108,13 @@ class StepInputs:
             np.concatenate([*positions, np.array(computed, np.int32)]),
             np.concatenate([*slots, np.array(own_slots, np.int32)]),
             np.array(sample_rows, np.int32),
-            shapes,
-            [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)],
+            Lengths(shapes, [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)]),
             new_blocks,
         )
 
     @property
     def shape(self) -> BatchShape:
         """What the step costs depends on it."""
-        chunks = [(num_tokens, context_len) for num_tokens, context_len, _ in self.chunks]
-        contexts = [context_len for context_len, _ in self.decodes]
+        chunks = [(num_tokens, context_len) for num_tokens, context_len, _ in self.lengths.chunks]
+        contexts = [context_len for context_len, _ in self.lengths.decodes]
         return BatchShape.of(chunks, contexts)._replace(num_sampled=len(self.sample_rows))

@@ -23,6 +23,9 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._heap)
 
+    def __contains__(self, request: object) -> bool:
+        return any(entry[3] is request for entry in self._heap)
+
     def __iter__(self) -> Iterator[Request]:
         return (entry[3] for entry in sorted(self._heap))
 

@@ -35,7 +35,7 @@ class PhysicalForward:
         self.slots = np.full((num_slots, 400), -1)
         self.handed_out: list[int] = []
 
-    def run(self, inputs):
+    def run(self, inputs, foresee):
         self.gpu_seconds = LengthLatency().step_time(inputs.shape)
         self.table_seconds = 1e-4
         self.clock.time += self.gpu_seconds
@@ -47,7 +47,10 @@ class PhysicalForward:
             self.memory[rows] = inputs.token_ids
         else:
             self.slots[inputs.slots, inputs.positions] = inputs.token_ids
-        lengths = [*inputs.chunks, *((1, context, slot) for context, slot in inputs.decodes)]
+        lengths = [
+            *inputs.lengths.chunks,
+            *((1, context, slot) for context, slot in inputs.lengths.decodes),
+        ]
         ends = np.cumsum([n for n, _, _ in lengths]) - 1
         sampled = set(inputs.sample_rows.tolist())
         found = [

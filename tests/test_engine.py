@@ -55,12 +55,12 @@ class MadeUpForward:
         self.cache = np.full((num_slots, 4096), -1)
         self.served: dict[int, list[int]] = {}
 
-    def run(self, inputs):
+    def run(self, inputs, foresee):
         self.gpu_seconds = LengthLatency().step_time(inputs.shape)
         self.clock.time += self.gpu_seconds
         self.cache[inputs.slots, inputs.positions] = inputs.token_ids
-        lengths = [(n, context, slot) for n, context, slot in inputs.chunks]
-        lengths += [(1, context, slot) for context, slot in inputs.decodes]
+        lengths = [(n, context, slot) for n, context, slot in inputs.lengths.chunks]
+        lengths += [(1, context, slot) for context, slot in inputs.lengths.decodes]
         starts = np.cumsum([0, *(n for n, _, _ in lengths)])
         out = []
         for start, (n, context, slot) in zip(starts, lengths, strict=False):
@@ -95,9 +95,9 @@ class WatchedMapping:
         self.num_ahead = 0
         compute = forward.run
 
-        def run(inputs):
+        def run(inputs, foresee):
             assert self.mapped[inputs.slots, inputs.positions].all(), "written where nothing is"
-            return compute(inputs)
+            return compute(inputs, foresee)
 
         forward.run = run
 
@@ -183,6 +183,45 @@ def test_mapped_slots_serve_as_blocks_of_the_same_size_do(num_blocks):
     assert cache.num_used_blocks == 0
 
 
+class Asking(MadeUpForward):
+    """Asks what the next step will be at the beginning of each, and at its end."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.foreseen, self.followed = [], []
+
+    def run(self, inputs, foresee):
+        self.followed.append(inputs.lengths)
+        first = foresee()
+        found = super().run(inputs, foresee)
+        self.foreseen.append(foresee() or first)
+        return found
+
+
+@pytest.mark.parametrize("num_blocks", [40, 400], ids=["preempting", "roomy"])
+def test_the_next_step_is_foreseen(num_blocks):
+    """Prompts of several chunks, last tokens, requests that come meanwhile; as Sarathi does."""
+    made = []
+
+    def kind(*args):
+        made.append(Asking(*args))
+        return made[0]
+
+    deployment = Deployment(
+        token_budget=96, max_num_seqs=8, max_model_len=400, num_blocks=num_blocks, watermark=0.0
+    )
+    serve(random_trace(4, num_requests=100), deployment, num_blocks, kind=kind)
+    steps = list(zip(made[0].foreseen, made[0].followed[1:], strict=False))
+    steps = [(ahead, step) for ahead, step in steps if ahead.num_tokens]  # not before a rest
+    right = sum(ahead == step for ahead, step in steps)
+    assert len(steps) > 300
+    assert sum(bool(step.chunks and step.decodes) for _, step in steps) > 100
+    if num_blocks == 400:
+        assert right == len(steps)
+    else:  # where blocks are missing, the scheduler does otherwise
+        assert 0.5 * len(steps) < right < len(steps)
+
+
 def test_a_request_that_cannot_be_served_is_refused():
     trace = Trace.of((0.0, 10, 2), (0.0, 300, 200))
     deployment = Deployment(token_budget=64, max_num_seqs=4, max_model_len=400)
@@ -224,10 +263,10 @@ def prompts_of(trace):
     deployment = Deployment(token_budget=40, max_num_seqs=4, max_model_len=64)
 
     class Reader(MadeUpForward):
-        def run(self, inputs):
-            if inputs.chunks:
-                found.append(inputs.token_ids[: inputs.chunks[0][0]].tolist())
-            return super().run(inputs)
+        def run(self, inputs, foresee):
+            if inputs.lengths.chunks:
+                found.append(inputs.token_ids[: inputs.lengths.chunks[0][0]].tolist())
+            return super().run(inputs, foresee)
 
     serve(trace, deployment, num_blocks=40, kind=Reader)
     return [tokens for tokens in found if len(tokens) > 30]

@@ -43,7 +43,7 @@ class MadeUpSteps:
         num_new = sum(request.request_id % 3 > 0 for request in begun)
         self.page_groups, self.seconds = 64 * num_new, MAPPING * num_new
 
-    def run(self, inputs):
+    def run(self, inputs, foresee):
         shape = inputs.shape
         requests = len(shape.prefills) + shape.num_decodes
         host = FIXED + PER_REQUEST * requests + WITH_PREFILL * bool(shape.prefills)

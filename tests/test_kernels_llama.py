@@ -1,5 +1,7 @@
 """The engine's forward pass against plain PyTorch in float32, on the GPU or interpreted."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -8,13 +10,14 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from podsim.kernels.config import STRATEGIES  # noqa: E402
 
+from podsim import step_buffers  # noqa: E402
 from podsim.batch import Chunk  # noqa: E402
 from podsim.errors import InputError  # noqa: E402
 from podsim.llama import MAX_CHUNKS, NORM_EPS, ROPE_BASE, Llama  # noqa: E402
 from podsim.llama_weights import random_weights  # noqa: E402
 from podsim.model import Model  # noqa: E402
 from podsim.request import Request  # noqa: E402
-from podsim.step_inputs import StepInputs  # noqa: E402
+from podsim.step_inputs import Lengths, StepInputs  # noqa: E402
 
 # The interpreter of Triton before 3.9 converts arrays in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
@@ -77,12 +80,14 @@ class Served:
         # Slots are not in the order of the requests.
         self.slot = {r: len(lengths) - 1 - i for i, r in enumerate(self.requests)}
 
-    def step(self, chunks=(), decodes=()):
+    def step(self, chunks=(), decodes=(), waiting=()):
         """Chunks as (request, num_tokens), decodes as requests; then the counters move."""
+        waiting = [(self.requests[i], self.slot[self.requests[i]]) for i in waiting]
         chunks = [Chunk(self.requests[i], n) for i, n in chunks]
         decodes = [self.requests[i] for i in decodes]
         inputs = StepInputs.of(chunks, decodes, self.tokens, self.slot)
-        sampled = self.llama.run(inputs).copy()
+        foresee = partial(Lengths.after, chunks, decodes, self.slot, waiting, 96)
+        sampled = self.llama.run(inputs, foresee).copy()
         logits = self.llama.logits[: len(sampled)].float()
         done = [r for r, n in chunks if n == r.num_uncomputed_tokens] + decodes
         for request, n in chunks:
@@ -107,6 +112,27 @@ def test_logits_of_prefill_chunks_decodes_and_mixed_batches(strategy, device):
     served.step(chunks=[(2, 30)], decodes=[0, 1])  # mixed
     served.step(chunks=[(2, 31)], decodes=[1, 0])
     served.step(decodes=[2, 0, 1])
+
+
+def test_lists_that_were_foreseen_are_not_made_again(device, monkeypatch):
+    made = []
+    write = step_buffers._write
+
+    def watched(lists, plan, lengths):
+        made.append(lengths)
+        write(lists, plan, lengths)
+
+    monkeypatch.setattr(step_buffers, "_write", watched)
+    served = Served([50, 20, 10], device, "pod")
+    served.step(chunks=[(0, 30)])
+    assert len(made) == 2, "its own, and those of the next step"
+    served.step(chunks=[(0, 20)])
+    served.step(decodes=[0])
+    assert len(made) == 4, "only the next step's"
+    served.step(chunks=[(1, 20)], decodes=[0], waiting=[2])  # the second is let in unforeseen
+    assert len(made) == 6
+    served.step(chunks=[(2, 10)], decodes=[0, 1])  # and the third was
+    assert len(made) == 7
 
 
 def test_graphs_give_what_launches_give(device):

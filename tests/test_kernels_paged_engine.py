@@ -85,10 +85,10 @@ class Checked:
     def table_seconds(self):
         return self.llama.table_seconds
 
-    def run(self, inputs):
+    def run(self, inputs, foresee):
         if isinstance(self.kv_cache, PagedBlocks):
             self._check_blocks(inputs)
-        sampled = self.llama.run(inputs).copy()
+        sampled = self.llama.run(inputs, foresee).copy()
         self.steps.append((inputs.shape, sampled.tolist()))
         self.logits.append(self.llama.logits[: len(sampled)].float().cpu())
         return sampled

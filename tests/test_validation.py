@@ -62,7 +62,7 @@ class SlowedForward:
     def wait_until(self, time: float) -> None:
         self.time = time
 
-    def run(self, inputs):
+    def run(self, inputs, foresee):
         self.gpu_seconds = self.heat.step_time(inputs.shape, self.time) * self.slowdown
         self.time += self.gpu_seconds
         return np.zeros(len(inputs.sample_rows), np.int64)
