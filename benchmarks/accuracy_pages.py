@@ -23,7 +23,8 @@ METRICS = {
 TTFTS = ("ttft_p50", "ttft_p90", "ttft_p99")
 STEPS = {"step_bias": "step bias", "step_median": "step median"}
 NAMES = METRICS | STEPS
-HOSTS = {"": "host before", "pooled_": "host of all", "own_": "host of the run"}
+OWN_HOST = "own_"
+HOSTS = {"": "host before", OWN_HOST: "host of the run"}
 """Prefixes of the errors' columns: whose measurement of the host's time the simulation had."""
 CONTEXTS = (0, 1024, 2048, 4096, 8192, 16384)
 """Tokens: the longest context of a step is above one of these and not above the next."""
@@ -67,7 +68,7 @@ def machine_table(errors: pd.DataFrame) -> str:
 def bars_table(errors: pd.DataFrame) -> str:
     """Each bar, in how many runs it is met, and the worst of them.
 
-    By the host's time as it was measured just before; beside it by those of the other HOSTS.
+    By the host's time as it was measured just before; beside it by that of the run itself.
     """
     online = errors[errors["load"].notna()]
     is_below = online["load"] <= MOST_BELOW

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +25,7 @@ from accuracy_pages import (
     ERRORS_FILE,
     METRICS,
     MOST_BELOW,
+    OWN_HOST,
     TTFTS,
     bars_table,
     filled,
@@ -49,13 +48,9 @@ RUNS = Path(__file__).parent.parent / "validation" / "h200"
 
 def row(comparison: Comparison) -> dict[str, object]:
     """Errors of one run (simulated over recorded, minus 1), and what they are errors of."""
-    recorded = comparison.recorded
-    others = {"pooled_": with_pooled_host(recorded), "own_": with_own_host(recorded)}
-    return errors_and_more(comparison) | {
-        host + name: error
-        for host, again in others.items()
-        for name, error in errors_of(compare(again, error_bars=False)).items()
-    }
+    again = compare(with_own_host(comparison.recorded), error_bars=False)
+    own = {OWN_HOST + name: error for name, error in errors_of(again).items()}
+    return errors_and_more(comparison) | own
 
 
 def errors_of(comparison: Comparison) -> dict[str, float]:
@@ -189,11 +184,6 @@ def with_own_host(recorded: Recorded) -> Recorded:
     return with_host(recorded, *np.maximum(found, 0.0).tolist())
 
 
-def with_pooled_host(recorded: Recorded) -> Recorded:
-    """The same, with the host's time of all set-ups of the machine, not of one moment."""
-    return with_host(recorded, *pooled_host())
-
-
 def with_host(
     recorded: Recorded, fixed: float, per_request: float, with_prefill: float
 ) -> Recorded:
@@ -205,23 +195,6 @@ def with_host(
         host_overhead_with_prefill=with_prefill,
     )
     return dataclasses.replace(recorded, deployment=deployment)
-
-
-@cache
-def pooled_host() -> tuple[float, float, float]:
-    """Seconds: fixed, of a request, with prefill; from medians over what every set-up measured.
-
-    Each measured it on batches of its own before it was recorded; runs have no part in it.
-    """
-    texts = [(folder / ENGINE_FILE).read_text(encoding="utf-8") for folder in recordings(RUNS)]
-    measured = {json.dumps(json.loads(text)["host_time"]) for text in texts}
-    hosts = [json.loads(text) for text in sorted(measured)]
-    rows = pd.DataFrame([row for host in hosts for row in host["rows"]], columns=["n", "seconds"])
-    sizes = rows.groupby("n")["seconds"].agg(["median", "size"])
-    weights = np.sqrt(sizes["size"])
-    slope, fixed = np.polyfit(sizes.index, sizes["median"], 1, w=weights).tolist()
-    above = [s - fixed - slope * n for host in hosts for n, s in host["prefill_rows"]]
-    return fixed, slope, float(np.median(above))
 
 
 def recordings(runs: Path) -> list[Path]:
