@@ -118,16 +118,21 @@ class AttentionModel:
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
+        return self.seconds_and_hidden(strategy, shape)[0]
+
+    def seconds_and_hidden(self, strategy: str, shape: BatchShape) -> tuple[float, float]:
+        """Of a batch under a strategy, and how many seconds of its two sides overlap hides."""
         prefills, num_prefill_tokens, n, keys, longest, _ = shape
         if not prefills:
-            return self.decode_seconds(n, keys, longest)
+            return self.decode_seconds(n, keys, longest), 0.0
         if strategy == "unified" and n:
-            return self._unified_seconds(shape)
+            return self._unified_seconds(shape), 0.0
         sms = self._sms_beside_decode(strategy, shape) if n else 0
-        side = self._prefill_side(row_tiles(prefills, self.geometry), sms)
+        tiles = row_tiles(prefills, self.geometry)
+        side = self._prefill_side(tiles, sms)
         _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
         if not n:
-            return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded
+            return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded, 0.0
         coefficients = self.coefficients["decode"]
         decode, items = decode_seconds(coefficients, n, keys, longest, self.geometry)
         load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
@@ -137,7 +142,13 @@ class AttentionModel:
         paid = self.overlaps[name].at(prefill / both, busy_place, waves_place)
         launch, item, wave, pair, key = self.coefficients[strategy]
         seconds = launch + item * items + wave * waves + paid * both
-        return seconds + pair * min(items, waves) + key * prefill_keys
+        seconds += pair * min(items, waves) + key * prefill_keys
+        if strategy == "serial":
+            return seconds, 0.0
+        if strategy == "streams":  # whose prefill is that on a part of the SMs
+            side = self._prefill_side(tiles, 0)
+            both = side.seconds + load * side.loaded_seconds + decode
+        return seconds, max(both - seconds, 0.0)
 
     def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""

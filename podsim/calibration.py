@@ -13,7 +13,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from podsim.attention_features import FEATURES, Geometry
-from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu, gpu_named
@@ -30,11 +29,9 @@ from podsim.latency import (
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
+from podsim.step_fitting import fit_steps
 
 Floats = NDArray[np.float64]
-
-ROUNDS = 10
-"""In which what whole steps take beside their parts is fitted; the second changes it by 1 %."""
 
 COLUMNS = (
     *("op", "strategy", "split", "num_tokens", "prefills", "decodes", "pass"),
@@ -116,7 +113,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
         errors={},
         hull=_hull(grid),
     )
-    profile = replace(profile, sustained={**profile.sustained, **_sustained(profile, model, grid)})
+    profile = replace(profile, sustained={**profile.sustained, **fit_steps(profile, model, grid)})
     heating = _heating(profile, model, rows)
     profile = replace(profile, sustained={**profile.sustained, **heating})
     return profile.with_errors(held_out_errors(predictions(profile, model, rows)))
@@ -277,37 +274,6 @@ def _quiet_layer_seconds(
     layers = [count * op_seconds(ops[name], num_tokens) for name, count in LAYER_OPS.items()]
     beside = np.sum(layers, axis=0) - linear_token_seconds * num_tokens
     return max(0.0, float(np.median(beside)))
-
-
-def _sustained(profile: Profile, model: Model, grid: pd.DataFrame) -> dict[str, float]:
-    """What whole steps take beside the sum of their parts: see `ProfiledLatency.matrix_share`.
-
-    `layer_gap` is the median over steps of decodes alone, which have little else; `slowdown` the
-    least squares of what is left with prefill. Without whole steps to fit on there is none, which
-    `steps`, their number, tells.
-    """
-    steps = grid[(grid["op"] == "step") & grid["strategy"].isin(STRATEGIES)]
-    found = []
-    for strategy, rows in steps.groupby("strategy"):
-        latency = ProfiledLatency(profile, model, str(strategy))
-        for shape, seconds in zip(shapes_of(rows), rows["seconds"], strict=True):
-            parts = latency.breakdown(shape)
-            layers = parts.attention + parts.layers
-            of_layers = latency.matrix_share(shape.num_tokens, layers)
-            found.append((bool(shape.prefills), of_layers, layers, seconds - parts.once - layers))
-    table: Floats = np.array(found, dtype=np.float64).reshape(-1, 4)
-    has_prefill, share, in_layers, missing = (table[:, column] for column in range(4))
-    mixed, load, quiet = has_prefill > 0, share**2, (1 - share) ** 2
-    slowdown = gaps = 0.0
-    for _ in range(ROUNDS):  # each takes what the other leaves
-        if not mixed.all():
-            left = (missing - slowdown * load * in_layers)[~mixed]
-            gaps = max(0.0, float(np.median(left / quiet[~mixed])))
-        if mixed.any():
-            left = ((missing - gaps * quiet) / in_layers)[mixed]
-            slowdown = max(0.0, float(load[mixed] @ left / (load[mixed] @ load[mixed])))
-    gap = gaps / model.num_layers
-    return {"slowdown": slowdown, "layer_gap": gap, "steps": len(found)}
 
 
 def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:

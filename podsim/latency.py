@@ -226,6 +226,7 @@ class ProfiledLatency:
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
+        self._overlap_loss = float(profile.sustained.get("overlap_loss", 0.0))
         self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
         self._clock_falls = _clock_falls(profile, graph_padding)
@@ -272,7 +273,8 @@ class ProfiledLatency:
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
         num_tokens = num_prefill_tokens + num_decodes
-        attention = self.num_layers * self.attention.seconds(self.strategy, shape)
+        attention, hidden = self.attention.seconds_and_hidden(self.strategy, shape)
+        attention, hidden = self.num_layers * attention, self.num_layers * hidden
         layers, once, collectives = self._beside_attention(
             num_tokens, num_sampled, num_decodes + len(prefills)
         )
@@ -280,7 +282,13 @@ class ProfiledLatency:
             once += self.host_with_prefill
         share = self.matrix_share(num_tokens, attention + layers)
         slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
+        if hidden:
+            slower += self._overlap_loss * share * hidden / (attention + layers)
         return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
+
+    def hidden_seconds(self, shape: BatchShape) -> float:
+        """Of a mixed step's attention: what overlap hides."""
+        return self.num_layers * self.attention.seconds_and_hidden(self.strategy, shape)[1]
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -303,7 +311,8 @@ class ProfiledLatency:
         Whole steps take longer than their parts, timed with pauses between them. Matrix work
         without a pause lowers the clock further: what that adds is in proportion to the square of
         this. And a kernel starts later behind others than alone: what that adds to a layer goes
-        with the square of the rest.
+        with the square of the rest. Overlap does the same work in less time, at more power: under
+        the power limit a lower clock takes a part of what it hides back, in proportion to this.
         """
         return self._matrix_seconds_per_token * num_tokens / seconds
 

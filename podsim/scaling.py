@@ -98,6 +98,8 @@ class Attention(Protocol):
 
     def seconds(self, strategy: str, shape: BatchShape) -> float: ...
 
+    def seconds_and_hidden(self, strategy: str, shape: BatchShape) -> tuple[float, float]: ...
+
     def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float: ...
 
     def decode_seconds_of_run(
@@ -118,10 +120,14 @@ class ScaledAttention:
         self._decode_ratio = scaling.attention_ratio(BatchShape.of((), (1024,)))
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
-        seconds = self._attention.seconds(strategy, shape)
+        return self.seconds_and_hidden(strategy, shape)[0]
+
+    def seconds_and_hidden(self, strategy: str, shape: BatchShape) -> tuple[float, float]:
+        seconds, hidden = self._attention.seconds_and_hidden(strategy, shape)
         if not shape.prefills:
-            return seconds * self._decode_ratio
-        return seconds * self._scaling.attention_ratio(shape)
+            return seconds * self._decode_ratio, 0.0
+        ratio = self._scaling.attention_ratio(shape)
+        return seconds * ratio, hidden * ratio
 
     def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float:
         seconds = self._attention.decode_seconds(num_decodes, context_sum, context_max)

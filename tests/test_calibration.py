@@ -348,7 +348,7 @@ def test_what_lies_outside_the_measured_range_is_counted() -> None:
 
 
 def test_layer_times_follow_the_table() -> None:
-    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0}
+    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0, "overlap_loss": 0.0}
     at_rest = replace(PROFILE, sustained=nothing_more)
     latency = ProfiledLatency(at_rest, LLAMA, "serial")
     expected = sum(
@@ -374,7 +374,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
     # Every other batch to fit on, each taking what its parts take, 20 % times the square of the
-    # matrix products' share more, and 5 us a layer times the square of the rest.
+    # matrix products' share more, 30 % times that share of what overlap hides, and 5 us a layer
+    # times the square of the rest.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
     to_fit_on = set(batches[::2])
     for index, row in table[table["op"] == "step"].iterrows():
@@ -383,13 +384,15 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
         share = latency.matrix_share(shape.num_tokens, layers)
+        more = 0.2 * share**2 * layers + 0.3 * share * latency.hidden_seconds(shape)
         gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
-        table.loc[index, "time_us"] = (layers * (1 + 0.2 * share**2) + gaps + parts.once) * 1e6
+        table.loc[index, "time_us"] = (layers + more + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
             table.loc[index, "split"] = "grid"
     table.to_csv(tmp_path / "measurements.csv", index=False)
     fitted = calibration.refit(tmp_path)
     assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
+    assert fitted.sustained["overlap_loss"] == pytest.approx(0.3, rel=1e-3)
     assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-3)
     assert fitted.sustained["steps"] > 20
     for strategy in STRATEGIES:
@@ -401,6 +404,21 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     decodes = BatchShape.of((), [2048] * 16)
     longer = parts.step_time(decodes) + 5e-6 * LLAMA.num_layers
     assert slowed.step_time(decodes) == pytest.approx(longer, rel=5e-3)
+
+
+def test_overlap_hides_seconds_under_the_strategies_that_overlap() -> None:
+    mixed = BatchShape.of([(512, 4096)], [4096] * 64)
+    sides = [BatchShape.of([(512, 4096)]), BatchShape.of([], [4096] * 64)]
+    hidden = {
+        name: ProfiledLatency(PROFILE, LLAMA, name).hidden_seconds(mixed) for name in STRATEGIES
+    }
+    assert hidden["serial"] == hidden["unified"] == 0.0
+    serial = ProfiledLatency(PROFILE, LLAMA, "serial").breakdown(mixed).attention
+    for name in ("streams", "pod"):
+        latency = ProfiledLatency(PROFILE, LLAMA, name)
+        assert all(latency.hidden_seconds(side) == 0.0 for side in sides)
+        saved = serial - latency.breakdown(mixed).attention
+        assert hidden[name] == pytest.approx(saved, rel=0.35)
 
 
 def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:

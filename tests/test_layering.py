@@ -26,6 +26,7 @@ LAYERS = [
     {"profile", "points", "attention_features", "unified_features", "overlap", "attention_model"},
     {"collectives", "latency", "paged_latency"},
     {"fitting", "heat_fitting", "held_out", "row_clocks"},
+    {"step_fitting"},
     {"fit_plots", "calibration", "collective_calibration"},
     {"layer_predictions", "memory_calibration"},
     {
