@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.heat import Warming
+from podsim.row_clocks import TO_THE_BOTTOM
 
 Floats = NDArray[np.float64]
 
@@ -69,7 +70,7 @@ def fit_heating(runs: Sequence[SustainedRun]) -> Warming:
         return np.concatenate(found)
 
     bounds = (LEAST[:free], MOST[:free])
-    found = least_squares(residuals, FIRST_GUESS[:free], bounds=bounds)
+    found = least_squares(residuals, FIRST_GUESS[:free], bounds=bounds, **TO_THE_BOTTOM)
     return Warming(*(float(value) for value in found.x))
 
 
@@ -97,4 +98,8 @@ def _heats(drives: Floats, tau: float, warming: Warming) -> Floats:
     start = warming.at_rest.fast
     ends, _ = lfilter([1 - kept], [1, -kept], drives, zi=[kept * start])
     starts = np.concatenate([[start], ends[:-1]])
-    return np.asarray(np.maximum((starts + ends) / 2, 0.0))
+    # The mean of a line's part above 0 is smooth in the parameters, also where the line crosses 0.
+    low, high = np.minimum(starts, ends), np.maximum(starts, ends)
+    rise = np.maximum(high - low, 1e-300)
+    above = np.maximum(high, 0.0)
+    return np.asarray(np.where(low < 0.0, above * (above / rise), low + high) / 2)

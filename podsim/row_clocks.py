@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,12 @@ NOISE_OF_CLOCKS, NOISE_OF_TIMES = 0.03, 0.01
 REWEIGHTINGS = 4
 FEWEST_PAIRS = 20
 """Points that were timed twice: with fewer of a kind, rows stay as timed."""
+TO_THE_BOTTOM: dict[str, Any] = {
+    **{"jac": "3-point", "x_scale": "jac"},
+    **{"xtol": 1e-12, "ftol": 1e-15, "gtol": 1e-12, "max_nfev": 5000},
+}
+"""How `scipy.optimize.least_squares` searches. Where few points tell a parameter the valley is long
+and flat, and a search that stops on its way ends elsewhere on another machine."""
 
 _POINT = ["op", "strategy", "num_tokens", "prefills", "decodes"]
 
@@ -174,18 +181,19 @@ def fit_sensitivity(intensity: Floats, clocks: Floats, seconds: Floats) -> Sensi
 
     def residuals(parameters: Floats) -> Floats:
         low, high, turn, steepness = parameters
-        follows = Sensitivity(low, high, np.exp(turn), steepness).at(intensity)
+        follows = Sensitivity(low, high, np.exp(turn), np.exp(steepness)).at(intensity)
         return np.asarray(seconds + follows * clocks)
 
     found = least_squares(
         residuals,
-        [0.1, 0.9, np.log(200.0), 2.0],
-        bounds=([0.0, 0.0, np.log(2.0), 0.5], [1.0, 1.0, np.log(2000.0), 8.0]),
+        [0.1, 0.9, np.log(200.0), np.log(2.0)],
+        bounds=([0.0, 0.0, np.log(2.0), np.log(0.5)], [1.0, 1.0, np.log(2000.0), np.log(8.0)]),
         loss="soft_l1",
         f_scale=NOISE_OF_TIMES,
+        **TO_THE_BOTTOM,
     )
     low, high, turn, steepness = map(float, found.x)
-    return Sensitivity(low, high, float(np.exp(turn)), steepness)
+    return Sensitivity(low, high, float(np.exp(turn)), float(np.exp(steepness)))
 
 
 def _beyond_usual(rows: pd.DataFrame, states: Floats) -> Floats:

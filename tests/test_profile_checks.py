@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from podsim import calibration
 from podsim.hardware import GPUS, gpu_named
 from podsim.model import model_named
-from podsim.profile import find_profile, kernels_hash
-from podsim.profile_checks import check_profile
+from podsim.profile import find_profile, kernels_hash, read_profile
+from podsim.profile_checks import check_profile, differing_parts
 from podsim.profile_plan import CEILINGS, Key, rows_sha256
 from podsim.roofline import Ceilings, attention_work, layer_weight_bytes, op_work
 from podsim.row_checks import ceiling_rates, ceilings_of, fault_of
@@ -200,6 +201,59 @@ def test_a_profile_that_is_not_the_fit_of_its_rows_is_refused(sound: Path) -> No
     assert faults(sound) == [
         "profile.json: attention.coefficients.pod is not what a fit of its rows gives"
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "by"),
+    [("clock_sensitivity.pod.turn", 1.001), ("clock_sensitivity.pod.low", 1.001),
+     ("clock_sensitivity.products.steepness", 1.001), ("sustained.headroom", 1.001),
+     ("sustained.slow_heat_seconds", 0.999), ("launch.graph", 1.001)],
+)  # fmt: skip
+def test_a_number_that_was_tampered_with_a_little_is_refused(
+    sound: Path, path: str, by: float
+) -> None:
+    *parts, last = path.split(".")
+
+    def edit(content: dict[str, object]) -> None:
+        inner: dict[str, float] = content  # type: ignore[assignment]
+        for part in parts:
+            inner = inner[part]  # type: ignore[assignment]
+        inner[last] *= by
+
+    change(sound, edit)
+    assert f"profile.json: {path} is not what a fit of its rows gives" in faults(sound)
+
+
+def test_a_cell_of_a_table_that_was_tampered_with_is_refused(sound: Path) -> None:
+    def edit(content: dict[str, object]) -> None:
+        content["attention"]["overlap"]["pod"]["by_waves"][3][2] += 1e-5  # type: ignore[index]
+        content["ops"]["down"]["seconds"][7] *= 1.0001  # type: ignore[index]
+
+    change(sound, edit)
+    assert faults(sound) == [
+        "profile.json: attention.overlap.pod is not what a fit of its rows gives",
+        "profile.json: ops.down.seconds is not what a fit of its rows gives",
+    ]
+
+
+@pytest.mark.parametrize("model", ["llama-2-7b", "llama-3-70b-tp8"])
+def test_a_fit_on_another_machine_is_the_same(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose arithmetic rounds otherwise: by far less than a part in 10^12."""
+    read = calibration._read_passes
+    rng = np.random.default_rng(0)
+
+    def rounded_otherwise(path: Path) -> pd.DataFrame:
+        rows = read(path)
+        return rows.assign(time_us=rows["time_us"] * (1 + 1e-12 * rng.standard_normal(len(rows))))
+
+    folder = SHIPPED.parent / model
+    old = read_profile(folder, str(folder))
+    shape = calibration.model_of(old)
+    here = calibration.fit(folder, old.gpu, shape, old.provenance)
+    monkeypatch.setattr(calibration, "_read_passes", rounded_otherwise)
+    there = calibration.fit(folder, old.gpu, shape, old.provenance)
+    assert here.clock_sensitivity != there.clock_sensitivity
+    assert differing_parts(here, there) == []
 
 
 def test_a_broken_table_in_the_profile_is_named(sound: Path) -> None:
