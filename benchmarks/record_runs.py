@@ -35,15 +35,18 @@ class Workload:
     """Of the runs that its capacity is simulated from."""
     max_num_seqs: int
     max_model_len: int
+    num_requests: int
+    """Of a run: as many as take a minute or so, so that percentiles are more than chance."""
     model: str = "llama-3-8b"
 
 
 WORKLOADS = {
-    "chat": Workload("lognormal:250:1.0", "lognormal:180:0.7", 512, 128, 4096),
-    "code": Workload("lognormal:1500:0.8", "lognormal:20:0.8", 1024, 64, 8192),
-    "summary": Workload("uniform:8000:16000", "lognormal:250:0.5", 1024, 40, 18000, "llama-3.1-8b"),
+    "chat": Workload("lognormal:250:1.0", "lognormal:180:0.7", 512, 128, 4096, 1200),
+    "code": Workload("lognormal:1500:0.8", "lognormal:20:0.8", 1024, 64, 8192, 900),
+    "summary": Workload(
+        "uniform:8000:16000", "lognormal:250:0.5", 1024, 40, 18000, 300, "llama-3.1-8b"
+    ),
 }
-NUM_REQUESTS = 300
 CAPACITY_REQUESTS = 1000
 
 OFFLINE_TOKENS = 16384
@@ -56,9 +59,9 @@ WARM_UP = 20.0
 START_SECONDS = 35.0 + WARM_UP
 """An engine's own time before its first run, about: weights, graphs, the host's time, warm-up."""
 HOST = {
-    "host_overhead": 3.5e-4,
-    "host_overhead_per_request": 3e-6,
-    "host_overhead_with_prefill": 2.5e-4,
+    "host_overhead": 1.9e-4,
+    "host_overhead_per_request": 1.3e-6,
+    "host_overhead_with_prefill": 1.3e-4,
     "graph_padding": True,
 }
 """About what an engine measures: for the plan alone."""
@@ -120,7 +123,8 @@ class Setup:
             for ratio, num_requests in OFFLINE_REQUESTS.items():
                 yield Run(f"{self.name}-pd{ratio}", None, offline(ratio, num_requests))
         for load in self.loads:
-            trace = drawn(self.workload, load * capacity(self.workload), NUM_REQUESTS)
+            served = WORKLOADS[self.workload]
+            trace = drawn(self.workload, load * capacity(self.workload), served.num_requests)
             yield Run(f"{self.name}-{load:.2f}", load, trace)
 
 
