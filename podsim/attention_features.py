@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
-from math import ceil
+from math import ceil, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,8 @@ from podsim.model import Model
 
 PREFILL_FEATURES = ("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan")
 DECODE_FEATURES = (
-    *("launch", "keys", "item_keys", "unfilled_turn", "items", "has_combine"),
-    *("partials", "most_partials", "bottleneck"),
+    *("launch", "keys", "items", "turns", "item_keys", "bottleneck"),
+    *("has_combine", "combine_rounds", "combines"),
 )
 UNIFIED_FEATURES = ("launch", "makespan", "tiles", "crowded_decode_keys", "drawn_makespan")
 MIXED_FEATURES = ("launch", "decode_items", "prefill_tiles", "pairs", "prefill_keys")
@@ -41,10 +41,18 @@ FEATURES = {
 
 FIRST_BLOCKS = 4.0
 """Blocks of the longest tile that it waits for, until the loads run ahead of their use."""
-BLOCKS_PER_ITEM = 3.0
+BLOCKS_PER_ITEM = 1.0
 """What an item of decode costs an SM beside its keys, in blocks, where items bound the time."""
-BLOCKS_PER_LONE_BLOCK = 1.0
-"""Time of a block of a CTA that waits for its keys alone, in blocks of a memory that is busy."""
+LONE_BLOCK = 0.4
+"""Time of a block that an SM waits for alone, in blocks of a memory that is busy. This and the one
+before by cross-validation on rows to fit on."""
+BEYOND_WHOLE_SPLITS = 0.75
+"""Lengths vary: those of a mean of m splits have m * m / (m + this) cuts."""
+CUT_EVEN, CUT_UNEVEN = 0.5, 0.7
+"""And of them m^3 / (m^3 + first + second * (s - 1) * m^2) are cut, s^2 being the longest over the
+mean. These three fit how the plan cuts the batches to fit on, not their times."""
+COMBINED_TOGETHER = 16
+"""Partials that a combine reads at a time: COMBINE_BLOCK of kernels/decode.py."""
 FULL_TURN = 1e-9
 """Items an SM beyond a whole number that are none: they come from rounding."""
 MASKED_BLOCKS = 0.5
@@ -231,31 +239,40 @@ def decode_seconds(
 ) -> tuple[float, float]:
     """Seconds of n decodes with so many keys together, and the items that an SM gets of them.
 
-    Keys are split so that every SM gets several items, none shorter than min_split_len. SMs end at
-    different times: a part of an item apart, and a whole one where the last turn is not full. In
-    one piece and not as features, because a simulated step costs little more than this.
+    Keys are split so that every SM gets several items, none shorter than min_split_len. An SM takes
+    them in turns, and waits for the first keys in each. SMs end a part of an item apart. Of the
+    decodes beside the longest only the mean is known. In one piece and not as features, because a
+    simulated step costs little more than this.
     """
-    launch, key, item_key, unfilled, item, has_combine, partial, most, bound = coefficients
-    block_n = geometry.decode_block_n
+    launch, key, item, turn, item_key, bound, has_combine, a_round, combine = coefficients
+    block_n, heads = geometry.decode_block_n, geometry.items_per_split
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
     least = geometry.min_split_blocks
     split = ceil(filling if filling > least else least) * block_n
     is_cut = longest > split
-    cut = float(n)
+    splits = float(n)
     if is_cut:
-        # Lengths vary: the ceiling of each over the split is its mean over a spread of lengths.
-        splits = keys / n / split
-        cut = n * (1.0 + splits * splits / (splits + 0.5))
-    items = cut * geometry.items_per_split
-    lone = ceil((split if is_cut else longest) / block_n) * BLOCKS_PER_LONE_BLOCK
-    ending = item_key + unfilled * (ceil(items - FULL_TURN) - items)
-    seconds = launch + key * blocks + item * items + ending * (blocks / items)
-    seconds = seconds + bound * max(blocks, BLOCKS_PER_ITEM * items, lone)
+        most, others = ceil(longest / split), n - 1
+        rest = keys - longest
+        mean = (rest if rest > others else others) / (max(others, 1) * split)
+        splits = splits + (most - 1) + others * (mean * mean / (mean + BEYOND_WHOLE_SPLITS))
+    items = splits * heads
+    turns = ceil(items - FULL_TURN)
+    whole = blocks + 0.5 * n * heads  # a half-empty block at the end of each
+    an_item = whole / items
+    lone = LONE_BLOCK * turns * (an_item + BLOCKS_PER_ITEM)
+    seconds = launch + key * whole + item * items + turn * turns + item_key * an_item
+    seconds = seconds + bound * (blocks if blocks > lone else lone)
     if not is_cut:
         return seconds, items
-    partials = (cut - n * (1.0 - splits) if splits < 1.0 else cut) * geometry.items_per_split
-    return seconds + has_combine + partial * partials + most * (longest / split), items
+    uneven = CUT_UNEVEN * (sqrt(longest / (mean * split)) - 1.0) if others else 0.0
+    square = mean * mean
+    cut = 1.0 + others * (square * mean / (square * mean + CUT_EVEN + uneven * square))
+    rounds = ceil(most / COMBINED_TOGETHER)
+    return seconds + has_combine + a_round * rounds + combine * (
+        cut * geometry.group * heads
+    ), items
 
 
 def decode_seconds_of_run(
@@ -266,22 +283,28 @@ def decode_seconds_of_run(
     geometry: Geometry,
 ) -> NDArray[np.float64]:
     """Of many batches of as many decodes: the operations of `decode_seconds` in NumPy."""
-    launch, key, item_key, unfilled, item, has_combine, partial, most, bound = coefficients
-    block_n = geometry.decode_block_n
+    launch, key, item, turn, item_key, bound, has_combine, a_round, combine = coefficients
+    block_n, heads = geometry.decode_block_n, geometry.items_per_split
     blocks = keys * geometry.blocks_per_key
     filling = keys * geometry.splitting_blocks_per_key
     least = geometry.min_split_blocks
     split = np.ceil(np.maximum(filling, least)) * block_n
     is_cut = longest > split
-    splits = keys / n / split
-    cut = np.where(is_cut, n * (1.0 + splits * splits / (splits + 0.5)), float(n))
-    items = cut * geometry.items_per_split
-    lone = np.ceil(np.where(is_cut, split, longest) / block_n) * BLOCKS_PER_LONE_BLOCK
-    ending = item_key + unfilled * (np.ceil(items - FULL_TURN) - items)
-    seconds = launch + key * blocks + item * items + ending * (blocks / items)
-    seconds = seconds + bound * np.maximum(np.maximum(blocks, BLOCKS_PER_ITEM * items), lone)
-    partials = np.where(splits < 1.0, cut - n * (1.0 - splits), cut) * geometry.items_per_split
-    combined = seconds + has_combine + partial * partials + most * (longest / split)
+    most, others = np.ceil(longest / split), n - 1
+    mean = np.maximum(keys - longest, others) / (max(others, 1) * split)
+    more = float(n) + (most - 1) + others * (mean * mean / (mean + BEYOND_WHOLE_SPLITS))
+    items = np.where(is_cut, more, float(n)) * heads
+    turns = np.ceil(items - FULL_TURN)
+    whole = blocks + 0.5 * n * heads
+    an_item = whole / items
+    lone = LONE_BLOCK * turns * (an_item + BLOCKS_PER_ITEM)
+    seconds = launch + key * whole + item * items + turn * turns + item_key * an_item
+    seconds = seconds + bound * np.maximum(blocks, lone)
+    uneven = CUT_UNEVEN * (np.sqrt(longest / (mean * split)) - 1.0) if others else 0.0
+    square = mean * mean
+    cut = 1.0 + others * (square * mean / (square * mean + CUT_EVEN + uneven * square))
+    rounds = np.ceil(most / COMBINED_TOGETHER)
+    combined = seconds + has_combine + a_round * rounds + combine * (cut * geometry.group * heads)
     return np.where(is_cut, combined, seconds)
 
 

@@ -16,6 +16,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from podsim.attention_features import FEATURES
 from podsim.errors import InputError
 from podsim.hardware import GPUS, Gpu
 from podsim.model import Model
@@ -104,6 +105,7 @@ def find_profile(gpu: str, model: Model, folder: Path | None = None) -> Profile:
             raise InputError(f"{profile.source}: measured on '{profile.gpu}', not on '{gpu}'")
         _check_device(profile)
         _check_shape(profile, model)
+        _check_features(profile, folder)
         return profile
     shipped = _shipped_profiles(gpu)
     for profile in shipped:
@@ -164,6 +166,17 @@ def _check_shape(profile: Profile, model: Model) -> None:
             raise InputError(
                 f"{profile.source}: measured for {profile.model} ({name} {measured}), "
                 f"but {model.name} has {name} {wanted}"
+            )
+
+
+def _check_features(profile: Profile, folder: Path) -> None:
+    """Coefficients of another version's features would be taken for those of this one's."""
+    fitted = profile.attention["features"]
+    for name, features in FEATURES.items():
+        if fitted.get(name) != list(features):
+            raise InputError(
+                f"{profile.source}: attention '{name}' was fitted by another version of podsim; "
+                f"repeat the fit with `podsim profile --refit {folder}`"
             )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -252,12 +254,74 @@ def test_the_clock_falls_with_the_share_of_time_in_which_all_sms_work() -> None:
     assert drawn(0, 1e-4, lone, geometry) == pytest.approx(0.25**2)
 
 
-def test_decodes_wait_for_the_part_of_the_last_turn_that_is_empty() -> None:
-    unfilled = [float(name == "unfilled_turn") for name in DECODE_FEATURES]
-    for count, empty in ((1, 0.5), (2, 0.0), (3, 0.5)):  # on two SMs, of 4 blocks each
-        seconds, items = decode_seconds(unfilled, count, 256 * count, 256, TWO_SMS)
-        assert items == count / 2
-        assert seconds == pytest.approx(empty * 4, abs=1e-6)
+def decode_feature(name: str, contexts: Sequence[int], geometry: Geometry) -> float:
+    """One of those whose coefficients decodes have."""
+    unit = [float(name == feature) for feature in DECODE_FEATURES]
+    assert sum(unit) == 1
+    return decode_seconds(unit, len(contexts), sum(contexts), max(contexts), geometry)[0]
+
+
+def test_every_turn_of_items_waits_for_its_first_keys() -> None:
+    turns = [decode_feature("turns", [256] * count, TWO_SMS) for count in range(1, 7)]
+    assert turns == [1, 1, 2, 2, 3, 3]
+
+
+def test_few_short_items_are_bound_by_their_turns_and_many_keys_by_the_memory() -> None:
+    # Three items on two SMs: two turns, each of 1.5 blocks and what an item costs beside them.
+    assert decode_feature("bottleneck", [64] * 3, TWO_SMS) == pytest.approx(0.4 * 2 * (1.5 + 1))
+    assert decode_feature("bottleneck", [65536] * 64, TWO_SMS) == 65536 * 64 / 64 / 2
+
+
+def test_a_combine_reads_the_partials_of_the_longest_in_rounds() -> None:
+    many = replace(TWO_SMS, num_sms=200)  # items of no more than 256 keys
+    for longest, rounds in ((256, 0), (257, 1), (4096, 1), (4097, 2), (8192, 2), (8193, 3)):
+        assert decode_feature("combine_rounds", [longest, 100], many) == rounds
+        assert decode_feature("has_combine", [longest, 100], many) == (rounds > 0)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+def test_how_decodes_are_cut_is_told_by_their_number_sum_and_longest(
+    sigma: float, num_kv_heads: int
+) -> None:
+    """Lengths that spread lognormally, cut as the kernels' plan does."""
+    rng = np.random.default_rng(0)
+    geometry = Geometry(
+        num_sms=132, num_kv_heads=num_kv_heads, group=8, pack=8, block_m=128, block_n=128,
+        decode_block_n=64, decode_items_per_sm=3, min_split_len=256,
+    )  # fmt: skip
+    cuts, items = [], []
+    for _ in range(200):
+        count, middle = int(rng.integers(8, 256)), np.exp(rng.uniform(5, 9))
+        lengths = np.clip(middle * np.exp(sigma * rng.standard_normal(count)), 16, 32768)
+        contexts = lengths.astype(int).tolist()
+        filling = sum(contexts) * num_kv_heads / (132 * 3)
+        longest = math.ceil(max(filling, 256) / 64) * 64
+        splits = [math.ceil(context / longest) for context in contexts]
+        heads = num_kv_heads / 132
+        work = (count, sum(contexts), max(contexts), geometry)
+        items.append(decode_seconds([0.0] * len(DECODE_FEATURES), *work)[1] / (sum(splits) * heads))
+        num_cut = sum(split > 1 for split in splits)
+        if num_cut:
+            told = decode_feature("combines", contexts, geometry) / (8 * heads)
+            cuts.append((told - num_cut) / count)
+    assert np.mean(items) == pytest.approx(1, abs=0.06)
+    assert np.std(items) < 0.1
+    assert np.mean(cuts) == pytest.approx(0, abs=0.1)
+    assert np.std(cuts) < 0.25  # of nearly equal lengths, all or none
+
+
+def test_a_profile_fitted_by_another_version_says_so(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SHIPPED, tmp_path / "profile"))
+    content = json.loads((folder / "profile.json").read_text())
+    content["attention"]["features"]["decode"][1] = "blocks"
+    (folder / "profile.json").write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=r"attention 'decode' was fitted by another version.*--refit"
+    ):
+        find_profile("h200", LLAMA, folder)
+    calibration.refit(folder)
+    assert find_profile("h200", LLAMA, folder).attention == PROFILE.attention
 
 
 @given(
