@@ -12,7 +12,13 @@ from typing import Any
 from podsim.model import model_named
 from podsim.profile import find_profile
 
-MODELS = {"Llama-3-8B": "llama-3-8b", "Llama-2-7B": "llama-2-7b", "Yi-6B": "yi-6b"}
+MODELS = {
+    "Llama-3-8B": ("llama-3-8b", 1),
+    "Llama-2-7B": ("llama-2-7b", 1),
+    "Yi-6B": ("yi-6b", 1),
+    "Llama-3-70B, a share of 4": ("llama-3-70b", 4),
+    "... of 8": ("llama-3-70b", 8),
+}
 ROWS = (
     *("step serial", "step streams", "step unified", "step pod"),
     *("attention prefill", "attention decode", "attention serial", "attention streams"),
@@ -26,7 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="h200")
     gpu = parser.parse_args().gpu
-    errors = [find_profile(gpu, model_named(name)).errors for name in MODELS.values()]
+    shares = [model_named(name).shard(gpus) for name, gpus in MODELS.values()]
+    errors = [find_profile(gpu, share).errors for share in shares]
     print(f"| median / P90 of the error, bias (as timed) | {' | '.join(MODELS)} |")
     print("|---" * (len(MODELS) + 1) + "|")
     for row in ROWS:
