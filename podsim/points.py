@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.random import Generator
@@ -22,6 +23,10 @@ MORE_HELD_OUT = ("prefill",) * 30 + ("decode",) * 20 + ("decode, heavy",) * 20 +
 """Batches that a random draw has too few of to tell their error."""
 POOL_BYTES = 37_000_000_000
 """Of the keys, and of the values, of one layer in the KV pool of a measurement."""
+
+
+NARROW = 2048
+"""Columns of the queries, keys and values together below which their product is narrow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +266,20 @@ def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str
     )
     held_out = rng.choice(np.intersect1d(drawn, free), size=num_held_out, replace=False)
     return [(n, "grid") for n in grid] + [(int(n), "held_out") for n in sorted(held_out)]
+
+
+def points_between(points: Sequence[tuple[int, str]], model: Model) -> list[tuple[int, str]]:
+    """A number between each two sizes of CUDA graphs, no multiple of 8, where products are narrow.
+
+    The fewer columns a product has, the oftener the library takes another kernel.
+    """
+    if model.qkv_size >= NARROW:
+        return []
+    measured = {num_tokens for num_tokens, _ in points}
+    sizes = graph_sizes(MOST_LINEAR_TOKENS)
+    middles = [(low + high) // 2 for low, high in pairwise(sizes) if high - low > 8]
+    numbers = [n + 3 if n % 8 == 0 else n for n in middles]
+    return [(n, "grid") for n in numbers if n not in measured]
 
 
 def graph_points(points: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:

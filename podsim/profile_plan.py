@@ -22,6 +22,7 @@ from podsim.points import (
     duty_points,
     graph_points,
     linear_points,
+    points_between,
     step_points,
     sustained_points,
 )
@@ -190,15 +191,20 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         for index in rng.permutation(len(groups)):
             turns += [Turn(job, number) for job in groups[index] if number < _passes(job, model)]
     if not quick:  # last, so that profiles from before they were planned can be extended by them
-        sizes = [_linear_jobs(num_tokens, split) for num_tokens, split in graph_points(linear)]
-        for number in range(PASSES):
-            for index in rng.permutation(len(sizes)):
-                turns += [Turn(job, number) for job in sizes[index]]
+        turns += _mixed(rng, graph_points(linear))
         turns += [
             Turn(Job("duty", point.split, point.num_tokens, point, decode_steps=decodes), 0)
             for point, decodes in duty_points()
         ]
+        turns += _mixed(rng, points_between(linear, model))
     return Plan(tuple(turns), quick)
+
+
+def _mixed(rng: Generator, points: Sequence[tuple[int, str]]) -> list[Turn]:
+    """Linear layers in every pass, small and large mixed."""
+    jobs = [_linear_jobs(num_tokens, split) for num_tokens, split in points]
+    orders = [(number, rng.permutation(len(jobs))) for number in range(PASSES)]
+    return [Turn(job, number) for number, order in orders for i in order for job in jobs[i]]
 
 
 def _passes(job: Job, model: Model) -> int:

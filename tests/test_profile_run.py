@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from zlib import crc32
 
@@ -307,6 +307,20 @@ def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
     late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
     first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
     assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once", "duty"}
+
+
+def test_narrow_products_are_timed_between_graph_sizes_too() -> None:
+    model = model_named("llama-3-70b")
+    plans = [plan_profile(model.shard(n), GPU) for n in (4, 8)]
+    wide, narrow = (
+        {turn.job.num_tokens for turn in plan.turns if turn.job.kind == "linear"} for plan in plans
+    )
+    more = sorted(narrow - wide)
+    assert wide < narrow and all(n % 8 for n in more)
+    sizes = graph_sizes(8192)
+    for low, high in pairwise(sizes):
+        if high - low > 8:
+            assert any(low < n < high and n % 8 for n in narrow)
 
 
 def few_turns(kind: str, count: int = 1) -> Plan:
