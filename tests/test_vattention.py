@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -522,6 +523,25 @@ def test_small_page_groups_waste_less(paper: str) -> None:
         for size in ("64KB", "128KB", "256KB", "2MB")
     }
     assert waste["64KB"] < waste["128KB"] < waste["256KB"] < waste["2MB"]
+
+
+def test_the_terminal_names_the_peaks_of_memory_csv(paper: str, tmp_path: Path) -> None:
+    """Each of the three is reached at another row. Memory of requests that left stays mapped."""
+    out = tmp_path / "out"
+    options = ["--kv", "vattention", "--gpu", "a100", "--memory-costs", paper, "--seed", "3"]
+    load = ["--arrivals", "gamma", "--burstiness", "0.1", "--qps", "4", "--requests", "60"]
+    run = CliRunner().invoke(app, ["simulate", *load, *options, "--out", str(out)])
+    assert run.exit_code == 0, run.exception
+    rows = pd.read_csv(out / "memory.csv")
+    mapped, held, tokens = (rows[f"{name}_bytes"] for name in ("mapped", "held", "token"))
+    columns = (mapped, mapped - tokens, held - tokens)
+    assert len({column.idxmax() for column in columns}) == 3
+    at_most = [column.max() / 1e9 for column in columns]
+    assert at_most[0] > at_most[1] > 1.5 * at_most[2]
+    assert (
+        f"at most {at_most[0]:.2f} GB; at most {at_most[1]:.2f} GB without tokens in it; requests' "
+        f"blocks wasted at most {at_most[2]:.2f} GB"
+    ) in run.output
 
 
 def test_a_comparison_says_why_variants_differ(tmp_path: Path) -> None:
