@@ -58,7 +58,7 @@ LAYERS = [
     {"serving", "shared_server"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"kernel_questions", "measure_questions", "questions_report", "questions_figures"},
-    {"offloaded_layers", "measure_mapping", "measure_transfers", "measure_kvpr"},
+    {"offloaded_layers", "check_offload", "measure_mapping", "measure_transfers", "measure_kvpr"},
     {"measure_paged", "measure_growth"},
     {"command_options", "profile_command", "collectives_command", "memory_command"},
     {"kernels_command"},

@@ -225,8 +225,12 @@ def test_growth_leaves_rows_and_costs_beside_those_of_mapping(
 
 def test_what_passes_cannot_be_added_to(tmp_path: Path) -> None:
     for part, message in (
-        ("growth", f"{tmp_path}: no growth that --more could add passes to"),
-        ("layers", "--more adds passes of growth; layers is measured as a whole"),
+        ("growth", f"{tmp_path}: no growth that --more could add to"),
+        (
+            "recompute",
+            "--more adds to mapping, growth, transfer, layers, layers-column; recompute is "
+            "measured as a whole",
+        ),
     ):
         options = ["profile-memory", part, "--more", "--out", str(tmp_path)]
         assert str(CliRunner().invoke(app, options).exception) == message
@@ -257,6 +261,28 @@ def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
             assert points >= len(TINY) * measure_kvpr.POINTS_PER_MODEL
     rows = pd.read_csv(tmp_path / "layers.csv")
     assert (rows.groupby(["model", "batch", "context"])["split"].min() == -1).all()
+    offloaded = rows["split"] != -1
+    assert rows.loc[offloaded, "error"].between(0, 0.02).all()
+    assert rows.loc[~offloaded, "error"].isna().all()
+
+
+@pytest.mark.parametrize("part", ["layers", "layers-column"])
+def test_layers_that_were_timed_are_checked_without_timing(tmp_path: Path, part: str) -> None:
+    """Rows of before there was an error keep their times, and get the error they would have."""
+    run("transfer", "--out", tmp_path)
+    run("recompute", "--out", tmp_path)
+    run(part, "--out", tmp_path)
+    before = read_memory_costs(tmp_path, "costs")
+    rows = pd.read_csv(tmp_path / f"{part}.csv")
+    rows.drop(columns="error").to_csv(tmp_path / f"{part}.csv", index=False)
+    run(part, "--more", "--out", tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"{part}.csv"), rows)
+    costs = read_memory_costs(tmp_path, "costs")
+    assert costs.errors == before.errors
+    assert costs.provenance[part] == {
+        "command": f"podsim profile-memory {part} --gpu h200 --more",
+        "before": before.provenance[part],
+    }
 
 
 def test_layers_need_what_they_judge(tmp_path: Path) -> None:
