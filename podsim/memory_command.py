@@ -112,7 +112,9 @@ def _measured(part: str, gpu: Gpu, old: MemoryCosts | None, kept: pd.DataFrame |
     elif part == "growth":
         rows = measure_growth.measure(_tell)
     else:
-        rows = measure_transfers.measure_transfers(_tell)
+        kinds = ["direction", "memory", "beside"]
+        known = [] if kept is None else kept[kinds].to_numpy().tolist()
+        rows = measure_transfers.measure_transfers(_tell, set(map(tuple, known)))
     return rows if kept is None else memory_calibration.with_more(part, kept, rows)
 
 

@@ -36,8 +36,15 @@ TINY = {
 }
 
 
+BESIDE = ("", " beside matrix", " beside attention")
+
+
 class OnTheCpu(TorchFunctionMode):
-    """Tensors of the GPU are the CPU's, and all host memory passes for pinned."""
+    """Tensors of the GPU are the CPU's; what asks to be pinned is remembered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[torch.UntypedStorage] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,10 +52,14 @@ class OnTheCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
+        pins = kwargs.pop("pin_memory", False)
         if func is torch.Tensor.is_pinned:
-            return True
-        return func(*args, **kwargs)
+            place = args[0].untyped_storage().data_ptr()
+            return place in [storage.data_ptr() for storage in self.pinned]
+        made = func(*args, **kwargs)
+        if pins:
+            self.pinned.append(made.untyped_storage())
+        return made
 
 
 class Moment:
@@ -59,6 +70,9 @@ class Moment:
 
     def record(self, stream: object = None) -> None:
         self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return False
 
     def elapsed_time(self, other: Moment) -> float:
         return max(1e-3, 1000 * (other.time - self.time))
@@ -252,7 +266,9 @@ def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
     assert "layers row: regret" in output
     output = run("layers-column", "--out", tmp_path)
     costs = read_memory_costs(tmp_path, "costs")
-    assert {"h2d pinned", "d2h pageable", "h2d pinned beside attention"} <= set(costs.transfer)
+    kinds = product(("h2d", "d2h"), ("pinned", "pageable"), BESIDE)
+    assert set(costs.transfer) == {f"{d} {memory}{beside}" for d, memory, beside in kinds}
+    assert set(costs.transfer) < set(costs.errors)
     assert set(costs.recompute) == {"32x64", "32x64 rotated"}
     assert set(costs.provenance) == {"transfer", "recompute", "layers", "layers-column"}
     for schedule in ("row", "column"):
@@ -264,6 +280,60 @@ def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
     offloaded = rows["split"] != -1
     assert rows.loc[offloaded, "error"].between(0, 0.02).all()
     assert rows.loc[~offloaded, "error"].isna().all()
+
+
+def test_kinds_of_transfers_that_are_missing_are_added(tmp_path: Path) -> None:
+    """As in rows of before pageable copies were timed beside anything; those stay as they are."""
+    run("transfer", "--out", tmp_path)
+    rows = pd.read_csv(tmp_path / "transfer.csv")
+    missing = (rows["memory"] == "pageable") & (rows["beside"] != "nothing")
+    kept = rows[~missing].reset_index(drop=True)
+    kept.to_csv(tmp_path / "transfer.csv", index=False)
+    run("fit", "--out", tmp_path)
+    before = read_memory_costs(tmp_path, "costs").transfer
+    run("transfer", "--more", "--out", tmp_path)
+    more = pd.read_csv(tmp_path / "transfer.csv")
+    pd.testing.assert_frame_equal(more[: len(kept)], kept)
+    labels = ["direction", "memory", "beside", "bytes", "split", "pass"]
+    added = more[len(kept) :][labels].reset_index(drop=True)
+    assert sorted(added.to_numpy().tolist()) == sorted(rows[missing][labels].to_numpy().tolist())
+    costs = read_memory_costs(tmp_path, "costs").transfer
+    assert {name: costs[name] for name in before} == before
+    assert {name for name in costs if name not in before} == {
+        f"{direction} pageable{beside}" for direction, beside in product(("h2d", "d2h"), BESIDE[1:])
+    }
+
+
+@pytest.mark.parametrize(("work_ends", "queued"), [([False], 3), ([True, True, False], 3 + 6 + 12)])
+def test_what_goes_on_beside_a_pageable_copy_outlasts_it(
+    monkeypatch: pytest.MonkeyPatch, work_ends: list[bool], queued: int
+) -> None:
+    """2 ms and what the copy takes at 5 GB/s, in pieces of 1 ms; twice that while it ends early."""
+    done: list[str] = []
+    ends = iter(work_ends)
+    monkeypatch.setattr(Moment, "query", lambda self: next(ends))
+    monkeypatch.setattr(Moment, "record", lambda self, stream=None: done.append("mark"))
+    monkeypatch.setattr(Stream, "synchronize", lambda self: done.append("copied"))
+
+    def other() -> float:
+        done.append("work")
+        return 1e-3
+
+    source, target = torch.arange(4_000_000, dtype=torch.uint8), torch.empty(4_000_000).byte()
+    assert measure_transfers._waited(target, source, Stream(), other) > 0
+    assert torch.equal(target, source)
+    assert done.count("work") == queued
+    assert done[:5] == ["work", "work", "work", "mark", "copied"]
+    assert done.count("copied") == len(work_ends)
+
+
+def test_a_pageable_copy_that_waits_for_what_is_beside_it_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Moment, "query", lambda self: True)
+    source = torch.zeros(8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="a pageable copy of 8 bytes outlasts whatever is"):
+        measure_transfers._waited(source.clone(), source, Stream(), lambda: 1.0)
 
 
 @pytest.mark.parametrize("part", ["layers", "layers-column"])

@@ -9,7 +9,15 @@ from pathlib import Path
 import memory_figure
 import pandas as pd
 import pytest
-from memory_table import calls_table, filled, judged, layers_summary, served_tables, tables
+from memory_table import (
+    calls_table,
+    filled,
+    judged,
+    layers_summary,
+    served_tables,
+    tables,
+    transfer_table,
+)
 
 from podsim.layer_predictions import RESIDENT, predicted_layer
 from podsim.memory_costs import MemoryCosts, find_memory_costs
@@ -56,6 +64,18 @@ def test_calls_are_counted_by_thread_and_sampling() -> None:
         "| main thread, sampling none | 2 | 4.0 | 1020.0 | 1020.0 | 1, 2 ms |",
         "| background thread, sampling none | 1 | 4.0 | 50.0 | 50.0 | 0, 0 ms |",
     ]
+
+
+def test_pageable_copies_beside_other_work_are_shown_where_they_were_timed() -> None:
+    rows = pd.read_csv(ROOT / "profiles" / "h200" / "memory" / "transfer.csv")
+    rows = rows[(rows["beside"] == "nothing") | (rows["memory"] == "pinned")]
+    alone = rows[rows["memory"] == "pageable"]
+    beside = alone.assign(beside="matrix", time_us=2 * alone["time_us"])
+    lines = transfer_table(pd.concat([rows, beside])).splitlines()
+    before = transfer_table(rows).splitlines()
+    assert lines[: len(before)] == before
+    names = [line.split(" | ")[0] for line in lines[len(before) :]]
+    assert names == [f"| {direction}, pageable beside matrix" for direction in ("h2d", "d2h")]
 
 
 def test_the_page_names_what_calls_take_in_a_loop() -> None:
