@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from podsim.layer_predictions import RESIDENT, as_good, predicted_layer, split_error
-from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
+from podsim.memory_costs import ADDRESS_APIS, APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
 PAGE_GROUP = 2 * 2**20
@@ -39,8 +39,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mapping_table(rows: pd.DataFrame, page_group: int) -> str:
-    """Microseconds a page-group of so many bytes, by call, state of the GPU and thread."""
-    calls = rows[rows["api"].isin(APIS) & (rows["page_group"] == page_group)]
+    """Microseconds a page-group of so many bytes, by call, state of the GPU and thread; of address
+    ranges, where they were timed, microseconds a range.
+    """
+    calls = rows[rows["api"].isin([*APIS, *ADDRESS_APIS]) & (rows["page_group"] == page_group)]
     medians = calls.groupby(["api", "page_groups", "gpu", "thread"])["time_us"].median()
     states = [(gpu, thread) for gpu in ("idle", "busy") for thread in ("main", "background")]
     lines = []
@@ -49,6 +51,11 @@ def mapping_table(rows: pd.DataFrame, page_group: int) -> str:
             times = [medians[api, count, *state] / count for state in states]
             what = f"`{api}`" + (f", {count} in a call" if count > 1 else "")
             lines.append([what, *(f"{time:.1f}" for time in times)])
+    ranges = calls.loc[calls["api"].isin(ADDRESS_APIS), ["api", "page_groups"]].drop_duplicates()
+    for api, count in sorted(ranges.itertuples(index=False, name=None), reverse=True):
+        times = [medians[api, count, *state] for state in states]
+        what = f"`{api}`, a range of {count * page_group >> 20} MB"
+        lines.append([what, *(f"{time:.1f}" for time in times)])
     size = f"us a page-group of {page_group >> 20} MB"
     return markdown([size, *(f"{gpu} GPU, {thread} thread" for gpu, thread in states)], lines)
 

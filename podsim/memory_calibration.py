@@ -53,8 +53,12 @@ def write_rows(
 
 
 def with_more(part: str, kept: pd.DataFrame, rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
-    """Rows of a part that were there, and new ones: further passes of growth are numbered on."""
+    """Rows of a part that were there, and new ones: further passes of growth are numbered on, the
+    cycles of mapping take the place of others.
+    """
     new = pd.DataFrame(rows)
+    if part == "mapping":
+        kept = kept[kept["api"] != "cycle"]
     if part == "growth":
         new["pass"] += kept["pass"].max() + 1
     return pd.concat([kept, new], ignore_index=True)

@@ -108,7 +108,7 @@ def _measured(part: str, gpu: Gpu, old: MemoryCosts | None, kept: pd.DataFrame |
             return measure_kvpr.check(kept, _tell)
         return measure_kvpr.measure(*_schedule_and_splits(part, old), _tell)
     if part == "mapping":
-        rows = measure_mapping.measure(_tell)
+        rows = measure_mapping.measure(_tell, set() if kept is None else set(kept["api"]))
     elif part == "growth":
         rows = measure_growth.measure(_tell)
     else:

@@ -4,6 +4,7 @@ names. Their numbers mean nothing here; rows, files and checks do.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,9 +26,12 @@ from podsim import (
     memory_command,
     memory_view,
 )
+from podsim.check_mapping import check_out_of_memory
 from podsim.cli import app
-from podsim.memory_costs import APIS, read_memory_costs
+from podsim.memory_costs import ADDRESS_APIS, APIS, read_memory_costs
 from podsim.offloaded_shapes import SHAPES, LayerShape
+from podsim.vattention import Change
+from podsim.virtual_memory import OutOfDeviceMemory, VirtualMemory
 from tests.checked_driver import PAGE, CheckedDriver
 
 TINY = {
@@ -177,12 +181,34 @@ def run(*arguments: object) -> str:
 def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
     run("mapping", "--out", tmp_path)
     rows = pd.read_csv(tmp_path / "mapping.csv")
-    assert set(rows["api"]) == {*APIS, "step", "cycle"}
+    assert set(rows["api"]) == {*APIS, *ADDRESS_APIS, "step", "cycle"}
+    assert rows.loc[rows["api"] == "cycle", "lost_bytes"].tolist() == [0]
     costs = read_memory_costs(tmp_path, "costs")
     for state, size in product(("idle", "busy"), (PAGE, 4 * PAGE)):
         assert costs.mapping_costs(size, state).map_seconds(4, 1) > 0
     assert set(costs.interference) == {str(PAGE), str(4 * PAGE)}
     assert costs.provenance == {"mapping": {"command": "podsim profile-memory mapping --gpu h200"}}
+
+
+def test_calls_of_mapping_that_are_missing_are_added(tmp_path: Path) -> None:
+    """As in rows of before reserving was timed and lost bytes told; the others stay as they are."""
+    run("mapping", "--out", tmp_path)
+    rows = pd.read_csv(tmp_path / "mapping.csv")
+    kept = rows[~rows["api"].isin(ADDRESS_APIS)].drop(columns="lost_bytes")
+    kept.to_csv(tmp_path / "mapping.csv", index=False)
+    run("fit", "--out", tmp_path)
+    before = read_memory_costs(tmp_path, "costs")
+    run("mapping", "--more", "--out", tmp_path)
+    more = pd.read_csv(tmp_path / "mapping.csv")
+    others = kept[kept["api"] != "cycle"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(more[: len(others)][others.columns], others)
+    added = more[len(others) :]
+    assert set(added["api"]) == {"cycle", *ADDRESS_APIS}
+    assert added.loc[added["api"] == "cycle", "lost_bytes"].tolist() == [0]
+    labels = ["api", "page_group", "page_groups", "gpu", "thread", "pass"]
+    assert sorted(more[labels].to_numpy().tolist()) == sorted(rows[labels].to_numpy().tolist())
+    costs = read_memory_costs(tmp_path, "costs")
+    assert (costs.mapping, costs.interference) == (before.mapping, before.interference)
 
 
 def test_growth_leaves_rows_and_costs_beside_those_of_mapping(
@@ -257,6 +283,35 @@ def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     result = CliRunner().invoke(app, ["profile-memory", "mapping", "--out", str(tmp_path)])
     assert str(result.exception) == "4096 bytes of the GPU were lost in 30 cycles"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("mapped all the same", "a cache grew beyond its page-groups"),
+        ("data lost", "data in mapped memory is not what was written"),
+    ],
+)
+def test_a_cache_that_does_not_outlive_its_end_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, message: str
+) -> None:
+    """One that says nothing when it cannot grow, and one that then unmaps what it holds."""
+    plain = VirtualMemory._map
+
+    def growing(memory: VirtualMemory, change: Change) -> None:
+        try:
+            plain(memory, change)
+        except OutOfDeviceMemory:
+            if wrong == "mapped all the same":
+                return
+            address = memory.tensors[0] + change.slot * memory.slot_bytes
+            ctypes.memset(address, 0, PAGE)
+            raise
+
+    check_out_of_memory(PretendedDriver(), PAGE)  # type: ignore[arg-type]
+    monkeypatch.setattr(VirtualMemory, "_map", growing)
+    with pytest.raises(RuntimeError, match=message):
+        check_out_of_memory(PretendedDriver(), PAGE)  # type: ignore[arg-type]
 
 
 def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:

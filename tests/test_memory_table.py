@@ -14,13 +14,14 @@ from memory_table import (
     filled,
     judged,
     layers_summary,
+    mapping_table,
     served_tables,
     tables,
     transfer_table,
 )
 
 from podsim.layer_predictions import RESIDENT, predicted_layer
-from podsim.memory_costs import MemoryCosts, find_memory_costs
+from podsim.memory_costs import ADDRESS_APIS, MemoryCosts, find_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,24 @@ def test_pageable_copies_beside_other_work_are_shown_where_they_were_timed() -> 
     assert lines[: len(before)] == before
     names = [line.split(" | ")[0] for line in lines[len(before) :]]
     assert names == [f"| {direction}, pageable beside matrix" for direction in ("h2d", "d2h")]
+
+
+def test_address_ranges_are_shown_where_they_were_timed() -> None:
+    rows = pd.read_csv(ROOT / "profiles" / "h200" / "memory" / "mapping.csv")
+    rows = rows[~rows["api"].isin(ADDRESS_APIS)]
+    calls = rows[(rows["api"] == "create")]
+    timed = [
+        calls.assign(api=api, page_groups=count, time_us=time)
+        for (api, time), count in product((("reserve", 3.0), ("free_address", 5.0)), (1, 256))
+    ]
+    lines = mapping_table(pd.concat([rows, *timed]), 2**21).splitlines()
+    assert lines[:-4] == mapping_table(rows, 2**21).splitlines()
+    assert lines[-4:] == [
+        "| `reserve`, a range of 512 MB | 3.0 | 3.0 | 3.0 | 3.0 |",
+        "| `reserve`, a range of 2 MB | 3.0 | 3.0 | 3.0 | 3.0 |",
+        "| `free_address`, a range of 512 MB | 5.0 | 5.0 | 5.0 | 5.0 |",
+        "| `free_address`, a range of 2 MB | 5.0 | 5.0 | 5.0 | 5.0 |",
+    ]
 
 
 def test_the_page_names_what_calls_take_in_a_loop() -> None:
