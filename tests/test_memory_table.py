@@ -16,6 +16,7 @@ from memory_table import (
     layers_summary,
     mapping_table,
     served_tables,
+    simulated_layer,
     tables,
     transfer_table,
 )
@@ -170,6 +171,29 @@ def test_the_page_names_where_layers_miss() -> None:
     assert off[~off["point"].isin(named)]["error"].abs().max() < 0.0235
 
 
+def test_the_page_names_what_podsims_own_layers_give() -> None:
+    costs = find_memory_costs("h200")
+    folder = ROOT / "profiles" / "h200" / "memory"
+    judgements = {}
+    for part in ("layers", "layers-column"):
+        rows = pd.read_csv(folder / f"{part}.csv")
+        rows = rows[rows["model"] == "llama-2-7b"]
+        judgements[part] = judged(costs, rows, simulated_layer("llama-2-7b"))
+    torchs = judged(costs, pd.read_csv(folder / "layers.csv")).set_index("point")["compute"]
+    row = judgements["layers"].set_index("point")
+    for layers, least, most in ((row["compute"], 139, 253), (torchs[row.index], 192, 301)):
+        assert (round(layers.min() * 1e6), round(layers.max() * 1e6)) == (least, most)
+    worst = row["kvpr_error"].abs().sort_values()
+    assert worst.iloc[-2].round(3) == 0.023
+    assert (worst.index[-1], worst.iloc[-1].round(3)) == ("llama-2-7b, 2 x 797", 0.114)
+    small = row.loc[worst.index[-1]]
+    assert (small["best"], round(small["predicted"])) == (480, 533)
+    assert (round(small["split_error"], 2), round(small["regret"], 3)) == (0.11, 0.011)
+    assert row["full_error"].abs().max().round(3) == 0.032
+    column = judgements["layers-column"][["full_error", "worst_error"]].abs()
+    assert column.to_numpy().max() < 0.0035
+
+
 def split_errors(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
     """Of each timed split of a row: the prediction's error, and nanoseconds in which a token is
     recomputed, as predicted and as the layers' time leaves them if they wait for that.
@@ -250,4 +274,6 @@ def test_predictions_that_come_true_are_judged_so() -> None:
     least = min(seconds[best - 200], seconds[best + 100])
     assert wrong["regret"] == pytest.approx(seconds[best] / least - 1)
     assert wrong["kvpr_error"] == pytest.approx(1 / 1.5 - 1)
-    assert layers_summary(table).endswith("0 of 1 |")
+    assert layers_summary(table).endswith("0 of 1 | not known |")
+    checked = pd.DataFrame(rows).assign(error=[0.0, 0.004, 0.0123, 0.001, None])
+    assert layers_summary(judged(costs, checked)).endswith("0 of 1 | 1.23% |")
