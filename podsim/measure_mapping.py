@@ -82,8 +82,8 @@ def _rows(driver: CudaDriver, size: int, known: Collection[str] = ()) -> list[Ro
 
 
 def _address_rows(driver: CudaDriver, size: int) -> list[Row]:
-    """Address ranges of one page-group, and of as many as a repetition has otherwise: CALLS of them
-    are reserved, and freed.
+    """Address ranges of one page-group and of CALLS: so many as a cache has tensors are reserved,
+    and freed.
     """
     rows: list[Row] = []
     for count in (1, CALLS):
@@ -97,11 +97,11 @@ def _address_rows(driver: CudaDriver, size: int) -> list[Row]:
 
 def _reserved(driver: CudaDriver, size: int) -> Iterator[tuple[str, float]]:
     begin = time.perf_counter()
-    addresses = [driver.reserve(size) for _ in range(CALLS)]
-    begin = yield from _lap("reserve", begin, CALLS)
+    addresses = [driver.reserve(size) for _ in range(TENSORS)]
+    begin = yield from _lap("reserve", begin, TENSORS)
     for address in addresses:
         driver.free_address(address, size)
-    yield from _lap("free_address", begin, CALLS)
+    yield from _lap("free_address", begin, TENSORS)
 
 
 def _page_group_rows(driver: CudaDriver, size: int) -> list[Row]:
