@@ -11,7 +11,7 @@ test: .venv/test.stamp lint
 # Where the GPU is; PYTHON must have torch, triton, pytest and podsim's dependencies.
 test-gpu:
 	$(PYTHON) -m pytest tests/test_kernels_attention.py tests/test_kernels_elementwise.py \
-		tests/test_kernels_llama.py tests/test_kernels_paged_engine.py
+		tests/test_kernels_llama.py tests/test_kernels_paged_engine.py tests/test_offloaded_layers.py
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

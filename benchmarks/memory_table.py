@@ -7,18 +7,25 @@ python benchmarks/memory_table.py --costs profiles/h200/memory \
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from podsim.batch import BatchShape
+from podsim.config import Deployment
 from podsim.layer_predictions import RESIDENT, as_good, predicted_layer, split_error
-from podsim.memory_costs import APIS, DIRECTIONS, MemoryCosts, read_memory_costs
+from podsim.memory_costs import ADDRESS_APIS, APIS, DIRECTIONS, MemoryCosts, read_memory_costs
+from podsim.model import MODELS
 from podsim.offloaded_shapes import SHAPES
+from podsim.simulation import latency_model_for
 
 PAGE_GROUP = 2 * 2**20
 """Bytes of the page-groups that are shown."""
+GPU, OWN_MODEL = "h200", "llama-2-7b"
+"""Of the models with offloaded layers, the one with a profile."""
 POINT = ["model", "batch", "context", "layers"]
 SIZES = (16 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20, 2**30)
 SIZE_NAMES = ("16 KB", "256 KB", "4 MB", "64 MB", "1 GB")
@@ -39,8 +46,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mapping_table(rows: pd.DataFrame, page_group: int) -> str:
-    """Microseconds a page-group of so many bytes, by call, state of the GPU and thread."""
-    calls = rows[rows["api"].isin(APIS) & (rows["page_group"] == page_group)]
+    """Microseconds a page-group of so many bytes, by call, state of the GPU and thread; of address
+    ranges, where they were timed, microseconds a range.
+    """
+    calls = rows[rows["api"].isin([*APIS, *ADDRESS_APIS]) & (rows["page_group"] == page_group)]
     medians = calls.groupby(["api", "page_groups", "gpu", "thread"])["time_us"].median()
     states = [(gpu, thread) for gpu in ("idle", "busy") for thread in ("main", "background")]
     lines = []
@@ -49,6 +58,11 @@ def mapping_table(rows: pd.DataFrame, page_group: int) -> str:
             times = [medians[api, count, *state] / count for state in states]
             what = f"`{api}`" + (f", {count} in a call" if count > 1 else "")
             lines.append([what, *(f"{time:.1f}" for time in times)])
+    ranges = calls.loc[calls["api"].isin(ADDRESS_APIS), ["api", "page_groups"]].drop_duplicates()
+    for api, count in sorted(ranges.itertuples(index=False, name=None), reverse=True):
+        times = [medians[api, count, *state] for state in states]
+        what = f"`{api}`, a range of {count * page_group >> 20} MB"
+        lines.append([what, *(f"{time:.1f}" for time in times)])
     size = f"us a page-group of {page_group >> 20} MB"
     return markdown([size, *(f"{gpu} GPU, {thread} thread" for gpu, thread in states)], lines)
 
@@ -128,10 +142,30 @@ def errors_table(costs: MemoryCosts) -> str:
     return markdown(["line", "points", "median error", "P90", "worst", "bias"], lines)
 
 
-def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
+LayerSeconds = Callable[[int, int], float]
+"""Of computing a layer, by batch and context."""
+
+
+def simulated_layer(model: str) -> LayerSeconds:
+    """What a simulation has for it: from the model's shipped profile, of podsim's own kernels."""
+    latency = latency_model_for(Deployment(model=model, gpu=GPU), MODELS[model])
+
+    def seconds(batch: int, context: int) -> float:
+        keys = context + 1
+        step = latency.breakdown(BatchShape.of_decodes(batch, batch * keys, keys))
+        return (step.attention + step.layers) / latency.num_layers
+
+    return seconds
+
+
+def judged(
+    costs: MemoryCosts, rows: pd.DataFrame, layer_seconds: LayerSeconds | None = None
+) -> pd.DataFrame:
     """Of each chain of layers: milliseconds without offloading, with all transferred and at the
     best split that was timed; errors and splits beside what is predicted. `kvpr_error` is that at
-    the timed split nearest to the predicted one, `worst_error` that of any but nothing.
+    the timed split nearest to the predicted one, `worst_error` that of any but nothing. `outputs`
+    is by how much what came out of them differed. The seconds that computing a layer takes are
+    those of the chain without offloading, if not given.
     """
     found = []
     for (model, batch, context, layers, schedule), group in rows.groupby(
@@ -139,7 +173,8 @@ def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
     ):
         seconds = group.groupby("split")["time_us"].median() * 1e-6
         timed = seconds.drop(RESIDENT)
-        tokens, compute = batch * context, seconds[RESIDENT] / layers
+        tokens, resident = batch * context, seconds[RESIDENT] / layers
+        compute = layer_seconds(batch, context) if layer_seconds else resident
         layer = predicted_layer(costs, SHAPES[model], tokens, compute, schedule)
         errors = {n: layer.seconds(layers, n * batch, schedule) / timed[n] - 1 for n in timed.index}
         of_kvpr = [error for split, error in errors.items() if split]
@@ -152,6 +187,7 @@ def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
                 "schedule": schedule,
                 "point": f"{model}, {batch} x {context}",
                 "resident": seconds[RESIDENT] * 1e3,
+                "compute": compute,
                 "full": timed[0] * 1e3,
                 "kvpr": timed[best] * 1e3,
                 "full_error": errors[0],
@@ -165,6 +201,7 @@ def judged(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
                 "split_error": split_error(wanted, best),
                 "good_error": split_error(wanted, known),
                 "regret": timed[nearest] / timed[best] - 1,
+                "outputs": group["error"].max() if "error" in group else np.nan,
             }
         )
     return pd.DataFrame(found)
@@ -209,11 +246,32 @@ def layers_summary(points: pd.DataFrame) -> str:
                 *(any_split, regret),
                 f"{within} of {len(mine)}",
                 f"{known} of {len(mine)}",
+                "not known" if mine["outputs"].isna().any() else f"{mine['outputs'].max():.2%}",
             ]
         )
     header = ["schedule", "points", "KVPR saves", "worst error, full", "worst error, KVPR"]
     header += ["of all splits within 5 %", "worst error of any", "worst regret"]
-    return markdown([*header, "l within 10 %", "of as good ones"], lines)
+    header += ["l within 10 %", "of as good ones", "outputs off by at most"]
+    return markdown(header, lines)
+
+
+def own_layers_table(measured: pd.DataFrame, simulated: pd.DataFrame) -> str:
+    """Of the same points, judged with the measured times of computing and with podsim's own."""
+    lines = [
+        [
+            a.point,
+            *(f"{seconds * 1e6:.0f}" for seconds in (a.compute, b.compute)),
+            *(f"{error:+.1%}" for error in (a.full_error, b.full_error)),
+            *(f"{error:+.1%}" for error in (a.kvpr_error, b.kvpr_error)),
+            str(a.best),
+            *(f"{split:.0f}" for split in (a.predicted, b.predicted)),
+            f"{b.regret:.1%}",
+        ]
+        for a, b in zip(measured.itertuples(), simulated.itertuples(), strict=True)
+    ]
+    header = ["batch x context", "a layer of torch's, us", "of podsim's, us", "error, full"]
+    header += ["with podsim's", "error, KVPR", "with podsim's", "best l", "predicted l"]
+    return markdown([*header, "with podsim's", "its regret"], lines)
 
 
 def same_tokens_table(rows: pd.DataFrame) -> str:
@@ -257,6 +315,8 @@ def tables(folder: Path) -> dict[str, str]:
     rows = {part: pd.read_csv(folder / f"{part}.csv") for part in ("mapping", "growth", "transfer")}
     chains = [pd.read_csv(folder / f"{part}.csv") for part in ("layers", "layers-column")]
     points = judged(costs, pd.concat(chains))
+    own = chains[0][chains[0]["model"] == OWN_MODEL]
+    simulated = judged(costs, own, simulated_layer(OWN_MODEL))
     return {
         "mapping": mapping_table(rows["mapping"], PAGE_GROUP),
         "growth": growth_table(rows["growth"]),
@@ -265,6 +325,7 @@ def tables(folder: Path) -> dict[str, str]:
         "errors": errors_table(costs),
         "layers": layers_table(points[points["schedule"] == "row"]),
         "schedules": layers_summary(points),
+        "own layers": own_layers_table(judged(costs, own), simulated),
     }
 
 

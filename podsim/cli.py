@@ -16,6 +16,7 @@ from podsim.collectives_command import profile_collectives_command
 from podsim.command_options import (
     ConfigOption,
     JsonOption,
+    ListsCommand,
     OutOption,
     TraceArgument,
     given_options,
@@ -44,7 +45,7 @@ app = typer.Typer(
 app.add_typer(trace_app, name="trace")
 app.add_typer(kernels_app, name="kernels")
 kernels_app.command("questions")(questions_command)
-app.command("capacity")(capacity_command)
+app.command("capacity", cls=ListsCommand)(capacity_command)
 app.command("sweep")(sweep_command)
 app.command("validate")(validate_command)
 app.command("profile")(profile_command)
@@ -140,7 +141,7 @@ def simulate_command(
     _print_results(out, notes)
 
 
-@app.command("compare")
+@app.command("compare", cls=ListsCommand)
 @with_options(lists=True)
 def compare_command(
     trace: TraceArgument = None,

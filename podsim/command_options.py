@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from podsim import config
 from podsim.config import Deployment, Workload
@@ -68,6 +69,30 @@ def with_options(*, lists: bool) -> Callable[[Callable[..., None]], Callable[...
         return command
 
     return decorate
+
+
+class ListsCommand(TyperCommand):
+    """Of `with_options(lists=True)`: options that are true or false also stand alone, as where they
+    take no lists.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_values(args))
+
+
+def _with_values(args: Sequence[str]) -> list[str]:
+    """`--kv-on-host` and `--no-kv-on-host` with the value that they stand for."""
+    kinds = config.option_types(Deployment)
+    flags = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind is bool}
+    done: list[str] = []
+    for arg, following in zip(args, (*args[1:], ""), strict=True):
+        flag = arg.replace("--no-", "--", 1)
+        values = {value.strip() for value in following.lower().split(",")}
+        if flag not in flags or (arg == flag and values <= {"true", "false"}):
+            done.append(arg)
+        else:
+            done += [flag, str(arg == flag).lower()]
+    return done
 
 
 def given_options(

@@ -15,6 +15,8 @@ from podsim.vattention import Change, VAttentionCache
 COLUMNS = ("time", "mapped_bytes", "held_bytes", "token_bytes", "stall")
 """Seconds; mapped: physical memory in any slot; held: of blocks that requests need; tokens: the
 part of these that keys and values fill; stall: what the step waited."""
+PEAKS = ("mapped_bytes_max", "unfilled_bytes_max", "fragmentation_bytes_max")
+"""Of mapped, mapped less tokens, and held less tokens: each at a moment of its own."""
 
 
 class MappingTime:
@@ -56,7 +58,7 @@ class MappingTime:
             ("stalled_steps", "stall_time", "background_time", "mapped_blocks", "unmapped_blocks"),
             0.0,
         )
-        self._peak = {"mapped_bytes_max": 0.0, "fragmentation_bytes_max": 0.0}
+        self._peaks = dict.fromkeys(PEAKS, 0.0)
 
     def begin(self, batch: Batch, shape: BatchShape, decodes: Decodes, start: float) -> None:
         needing = self.cache.slots_growing(batch, decodes)
@@ -119,12 +121,12 @@ class MappingTime:
             num_tokens -= num_decodes
         held = sum(cache.needed) * groups.block_bytes
         mapped = cache.num_mapped * groups.block_bytes
-        self.log.append(time, mapped, held, num_tokens * token_bytes, self._stall)
+        filled = num_tokens * token_bytes
+        self.log.append(time, mapped, held, filled, self._stall)
         self._totals["stall_time"] += self._stall
         self._totals["stalled_steps"] += self._stall > 0
-        wasted = float(held - num_tokens * token_bytes)
-        for name, value in (("mapped_bytes_max", mapped), ("fragmentation_bytes_max", wasted)):
-            self._peak[name] = max(self._peak[name], value)
+        for name, value in zip(PEAKS, (mapped, mapped - filled, held - filled), strict=True):
+            self._peaks[name] = max(self._peaks[name], float(value))
 
     def _prefill_tokens(self, batch: Batch) -> int:
         """Tokens in the cache, after this step, of prompts that are not complete before it."""
@@ -154,6 +156,6 @@ class MappingTime:
             "tokens_per_page_group": groups.tokens_per_block,
             "block_bytes": groups.block_bytes,
             **self._totals,
-            **self._peak,
+            **self._peaks,
             **({} if self.swap is None else self.swap.summary()),
         }

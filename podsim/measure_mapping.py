@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +18,8 @@ from statistics import median, quantiles
 
 import torch
 
-from podsim.errors import InputError
+from podsim.check_mapping import check_data, check_out_of_memory, free_and_total
+from podsim.memory_costs import ADDRESS_APIS, APIS
 from podsim.page_groups import PageGroups
 from podsim.vattention import Change
 from podsim.virtual_memory import CudaDriver, VirtualMemory
@@ -41,21 +42,24 @@ Row = dict[str, object]
 Progress = Callable[[str], None]
 
 
-def measure(on_progress: Progress = lambda text: None) -> list[Row]:
-    """Every row. Raises RuntimeError if page-groups are lost, or data is not where it was put."""
+def measure(on_progress: Progress = lambda text: None, known: Collection[str] = ()) -> list[Row]:
+    """The cycles, and every row of calls that are not known.
+
+    Raises RuntimeError if page-groups are lost, or data is not where it was put.
+    """
     driver = CudaDriver()
     torch.cuda.init()
-    _check_data(driver)
-    _check_out_of_memory(driver)
+    check_data(driver, PAGE_GROUPS[0])
+    check_out_of_memory(driver, PAGE_GROUPS[0])
     on_progress(f"{CYCLES} cycles")
     rows = [_cycles(driver)]
     for number in range(PASSES):
         for size, gpu, thread in product(PAGE_GROUPS, ("idle", "busy"), ("main", "background")):
             on_progress(f"pass {number}, {size >> 20} MB, {gpu} GPU, {thread} thread")
             labels = {"page_group": size, "gpu": gpu, "thread": thread, "pass": number}
-            timed = _in_thread(thread, driver, partial(_rows, driver, size), gpu)
+            timed = _in_thread(thread, driver, partial(_rows, driver, size, known), gpu)
             rows += [labels | row for row in timed]
-        for size in PAGE_GROUPS:
+        for size in PAGE_GROUPS if "step" not in known else ():
             on_progress(f"pass {number}, steps beside mapping of {size >> 20} MB")
             rows += _interference(driver, size, number)
     return rows
@@ -71,9 +75,38 @@ def _in_thread(
             return pool.submit(work).result()
 
 
-def _rows(driver: CudaDriver, size: int) -> list[Row]:
+def _rows(driver: CudaDriver, size: int, known: Collection[str] = ()) -> list[Row]:
+    """Of the calls that are not known."""
+    rows = [] if set(ADDRESS_APIS) <= set(known) else _address_rows(driver, size)
+    return rows if set(APIS) <= set(known) else rows + _page_group_rows(driver, size)
+
+
+def _address_rows(driver: CudaDriver, size: int) -> list[Row]:
+    """Address ranges of one page-group and of CALLS: so many as a cache has tensors are reserved,
+    and freed.
+    """
+    rows: list[Row] = []
+    for count in (1, CALLS):
+        times: dict[str, list[float]] = {}
+        for _ in range(REPEATS):
+            for api, seconds in _reserved(driver, count * size):
+                times.setdefault(api, []).append(seconds)
+        rows += [{"api": api, "page_groups": count, **_timing(times[api])} for api in times]
+    return rows
+
+
+def _reserved(driver: CudaDriver, size: int) -> Iterator[tuple[str, float]]:
+    begin = time.perf_counter()
+    addresses = [driver.reserve(size) for _ in range(TENSORS)]
+    begin = yield from _lap("reserve", begin, TENSORS)
+    for address in addresses:
+        driver.free_address(address, size)
+    yield from _lap("free_address", begin, TENSORS)
+
+
+def _page_group_rows(driver: CudaDriver, size: int) -> list[Row]:
     """Every call, over every size of range; the times of the repetitions as one row."""
-    rows = []
+    rows: list[Row] = []
     address = driver.reserve(CALLS * size)
     for count in RANGES:
         times: dict[str, list[float]] = {}
@@ -230,57 +263,14 @@ def _keep_mapping(
     memory.close()
 
 
-# ------------------------------------------------------------------------------------- checks
-
-
-def _check_data(driver: CudaDriver) -> None:
-    """What is written through a tensor over mapped memory is read back, after growth too."""
-    from podsim.memory_view import tensor_at
-
-    size = PAGE_GROUPS[0]
-    groups = PageGroups(size, 2, 4)
-    memory = VirtualMemory(driver, groups, num_slots=2, blocks_per_slot=3, num_blocks=4)
-    words = size // 4
-    memory.apply([Change(1, 0, 1, maps=True)])
-    shape, strides = (2, 3 * words), (3 * words, 1)
-    views = [tensor_at(a, shape, strides, torch.int32, "cuda:0") for a in memory.tensors]
-    for number, view in enumerate(views):
-        view[1, :words] = torch.arange(words, device="cuda", dtype=torch.int32) + number
-    memory.apply([Change(1, 1, 3, maps=True)])
-    for number, view in enumerate(views):
-        view[1, words:] = number
-        expected = torch.arange(words, device="cuda", dtype=torch.int32) + number
-        if not torch.equal(view[1, :words], expected) or (view[1, words:] != number).any():
-            raise RuntimeError("data in mapped memory is not what was written")
-    torch.cuda.synchronize()
-    memory.close()
-
-
-def _check_out_of_memory(driver: CudaDriver) -> None:
-    """More than the GPU has is refused, leaves nothing behind, and all works afterwards."""
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    size = PAGE_GROUPS[0]
-    too_many = total // size + 1
-    groups = PageGroups(size, 1, size)
-    try:
-        VirtualMemory(driver, groups, 1, too_many, too_many)
-    except InputError:
-        pass
-    else:
-        raise RuntimeError(f"{too_many} page-groups were created in {total} bytes")
-    lost = free - torch.cuda.mem_get_info()[0]
-    if lost > 0:
-        raise RuntimeError(f"{lost} bytes of the GPU were lost when it was full")
-    _check_data(driver)
+# ------------------------------------------------------------------------------------- cycles
 
 
 def _cycles(driver: CudaDriver) -> Row:
     """Grow a request block by block and free it, CYCLES times; RuntimeError if memory is lost."""
     size = PAGE_GROUPS[0]
     groups = PageGroups(size, 2, size)
-    torch.cuda.synchronize()
-    before = torch.cuda.mem_get_info()[0]
+    before, _ = free_and_total()
     memory = VirtualMemory(driver, groups, num_slots=4, blocks_per_slot=4, num_blocks=8)
     held = memory.num_free_page_groups
     started = time.perf_counter()
@@ -292,10 +282,10 @@ def _cycles(driver: CudaDriver) -> Row:
     if memory.num_free_page_groups != held:
         raise RuntimeError(f"{held - memory.num_free_page_groups} page-groups were lost")
     memory.close()
-    torch.cuda.synchronize()
-    lost = before - torch.cuda.mem_get_info()[0]
+    lost = before - free_and_total()[0]
     if lost > 0:
         raise RuntimeError(f"{lost} bytes of the GPU were lost in {CYCLES} cycles")
     timing = _timing([seconds / CYCLES])
     labels = {"api": "cycle", "page_group": size, "page_groups": 4, "gpu": "idle"}
-    return labels | {"thread": "main", "pass": 0, **timing, "repeats": CYCLES}
+    labels |= {"thread": "main", "pass": 0, **timing, "repeats": CYCLES}
+    return labels | {"lost_bytes": lost}

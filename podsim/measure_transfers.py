@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from itertools import product
 from statistics import median, quantiles
 
 import numpy as np
@@ -30,6 +31,7 @@ CHAIN_LAYERS, DECODES = 6, 16
 """Layers in a row, and tokens that each computes besides."""
 PASSES = 3
 REPEATS = 7
+MOST_TRIES = 6
 HANDOFFS = 64
 LEAD_CYCLES = 4_000_000
 """About two milliseconds that the GPU sleeps while the host queues a copy; two of them while it
@@ -53,8 +55,14 @@ def _timing(seconds: list[float]) -> Row:
 # ----------------------------------------------------------------------------------- transfers
 
 
-def measure_transfers(on_progress: Progress = lambda text: None) -> list[Row]:
-    """Every row of transfer.csv."""
+Kind = tuple[str, str, str]
+"""Direction, memory, and what goes on beside."""
+
+
+def measure_transfers(
+    on_progress: Progress = lambda text: None, known: Collection[Kind] = ()
+) -> list[Row]:
+    """Every row of transfer.csv, but for kinds of copies that are known."""
     buffers = {
         "pinned": torch.empty(LARGEST, dtype=torch.uint8, pin_memory=True),
         "pageable": torch.empty(LARGEST_PAGEABLE, dtype=torch.uint8),
@@ -65,20 +73,19 @@ def measure_transfers(on_progress: Progress = lambda text: None) -> list[Row]:
     work = {"nothing": None, "matrix": _matrix(), "attention": _attention()}
     rows: list[Row] = []
     for number in range(PASSES):
-        rows += _handoff_rows(number)
-        for beside, other in work.items():
-            for memory, buffer in buffers.items():
-                if memory == "pageable" and other is not None:
-                    continue
-                on_progress(f"pass {number}: {memory} beside {beside}")
-                for direction in ("h2d", "d2h"):
-                    for size, split in _sizes(len(buffer)):
-                        host, gpu = buffer[:size], device[:size]
-                        pair = (gpu, host) if direction == "h2d" else (host, gpu)
-                        seconds = _copies(*pair, other)
-                        labels = {"direction": direction, "memory": memory, "beside": beside}
-                        place = {"bytes": size, "split": split, "pass": number}
-                        rows.append(labels | place | _timing(seconds))
+        if not known:
+            rows += _handoff_rows(number)
+        for beside, memory, direction in product(work, buffers, ("h2d", "d2h")):
+            if (direction, memory, beside) in known:
+                continue
+            on_progress(f"pass {number}: {direction} {memory} beside {beside}")
+            for size, split in _sizes(len(buffers[memory])):
+                host, gpu = buffers[memory][:size], device[:size]
+                pair = (gpu, host) if direction == "h2d" else (host, gpu)
+                seconds = _copies(*pair, work[beside])
+                labels = {"direction": direction, "memory": memory, "beside": beside}
+                place = {"bytes": size, "split": split, "pass": number}
+                rows.append(labels | place | _timing(seconds))
     return rows
 
 
@@ -96,9 +103,9 @@ def _copies(
     target: torch.Tensor, source: torch.Tensor, other: Callable[[], float] | None
 ) -> list[float]:
     """Seconds of each of REPEATS copies in a row, after one that is not timed."""
-    if not (target.is_pinned() or source.is_pinned()):
-        return [_waited(target, source) for _ in range(REPEATS)]
     copying = torch.cuda.Stream()
+    if not (target.is_pinned() or source.is_pinned()):
+        return [_waited(target, source, copying, other) for _ in range(REPEATS + 1)][1:]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
     torch.cuda.synchronize()
     torch.cuda._sleep(LEAD_CYCLES)
@@ -109,20 +116,42 @@ def _copies(
             if number:
                 target.copy_(source, non_blocking=True)
             mark.record()
-    if other is not None:  # longer than the copies, at 20 GB/s each
-        needed = (REPEATS + 1) * (source.numel() / 20e9 + 20e-6)
-        while needed > 0:
-            needed -= other()
+    _queue(other, (REPEATS + 1) * (source.numel() / 20e9 + 20e-6))  # longer than the copies take
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
 
 
-def _waited(target: torch.Tensor, source: torch.Tensor) -> float:
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    target.copy_(source)
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def _waited(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    copying: torch.cuda.Stream,
+    other: Callable[[], float] | None,
+) -> float:
+    """Seconds by the host's clock: it waits for a pageable copy, and queues nothing meanwhile. What
+    goes on beside is queued before, and twice as much where it was through before the copy was.
+    RuntimeError if the copy waits for it.
+    """
+    done = torch.cuda.Event()
+    needed = source.numel() / 5e9 + 2e-3
+    for _ in range(MOST_TRIES):
+        torch.cuda.synchronize()
+        _queue(other, needed)
+        done.record()
+        with torch.cuda.stream(copying):
+            begin = time.perf_counter()
+            target.copy_(source)
+            copying.synchronize()
+            seconds = time.perf_counter() - begin
+        if other is None or not done.query():
+            return seconds
+        needed *= 2
+    raise RuntimeError(f"a pageable copy of {source.numel()} bytes outlasts whatever is beside it")
+
+
+def _queue(other: Callable[[], float] | None, seconds: float) -> None:
+    """So much of it on the current stream."""
+    while other is not None and seconds > 0:
+        seconds -= other()
 
 
 def _handoff_rows(number: int) -> Iterator[Row]:

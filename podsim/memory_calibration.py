@@ -44,23 +44,24 @@ CHAIN_COLUMN = "layers"
 one recomputation after the other, which leaves its weights in the cache: they go on a line."""
 
 
-def write_rows(folder: Path, part: str, rows: Sequence[Mapping[str, object]]) -> None:
+def write_rows(
+    folder: Path, part: str, rows: Sequence[Mapping[str, object]] | pd.DataFrame
+) -> None:
     """Leave `PART.csv` in a folder."""
     table = pd.DataFrame(rows)
     _write(folder / f"{part}.csv", table.to_csv(index=False, float_format="%.4f"))
 
 
-def with_more_passes(
-    folder: Path, part: str, rows: Sequence[Mapping[str, object]]
-) -> list[dict[str, object]]:
-    """Rows of a part that are in the folder, and these, their passes numbered on.
-
-    Raises InputError, naming file and column, if the folder's cannot be read.
+def with_more(part: str, kept: pd.DataFrame, rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """Rows of a part that were there, and new ones: further passes of growth are numbered on, the
+    cycles of mapping take the place of others.
     """
-    kept = _read(folder, part)
-    first = int(kept["pass"].max()) + 1
-    more = [{**row, "pass": first + int(str(row["pass"]))} for row in rows]
-    return [*({str(name): row[name] for name in row} for row in kept.to_dict("records")), *more]
+    new = pd.DataFrame(rows)
+    if part == "mapping":
+        kept = kept[kept["api"] != "cycle"]
+    if part == "growth":
+        new["pass"] += kept["pass"].max() + 1
+    return pd.concat([kept, new], ignore_index=True)
 
 
 def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> MemoryCosts:
@@ -68,7 +69,7 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
 
     Raises InputError, naming file and column, for rows that cannot be read, or if there are none.
     """
-    rows = {part: _read(folder, part) for part in COLUMNS if (folder / f"{part}.csv").is_file()}
+    rows = {part: read_rows(folder, part) for part in COLUMNS if (folder / f"{part}.csv").is_file()}
     if not rows:
         raise InputError(f"{folder}: no rows of memory systems ({', '.join(COLUMNS)}.csv)")
     fitted: dict[str, object] = {}
@@ -111,7 +112,8 @@ def _write(path: Path, text: str) -> None:
         raise InputError(f"{path}: cannot write: {error.strerror}") from None
 
 
-def _read(folder: Path, part: str) -> pd.DataFrame:
+def read_rows(folder: Path, part: str) -> pd.DataFrame:
+    """Those of `PART.csv`. InputError, naming file and column, if they cannot be read."""
     path = folder / f"{part}.csv"
     try:
         table = pd.read_csv(path)

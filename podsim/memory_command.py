@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 from rich.console import Console
 
@@ -19,6 +21,10 @@ from podsim.profile import kernels_hash
 
 messages = Console(stderr=True)
 
+EXTENDED = ("mapping", "growth", "transfer", "layers", "layers-column")
+"""Parts to whose rows others can be added."""
+Rows = list[dict[str, object]] | pd.DataFrame
+
 
 def profile_memory_command(
     part: Annotated[
@@ -30,7 +36,12 @@ def profile_memory_command(
         Path | None, typer.Option(help="Folder of the rows and costs; parts are added to it.")
     ] = None,
     more: Annotated[
-        bool, typer.Option("--more", help="Keep the passes of growth that are there, and add some.")
+        bool,
+        typer.Option(
+            "--more",
+            help="Keep the rows that are there, and add passes of growth, kinds of transfers and "
+            "calls of mapping that they lack, or the error of layers.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,14 +64,12 @@ def profile_memory_command(
         if part not in COLUMNS:
             expected = ", ".join((*COLUMNS, "fit"))
             raise InputError(f"part is '{part}', expected one of: {expected}")
-        if more and part != "growth":
-            raise InputError(f"--more adds passes of growth; {part} is measured as a whole")
+        if more and part not in EXTENDED:
+            raise InputError(f"--more adds to {', '.join(EXTENDED)}; {part} is measured as a whole")
         if more and part not in provenance:
-            raise InputError(f"{folder}: no growth that --more could add passes to")
-        rows = _measured(part, known, old)
-        if more:
-            rows = memory_calibration.with_more_passes(folder, part, rows)
-        memory_calibration.write_rows(folder, part, rows)
+            raise InputError(f"{folder}: no {part} that --more could add to")
+        kept = memory_calibration.read_rows(folder, part) if more else None
+        memory_calibration.write_rows(folder, part, _measured(part, known, old, kept))
         machine = _machine(f"podsim profile-memory {part} --gpu {gpu}{' --more' * more}")
         kernels = {"kernels_sha256": kernels_hash()} if part == "paged" else {}
         before = {"before": provenance[part]} if more else {}
@@ -75,42 +84,52 @@ def profile_memory_command(
     console.print(f"Costs        {folder / MEMORY_FILE}", highlight=False, soft_wrap=True)
 
 
-def _measured(part: str, gpu: Gpu, old: MemoryCosts | None) -> list[dict[str, object]]:
+def _measured(part: str, gpu: Gpu, old: MemoryCosts | None, kept: pd.DataFrame | None) -> Rows:
+    """Rows of a part: all of them, or what is kept and what that lacks."""
     try:
         import torch
 
         _require_gpu(torch, gpu)
-        if part == "mapping":
-            from podsim import measure_mapping
+        from podsim import measure_growth, measure_kvpr, measure_mapping, measure_transfers
 
-            return measure_mapping.measure(_tell)
-        if part == "growth":
-            from podsim import measure_growth
-
-            return measure_growth.measure(_tell)
         if part == "paged":
             from podsim import measure_paged
 
             return measure_paged.measure(_tell)
-        from podsim import measure_kvpr, measure_transfers
     except ModuleNotFoundError as error:
         raise InputError(
             f"podsim profile-memory needs {error.name}: pip install 'podsim[gpu,vmm]' on the "
             "machine with the GPU"
         ) from None
-    if part == "transfer":
-        return measure_transfers.measure_transfers(_tell)
     if part == "recompute":
         return measure_transfers.measure_recompute(_tell)
+    if part.startswith("layers"):
+        if kept is not None:
+            return measure_kvpr.check(kept, _tell)
+        return measure_kvpr.measure(*_schedule_and_splits(part, old), _tell)
+    if part == "mapping":
+        rows = measure_mapping.measure(_tell, set() if kept is None else set(kept["api"]))
+    elif part == "growth":
+        rows = measure_growth.measure(_tell)
+    else:
+        kinds = ["direction", "memory", "beside"]
+        known = [] if kept is None else kept[kinds].to_numpy().tolist()
+        rows = measure_transfers.measure_transfers(_tell, set(map(tuple, known)))
+    return rows if kept is None else memory_calibration.with_more(part, kept, rows)
+
+
+def _schedule_and_splits(
+    part: str, old: MemoryCosts | None
+) -> tuple[str, Callable[[str, int, int, str], int]]:
+    """What layers are timed with: the schedule, and what the costs predict."""
     if old is None or not (old.transfer and old.recompute):
         raise InputError(f"{part} needs predictions: measure transfer and recompute first")
-    schedule = "column" if part == "layers-column" else "row"
+    from podsim.measure_kvpr import NUM_LAYERS
 
     def predict(model: str, batch: int, context: int, schedule: str) -> int:
-        layers = measure_kvpr.NUM_LAYERS
-        return layer_predictions.predicted_split(old, model, batch, context, schedule, layers)
+        return layer_predictions.predicted_split(old, model, batch, context, schedule, NUM_LAYERS)
 
-    return measure_kvpr.measure(schedule, predict, _tell)
+    return "column" if part == "layers-column" else "row", predict
 
 
 def _tell(text: str) -> None:

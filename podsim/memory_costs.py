@@ -25,6 +25,8 @@ FOLDER = "memory"
 """Of the shipped costs, beside the profiles of the same GPU."""
 APIS = ("create", "map", "set_access", "unmap", "release")
 """Of CUDA's virtual memory: cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease."""
+ADDRESS_APIS = ("reserve", "free_address")
+"""cuMemAddressReserve, cuMemAddressFree: once, when a cache is made and given up."""
 GPU_STATES = ("idle", "busy")
 DIRECTIONS = ("h2d", "d2h")
 

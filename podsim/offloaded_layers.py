@@ -153,9 +153,9 @@ class OffloadedLayers:
         generator = torch.Generator(self.device).manual_seed(7)
         for index in range(len(self.weights)):
             x = self.x[0].normal_(generator=generator)
+            self.x_host[index].copy_(x)
             kv = self.kv[0][: self.context]
             self._recompute(self.weights[index], x, kv)
-            self.x_host[index].copy_(x)
             self.kv_host[index].copy_(kv)
         self.token = torch.randn(
             self.batch,

@@ -131,8 +131,10 @@ def memory_lines(memory: object) -> list[str]:
         lines += [
             f"vAttention   page-groups of {m['page_group_bytes'] / 1024:,.0f} KB "
             f"({m['tokens_per_page_group']:,.0f} tokens), {m['mapped_blocks']:,.0f} blocks mapped, "
-            f"{m['unmapped_blocks']:,.0f} unmapped; at most {m['mapped_bytes_max'] / 1e9:.2f} GB "
-            f"mapped, {m['fragmentation_bytes_max'] / 1e9:.2f} GB of it unused by tokens",
+            f"{m['unmapped_blocks']:,.0f} unmapped",
+            f"Mapped       at most {m['mapped_bytes_max'] / 1e9:.2f} GB; at most "
+            f"{m['unfilled_bytes_max'] / 1e9:.2f} GB without tokens in it; requests' blocks wasted "
+            f"at most {m['fragmentation_bytes_max'] / 1e9:.2f} GB (each at a time of its own)",
             f"Mapping      {format_seconds(m['background_time'])} in the background",
         ]
     waited = f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"

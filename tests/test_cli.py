@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -160,6 +161,28 @@ def test_compare_puts_variants_side_by_side(trace: Path, tmp_path: Path) -> None
         summary = json.loads((out / variant / "summary.json").read_text())
         assert compared.loc["ttft_p50", variant] * 1000 == pytest.approx(summary["median_ttft_ms"])
     assert "%" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--graph-padding"], [True, True]),
+        (["--no-graph-padding"], [False, False]),
+        (["--graph-padding=true"], [True, True]),
+        (["--graph-padding", "false"], [False, False]),
+        (["--graph-padding", "true,false"], [True, False, True, False]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_a_comparison_takes_flags_alone_or_as_lists(
+    trace: Path, tmp_path: Path, options: list[str], expected: list[bool]
+) -> None:
+    """The trace after a flag is no value of it."""
+    out = tmp_path / "out"
+    run = podsim("compare", *options, trace, "--router", "random,round_robin", "--out", out)
+    assert run.returncode == 0, run.stderr
+    resolved = [tomllib.loads(path.read_text()) for path in out.glob("*/config.toml")]
+    assert sorted(c["graph_padding"] for c in resolved) == sorted(expected)
 
 
 def test_every_command_has_help() -> None:

@@ -26,31 +26,36 @@ H200 = gpu_named("h200")
 
 # ------------------------------------------------------------------------- the paper's formula
 
-TABLE = [  # FLOP/s, bytes/s, hidden size: l*/s, latency, throughput
-    (312e12, 32e9, 4096, 0.704, -35.2, 54.0),
-    (312e12, 32e9, 5120, 0.656, -32.8, 48.8),
-    (312e12, 32e9, 7168, 0.576, -28.8, 40.5),
-    (187e12, 24e9, 4096, 0.655, -32.8, 48.7),
-    (187e12, 24e9, 5120, 0.603, -30.2, 43.2),
-    (187e12, 24e9, 7168, 0.521, -26.0, 35.2),
-    (989e12, 64e9, 4096, 0.790, -39.5, 65.0),
-    (989e12, 64e9, 5120, 0.751, -37.6, 60.0),
-    (989e12, 64e9, 7168, 0.683, -34.2, 52.0),
+TABLE = [  # FLOP/s, bytes/s, hidden size: l*/s, latency and throughput in %, as printed
+    (312e12, 32e9, 4096, ".704", "-35.2", "+54"),
+    (312e12, 32e9, 5120, ".656", "-32.8", "+48.8"),
+    (312e12, 32e9, 7168, ".576", "-28.8", "+40.5"),
+    (187e12, 24e9, 4096, ".655", "-32.8", "+48.7"),
+    (187e12, 24e9, 5120, ".603", "-30.2", "+43.2"),
+    (187e12, 24e9, 7168, ".521", "-26.0", "+35.2"),
+    (989e12, 64e9, 4096, ".790", "-39.5", "+65"),
+    (989e12, 64e9, 5120, ".751", "-37.6", "+60"),
+    (989e12, 64e9, 7168, ".683", "-34.2", "+52"),
 ]
 
 
 @pytest.mark.parametrize(("gpu_rate", "link_rate", "hidden", "split", "latency", "more"), TABLE)
 def test_the_papers_table_to_its_digits(
-    gpu_rate: float, link_rate: float, hidden: int, split: float, latency: float, more: float
+    gpu_rate: float, link_rate: float, hidden: int, split: str, latency: str, more: str
 ) -> None:
     tokens = 1_000_000
     found = closed_form_split(tokens, hidden, 2, gpu_rate, link_rate)
-    assert round(found / tokens, 3) == split
+    assert as_printed(found / tokens, split) == f"0{split}"
     layer = layer_of(tokens, hidden, 2, gpu_rate, link_rate)
     ratio = layer.row_period(found) / layer.row_period(0)
     assert ratio == pytest.approx(1 - found / tokens / 2, rel=1e-5)  # never below a half
-    assert round(100 * (ratio - 1), 1) == latency
-    assert 100 * (1 / ratio - 1) == pytest.approx(more, abs=0.5)  # printed to the per cent
+    assert as_printed(100 * (ratio - 1), latency) == latency
+    assert "+" + as_printed(100 * (1 / ratio - 1), more) == more
+
+
+def as_printed(value: float, printed: str) -> str:
+    """With as many digits behind the point."""
+    return f"{value:.{len(printed.partition('.')[2])}f}"
 
 
 @settings(max_examples=200, deadline=None)

@@ -4,6 +4,7 @@ names. Their numbers mean nothing here; rows, files and checks do.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,9 +26,12 @@ from podsim import (
     memory_command,
     memory_view,
 )
+from podsim.check_mapping import check_out_of_memory
 from podsim.cli import app
-from podsim.memory_costs import APIS, read_memory_costs
+from podsim.memory_costs import ADDRESS_APIS, APIS, read_memory_costs
 from podsim.offloaded_shapes import SHAPES, LayerShape
+from podsim.vattention import Change
+from podsim.virtual_memory import OutOfDeviceMemory, VirtualMemory
 from tests.checked_driver import PAGE, CheckedDriver
 
 TINY = {
@@ -36,8 +40,15 @@ TINY = {
 }
 
 
+BESIDE = ("", " beside matrix", " beside attention")
+
+
 class OnTheCpu(TorchFunctionMode):
-    """Tensors of the GPU are the CPU's, and all host memory passes for pinned."""
+    """Tensors of the GPU are the CPU's; what asks to be pinned is remembered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[torch.UntypedStorage] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,10 +56,14 @@ class OnTheCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
+        pins = kwargs.pop("pin_memory", False)
         if func is torch.Tensor.is_pinned:
-            return True
-        return func(*args, **kwargs)
+            place = args[0].untyped_storage().data_ptr()
+            return place in [storage.data_ptr() for storage in self.pinned]
+        made = func(*args, **kwargs)
+        if pins:
+            self.pinned.append(made.untyped_storage())
+        return made
 
 
 class Moment:
@@ -59,6 +74,9 @@ class Moment:
 
     def record(self, stream: object = None) -> None:
         self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return False
 
     def elapsed_time(self, other: Moment) -> float:
         return max(1e-3, 1000 * (other.time - self.time))
@@ -163,12 +181,34 @@ def run(*arguments: object) -> str:
 def test_mapping_leaves_rows_and_costs(tmp_path: Path) -> None:
     run("mapping", "--out", tmp_path)
     rows = pd.read_csv(tmp_path / "mapping.csv")
-    assert set(rows["api"]) == {*APIS, "step", "cycle"}
+    assert set(rows["api"]) == {*APIS, *ADDRESS_APIS, "step", "cycle"}
+    assert rows.loc[rows["api"] == "cycle", "lost_bytes"].tolist() == [0]
     costs = read_memory_costs(tmp_path, "costs")
     for state, size in product(("idle", "busy"), (PAGE, 4 * PAGE)):
         assert costs.mapping_costs(size, state).map_seconds(4, 1) > 0
     assert set(costs.interference) == {str(PAGE), str(4 * PAGE)}
     assert costs.provenance == {"mapping": {"command": "podsim profile-memory mapping --gpu h200"}}
+
+
+def test_calls_of_mapping_that_are_missing_are_added(tmp_path: Path) -> None:
+    """As in rows of before reserving was timed and lost bytes told; the others stay as they are."""
+    run("mapping", "--out", tmp_path)
+    rows = pd.read_csv(tmp_path / "mapping.csv")
+    kept = rows[~rows["api"].isin(ADDRESS_APIS)].drop(columns="lost_bytes")
+    kept.to_csv(tmp_path / "mapping.csv", index=False)
+    run("fit", "--out", tmp_path)
+    before = read_memory_costs(tmp_path, "costs")
+    run("mapping", "--more", "--out", tmp_path)
+    more = pd.read_csv(tmp_path / "mapping.csv")
+    others = kept[kept["api"] != "cycle"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(more[: len(others)][others.columns], others)
+    added = more[len(others) :]
+    assert set(added["api"]) == {"cycle", *ADDRESS_APIS}
+    assert added.loc[added["api"] == "cycle", "lost_bytes"].tolist() == [0]
+    labels = ["api", "page_group", "page_groups", "gpu", "thread", "pass"]
+    assert sorted(more[labels].to_numpy().tolist()) == sorted(rows[labels].to_numpy().tolist())
+    costs = read_memory_costs(tmp_path, "costs")
+    assert (costs.mapping, costs.interference) == (before.mapping, before.interference)
 
 
 def test_growth_leaves_rows_and_costs_beside_those_of_mapping(
@@ -225,8 +265,12 @@ def test_growth_leaves_rows_and_costs_beside_those_of_mapping(
 
 def test_what_passes_cannot_be_added_to(tmp_path: Path) -> None:
     for part, message in (
-        ("growth", f"{tmp_path}: no growth that --more could add passes to"),
-        ("layers", "--more adds passes of growth; layers is measured as a whole"),
+        ("growth", f"{tmp_path}: no growth that --more could add to"),
+        (
+            "recompute",
+            "--more adds to mapping, growth, transfer, layers, layers-column; recompute is "
+            "measured as a whole",
+        ),
     ):
         options = ["profile-memory", part, "--more", "--out", str(tmp_path)]
         assert str(CliRunner().invoke(app, options).exception) == message
@@ -241,6 +285,35 @@ def test_memory_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("mapped all the same", "a cache grew beyond its page-groups"),
+        ("data lost", "data in mapped memory is not what was written"),
+    ],
+)
+def test_a_cache_that_does_not_outlive_its_end_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, message: str
+) -> None:
+    """One that says nothing when it cannot grow, and one that then unmaps what it holds."""
+    plain = VirtualMemory._map
+
+    def growing(memory: VirtualMemory, change: Change) -> None:
+        try:
+            plain(memory, change)
+        except OutOfDeviceMemory:
+            if wrong == "mapped all the same":
+                return
+            address = memory.tensors[0] + change.slot * memory.slot_bytes
+            ctypes.memset(address, 0, PAGE)
+            raise
+
+    check_out_of_memory(PretendedDriver(), PAGE)  # type: ignore[arg-type]
+    monkeypatch.setattr(VirtualMemory, "_map", growing)
+    with pytest.raises(RuntimeError, match=message):
+        check_out_of_memory(PretendedDriver(), PAGE)  # type: ignore[arg-type]
+
+
 def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
     run("transfer", "--out", tmp_path)
     run("recompute", "--out", tmp_path)
@@ -248,7 +321,9 @@ def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
     assert "layers row: regret" in output
     output = run("layers-column", "--out", tmp_path)
     costs = read_memory_costs(tmp_path, "costs")
-    assert {"h2d pinned", "d2h pageable", "h2d pinned beside attention"} <= set(costs.transfer)
+    kinds = product(("h2d", "d2h"), ("pinned", "pageable"), BESIDE)
+    assert set(costs.transfer) == {f"{d} {memory}{beside}" for d, memory, beside in kinds}
+    assert set(costs.transfer) < set(costs.errors)
     assert set(costs.recompute) == {"32x64", "32x64 rotated"}
     assert set(costs.provenance) == {"transfer", "recompute", "layers", "layers-column"}
     for schedule in ("row", "column"):
@@ -257,6 +332,82 @@ def test_parts_are_added_to_a_folder_and_judged(tmp_path: Path) -> None:
             assert points >= len(TINY) * measure_kvpr.POINTS_PER_MODEL
     rows = pd.read_csv(tmp_path / "layers.csv")
     assert (rows.groupby(["model", "batch", "context"])["split"].min() == -1).all()
+    offloaded = rows["split"] != -1
+    assert rows.loc[offloaded, "error"].between(0, 0.02).all()
+    assert rows.loc[~offloaded, "error"].isna().all()
+
+
+def test_kinds_of_transfers_that_are_missing_are_added(tmp_path: Path) -> None:
+    """As in rows of before pageable copies were timed beside anything; those stay as they are."""
+    run("transfer", "--out", tmp_path)
+    rows = pd.read_csv(tmp_path / "transfer.csv")
+    missing = (rows["memory"] == "pageable") & (rows["beside"] != "nothing")
+    kept = rows[~missing].reset_index(drop=True)
+    kept.to_csv(tmp_path / "transfer.csv", index=False)
+    run("fit", "--out", tmp_path)
+    before = read_memory_costs(tmp_path, "costs").transfer
+    run("transfer", "--more", "--out", tmp_path)
+    more = pd.read_csv(tmp_path / "transfer.csv")
+    pd.testing.assert_frame_equal(more[: len(kept)], kept)
+    labels = ["direction", "memory", "beside", "bytes", "split", "pass"]
+    added = more[len(kept) :][labels].reset_index(drop=True)
+    assert sorted(added.to_numpy().tolist()) == sorted(rows[missing][labels].to_numpy().tolist())
+    costs = read_memory_costs(tmp_path, "costs").transfer
+    assert {name: costs[name] for name in before} == before
+    assert {name for name in costs if name not in before} == {
+        f"{direction} pageable{beside}" for direction, beside in product(("h2d", "d2h"), BESIDE[1:])
+    }
+
+
+@pytest.mark.parametrize(("work_ends", "queued"), [([False], 3), ([True, True, False], 3 + 6 + 12)])
+def test_what_goes_on_beside_a_pageable_copy_outlasts_it(
+    monkeypatch: pytest.MonkeyPatch, work_ends: list[bool], queued: int
+) -> None:
+    """2 ms and what the copy takes at 5 GB/s, in pieces of 1 ms; twice that while it ends early."""
+    done: list[str] = []
+    ends = iter(work_ends)
+    monkeypatch.setattr(Moment, "query", lambda self: next(ends))
+    monkeypatch.setattr(Moment, "record", lambda self, stream=None: done.append("mark"))
+    monkeypatch.setattr(Stream, "synchronize", lambda self: done.append("copied"))
+
+    def other() -> float:
+        done.append("work")
+        return 1e-3
+
+    source, target = torch.arange(4_000_000, dtype=torch.uint8), torch.empty(4_000_000).byte()
+    assert measure_transfers._waited(target, source, Stream(), other) > 0
+    assert torch.equal(target, source)
+    assert done.count("work") == queued
+    assert done[:5] == ["work", "work", "work", "mark", "copied"]
+    assert done.count("copied") == len(work_ends)
+
+
+def test_a_pageable_copy_that_waits_for_what_is_beside_it_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Moment, "query", lambda self: True)
+    source = torch.zeros(8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="a pageable copy of 8 bytes outlasts whatever is"):
+        measure_transfers._waited(source.clone(), source, Stream(), lambda: 1.0)
+
+
+@pytest.mark.parametrize("part", ["layers", "layers-column"])
+def test_layers_that_were_timed_are_checked_without_timing(tmp_path: Path, part: str) -> None:
+    """Rows of before there was an error keep their times, and get the error they would have."""
+    run("transfer", "--out", tmp_path)
+    run("recompute", "--out", tmp_path)
+    run(part, "--out", tmp_path)
+    before = read_memory_costs(tmp_path, "costs")
+    rows = pd.read_csv(tmp_path / f"{part}.csv")
+    rows.drop(columns="error").to_csv(tmp_path / f"{part}.csv", index=False)
+    run(part, "--more", "--out", tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"{part}.csv"), rows)
+    costs = read_memory_costs(tmp_path, "costs")
+    assert costs.errors == before.errors
+    assert costs.provenance[part] == {
+        "command": f"podsim profile-memory {part} --gpu h200 --more",
+        "before": before.provenance[part],
+    }
 
 
 def test_layers_need_what_they_judge(tmp_path: Path) -> None:

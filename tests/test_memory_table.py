@@ -9,10 +9,20 @@ from pathlib import Path
 import memory_figure
 import pandas as pd
 import pytest
-from memory_table import calls_table, filled, judged, layers_summary, served_tables, tables
+from memory_table import (
+    calls_table,
+    filled,
+    judged,
+    layers_summary,
+    mapping_table,
+    served_tables,
+    simulated_layer,
+    tables,
+    transfer_table,
+)
 
 from podsim.layer_predictions import RESIDENT, predicted_layer
-from podsim.memory_costs import MemoryCosts, find_memory_costs
+from podsim.memory_costs import ADDRESS_APIS, MemoryCosts, find_memory_costs
 from podsim.offloaded_shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +65,36 @@ def test_calls_are_counted_by_thread_and_sampling() -> None:
     assert lines == [
         "| main thread, sampling none | 2 | 4.0 | 1020.0 | 1020.0 | 1, 2 ms |",
         "| background thread, sampling none | 1 | 4.0 | 50.0 | 50.0 | 0, 0 ms |",
+    ]
+
+
+def test_pageable_copies_beside_other_work_are_shown_where_they_were_timed() -> None:
+    rows = pd.read_csv(ROOT / "profiles" / "h200" / "memory" / "transfer.csv")
+    rows = rows[(rows["beside"] == "nothing") | (rows["memory"] == "pinned")]
+    alone = rows[rows["memory"] == "pageable"]
+    beside = alone.assign(beside="matrix", time_us=2 * alone["time_us"])
+    lines = transfer_table(pd.concat([rows, beside])).splitlines()
+    before = transfer_table(rows).splitlines()
+    assert lines[: len(before)] == before
+    names = [line.split(" | ")[0] for line in lines[len(before) :]]
+    assert names == [f"| {direction}, pageable beside matrix" for direction in ("h2d", "d2h")]
+
+
+def test_address_ranges_are_shown_where_they_were_timed() -> None:
+    rows = pd.read_csv(ROOT / "profiles" / "h200" / "memory" / "mapping.csv")
+    rows = rows[~rows["api"].isin(ADDRESS_APIS)]
+    calls = rows[(rows["api"] == "create")]
+    timed = [
+        calls.assign(api=api, page_groups=count, time_us=time)
+        for (api, time), count in product((("reserve", 3.0), ("free_address", 5.0)), (1, 256))
+    ]
+    lines = mapping_table(pd.concat([rows, *timed]), 2**21).splitlines()
+    assert lines[:-4] == mapping_table(rows, 2**21).splitlines()
+    assert lines[-4:] == [
+        "| `reserve`, a range of 512 MB | 3.0 | 3.0 | 3.0 | 3.0 |",
+        "| `reserve`, a range of 2 MB | 3.0 | 3.0 | 3.0 | 3.0 |",
+        "| `free_address`, a range of 512 MB | 5.0 | 5.0 | 5.0 | 5.0 |",
+        "| `free_address`, a range of 2 MB | 5.0 | 5.0 | 5.0 | 5.0 |",
     ]
 
 
@@ -129,6 +169,29 @@ def test_the_page_names_where_layers_miss() -> None:
     assert few["split"]["opt-13b", 1, 303] == 94
     named = {*off[many]["point"], ("llama-2-7b", 2, 797), ("opt-13b", 1, 303)}
     assert off[~off["point"].isin(named)]["error"].abs().max() < 0.0235
+
+
+def test_the_page_names_what_podsims_own_layers_give() -> None:
+    costs = find_memory_costs("h200")
+    folder = ROOT / "profiles" / "h200" / "memory"
+    judgements = {}
+    for part in ("layers", "layers-column"):
+        rows = pd.read_csv(folder / f"{part}.csv")
+        rows = rows[rows["model"] == "llama-2-7b"]
+        judgements[part] = judged(costs, rows, simulated_layer("llama-2-7b"))
+    torchs = judged(costs, pd.read_csv(folder / "layers.csv")).set_index("point")["compute"]
+    row = judgements["layers"].set_index("point")
+    for layers, least, most in ((row["compute"], 139, 253), (torchs[row.index], 192, 301)):
+        assert (round(layers.min() * 1e6), round(layers.max() * 1e6)) == (least, most)
+    worst = row["kvpr_error"].abs().sort_values()
+    assert worst.iloc[-2].round(3) == 0.023
+    assert (worst.index[-1], worst.iloc[-1].round(3)) == ("llama-2-7b, 2 x 797", 0.114)
+    small = row.loc[worst.index[-1]]
+    assert (small["best"], round(small["predicted"])) == (480, 533)
+    assert (round(small["split_error"], 2), round(small["regret"], 3)) == (0.11, 0.011)
+    assert row["full_error"].abs().max().round(3) == 0.032
+    column = judgements["layers-column"][["full_error", "worst_error"]].abs()
+    assert column.to_numpy().max() < 0.0035
 
 
 def split_errors(costs: MemoryCosts, rows: pd.DataFrame) -> pd.DataFrame:
@@ -211,4 +274,6 @@ def test_predictions_that_come_true_are_judged_so() -> None:
     least = min(seconds[best - 200], seconds[best + 100])
     assert wrong["regret"] == pytest.approx(seconds[best] / least - 1)
     assert wrong["kvpr_error"] == pytest.approx(1 / 1.5 - 1)
-    assert layers_summary(table).endswith("0 of 1 |")
+    assert layers_summary(table).endswith("0 of 1 | not known |")
+    checked = pd.DataFrame(rows).assign(error=[0.0, 0.004, 0.0123, 0.001, None])
+    assert layers_summary(judged(costs, checked)).endswith("0 of 1 | 1.23% |")

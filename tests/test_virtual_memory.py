@@ -127,6 +127,7 @@ def test_the_calls_are_timed_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch
     ranges = list(measure_mapping.RANGES)
     assert counts["set_access"] == counts["unmap"] == ranges
     assert counts["create"] == counts["map"] == counts["release"] == [1]
+    assert counts["reserve"] == counts["free_address"] == [1, 64]
 
 
 # --------------------------------------------------------------------------------- as tensors
