@@ -20,12 +20,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from accuracy_pages import (
+    BESIDE,
     CONTEXTS,
     CONTEXTS_FILE,
     ERRORS_FILE,
     METRICS,
     MOST_BELOW,
     OWN_HOST,
+    SHIPPED,
     TTFTS,
     bars_table,
     filled,
@@ -48,9 +50,17 @@ RUNS = Path(__file__).parent.parent / "validation" / "h200"
 
 def row(comparison: Comparison) -> dict[str, object]:
     """Errors of one run (simulated over recorded, minus 1), and what they are errors of."""
-    again = compare(with_own_host(comparison.recorded), error_bars=False)
-    own = {OWN_HOST + name: error for name, error in errors_of(again).items()}
-    return errors_and_more(comparison) | own
+    recorded = comparison.recorded
+    shipped = dataclasses.replace(recorded.deployment, profile=None)
+    variants = {
+        OWN_HOST: with_own_host(recorded),
+        SHIPPED: dataclasses.replace(recorded, deployment=shipped),
+    }
+    return errors_and_more(comparison) | {
+        prefix + name: error
+        for prefix, variant in variants.items()
+        for name, error in errors_of(compare(variant, error_bars=False)).items()
+    }
 
 
 def errors_of(comparison: Comparison) -> dict[str, float]:
@@ -198,7 +208,8 @@ def with_host(
 
 
 def recordings(runs: Path) -> list[Path]:
-    return sorted(path.parent for path in runs.glob(f"*/{ENGINE_FILE}"))
+    """Of all cards, by name."""
+    return sorted((path.parent for path in runs.rglob(ENGINE_FILE)), key=lambda run: run.name)
 
 
 def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -209,7 +220,7 @@ def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         model = comparison.simulated.latency_model
         assert isinstance(model, ProfiledLatency)
         shipped = model.profile.source.startswith("profiles/")
-        source = model.profile.source if shipped else "beside the recordings"
+        source = model.profile.source if shipped else BESIDE
         rows.append({**row(comparison), "profile": source})
         by_context += contexts(comparison)
     return pd.DataFrame(rows), pd.DataFrame(by_context)

@@ -1,7 +1,11 @@
 """Record what an engine does on an H200: the runs that docs/accuracy.md compares.
 
     python benchmarks/record_runs.py --dry-run
-    python benchmarks/record_runs.py --out validation/h200 --only chat code [--within 540]
+    podsim profile --gpu h200 --model llama-3-8b --out validation/h200/CARD/profile
+    python benchmarks/record_runs.py --out validation/h200/CARD --only chat code [--within 540]
+
+Runs are compared with the profile in the folder beside them, which is to be of the same card, or,
+where there is none, with the shipped one.
 
 Each run serves one workload at one load under one deployment with real forward passes, and leaves
 a folder as `podsim validate` does, as soon as it ends. A run whose folder is there is not made
@@ -41,8 +45,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "chat": Workload("lognormal:250:1.0", "lognormal:180:0.7", 512, 128, 4096, 1200),
-    "code": Workload("lognormal:1500:0.8", "lognormal:20:0.8", 1024, 64, 8192, 900),
+    "chat": Workload("lognormal:250:1.0", "lognormal:180:0.7", 512, 128, 4096, 600),
+    "code": Workload("lognormal:1500:0.8", "lognormal:20:0.8", 1024, 64, 8192, 600),
     "summary": Workload(
         "uniform:8000:16000", "lognormal:250:0.5", 1024, 40, 18000, 300, "llama-3.1-8b"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,11 @@ def current_gpu() -> str:
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def card() -> str:
+    """Tells cards apart, and names none."""
+    return hashlib.sha256(current_gpu().encode()).hexdigest()[:8]
 
 
 def driver_settings() -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from podsim.errors import InputError
-from podsim.gpu_sampler import current_gpu
+from podsim.gpu_sampler import card, current_gpu
 from podsim.hardware import Gpu
 from podsim.kernels import launch, rmsnorm, rope, silu_mul
 from podsim.kernels.attention import attention
@@ -68,6 +68,7 @@ def provenance(model: Model) -> dict[str, object]:
     driver, power_limit, sm_clock, memory_clock = (part.strip() for part in output.split(","))
     return {
         "device_name": torch.cuda.get_device_name(),
+        "card": card(),
         "num_sms": torch.cuda.get_device_properties(0).multi_processor_count,
         "driver": driver,
         "power_limit": power_limit,

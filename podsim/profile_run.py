@@ -104,9 +104,10 @@ def run_profile(
 def identity_of(
     plan: Plan, model: Model, gpu_name: str, provenance: Mapping[str, object]
 ) -> dict[str, object]:
-    """What must be the same where a measurement goes on."""
+    """What must be the same where a measurement goes on: another card of the same kind may."""
+    machine = {name: value for name, value in provenance.items() if name != "card"}
     return {
-        **provenance,
+        **machine,
         "kernels_sha256": kernels_hash(),
         "model": model.name,
         "shape": model.shape,

@@ -241,6 +241,15 @@ def test_it_does_not_go_on_on_another_machine(tmp_path: Path, name: str, value: 
     assert (folder / JOURNAL_FILE).read_bytes() == before
 
 
+def test_another_card_of_the_kind_may_go_on(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, FakeGpu(stop_at=20), card="0a1b2c3d")
+    rest = FakeGpu()
+    measure(tmp_path, rest, card="4e5f6a7b")
+    assert len(rest.prepared) < len(PLAN.turns) - 15
+    assert contents(tmp_path)[0] == contents(whole)[0]
+
+
 def test_kernels_that_changed_in_between_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,13 @@ def test_every_recording_is_whole_and_compared_with_its_own_kernels(
     assert len(recorded.tokens) == served["num_output_tokens"].sum()
 
 
+def test_a_profile_beside_recordings_is_of_their_card(comparison: Comparison) -> None:
+    model = comparison.simulated.latency_model
+    assert isinstance(model, ProfiledLatency)
+    if not model.profile.source.startswith("profiles/"):
+        assert comparison.recorded.engine["card"] == model.profile.provenance["card"]
+
+
 def test_no_run_is_further_off_than_the_page_says(comparison: Comparison) -> None:
     kept = ERRORS.set_index("run").loc[comparison.recorded.name]
     now = pd.Series(accuracy_table.row(comparison))[kept.index.drop("profile", errors="ignore")]
@@ -132,16 +139,19 @@ def test_a_gain_passes_with_the_same_sign_and_within_three_points(simulated, lin
 
 
 def test_a_bar_is_passed_only_if_every_run_meets_it() -> None:
-    columns = [host + name for host in accuracy_pages.HOSTS for name in accuracy_pages.BARS]
+    columns = [
+        variant + name for variant in accuracy_pages.VARIANTS for name in accuracy_pages.BARS
+    ]
     errors = runs(load=0.5, share=0.5, **dict.fromkeys(columns, 0.0))
     errors["tbt_p90"] = [0.01, -0.031]
-    errors["own_tbt_p50"] = [0.01, -0.031]
+    errors["own_tbt_p50"] = errors["shipped_tbt_p50"] = [0.01, -0.031]
+    errors["profile"] = [accuracy_pages.BESIDE, "profiles/h200/llama-3-8b/profile.json"]
     lines = accuracy_pages.bars_table(errors).splitlines()
     worst = "+0.0% (offline-serial-1024-pd17)"
-    assert f"| to 0.85 | TBT P50 | 3% | 2 of 2 | 1 | {worst} | pass |" in lines
+    assert f"| to 0.85 | TBT P50 | 3% | 2 of 2 | 1 | 1 | {worst} | pass |" in lines
     worst = "-3.1% (offline-pod-1024-pd17)"
-    assert f"| to 0.85 | TBT P90 | 3% | 1 of 2 | 2 | {worst} | **fail** |" in lines
-    assert "| above | TBT P50 | 5% | not recorded |  |  |  |" in lines
+    assert f"| to 0.85 | TBT P90 | 3% | 1 of 2 | 2 | 2 | {worst} | **fail** |" in lines
+    assert "| above | TBT P50 | 5% | not recorded |  |  |  |  |" in lines
 
 
 # --------------------------------------------------------------------------- what is recorded
