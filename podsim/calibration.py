@@ -16,7 +16,7 @@ from podsim.attention_features import FEATURES, Geometry
 from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu, gpu_named
-from podsim.heat_fitting import SustainedRun, fit_heating
+from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import (
     LAYER_OPS,
@@ -291,6 +291,7 @@ def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, fl
         "slow_heating": warming.slow_heating,
         "slow_heat_seconds": warming.slow_seconds,
         "headroom": warming.headroom,
+        "clock_share": fit_clock_share(runs, warming),
     }
 
 
@@ -304,16 +305,20 @@ def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Itera
         load = latency.load(shape.num_tokens, parts.attention + parts.layers)
         decodes = run[run["strategy"].str.startswith("decode ")]
         mixed = run.drop(decodes.index)
-        every = int(split.removeprefix("1 in ")) if op == "duty" else 1
-        if mixed.empty or (every > 1 and decodes.empty):
+        in_a_row, of_all = map(int, split.split(" in ")) if op == "duty" else (1, 1)
+        if mixed.empty or (of_all > in_a_row and decodes.empty):
             continue  # refused
+        alone = decodes["seconds"].tolist()
         yield SustainedRun(
             batch=f"{op} {prefills} {decoded}",
             load=load,
             drive=load * latency.clock_fall(shape.num_tokens),
             ends=[float(text.split()[-2]) for text in mixed["strategy"]],
             seconds=(mixed["seconds"] - parts.once).tolist(),
-            between=(every - 1) * float(decodes["seconds"].mean()) if every > 1 else 0.0,
+            between=(of_all - in_a_row) * float(np.mean(alone)) if alone else 0.0,
+            in_a_row=in_a_row,
+            decodes=alone,
+            products=latency.matrix_seconds(shape.num_decodes),
         )
 
 

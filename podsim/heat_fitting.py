@@ -36,15 +36,21 @@ class SustainedRun:
     seconds: Sequence[float]
     """Mean step with prefill of each window."""
     between: float = 0.0
-    """Seconds of steps of decodes alone after each."""
+    """Seconds of steps of decodes alone after them,"""
+    in_a_row: int = 1
+    """and how many steps with prefill there are before."""
+    decodes: Sequence[float] = ()
+    """Mean step of decodes alone of each window, if there are any."""
+    products: float = 0.0
+    """Seconds of the matrix products of such a step."""
 
     def share(self, cells: Floats) -> Floats:
         """Of cells of CELL seconds from the run's start, how much steps with prefill take."""
-        step = float(np.mean(self.seconds))
-        each = step + self.between
+        row = self.in_a_row * float(np.mean(self.seconds))
+        each = row + self.between
 
         def worked(time: Floats) -> Floats:
-            return np.asarray(np.floor(time / each) * step + np.minimum(time % each, step))
+            return np.asarray(np.floor(time / each) * row + np.minimum(time % each, row))
 
         return (worked(cells + CELL) - worked(cells)) / CELL
 
@@ -79,15 +85,54 @@ def slowdowns(run: SustainedRun, warming: Warming) -> Floats:
 
     NaN where decodes alone take a whole window.
     """
+    share, added, window = _course(run, warming)
+    weights = np.bincount(window, share, len(run.ends))
+    weights[weights == 0.0] = np.nan
+    return np.asarray(1 + run.load * np.bincount(window, share * added, len(run.ends)) / weights)
+
+
+def fit_clock_share(runs: Sequence[SustainedRun], warming: Warming) -> float:
+    """Of the seconds of a step of decodes alone that are no matrix products, the share that goes
+    with the clock.
+
+    Least squares of how much longer such steps take after bursts, steps with prefill in a row, than
+    where there is hardly any, with the same decodes. Without bursts nothing tells: it is 0 then.
+    """
+    batches = [list(some) for _, some in groupby(runs, key=lambda run: run.batch)]
+    x, y = [], []
+    for batch in batches:
+        bursts = [run for run in batch if run.in_a_row > 1]
+        quiet = [run for run in batch if run.in_a_row == 1 and run.decodes]
+        if not bursts or not quiet:
+            continue
+        base = max(quiet, key=lambda run: run.between)
+        coolest = float(np.mean(base.decodes))
+        for run in bursts:
+            more = _left_in_decodes(run, warming) - _left_in_decodes(base, warming).mean()
+            x.append(more * (coolest - run.products))
+            y.append(np.asarray(run.decodes) - coolest - more * run.products)
+    if not x:
+        return 0.0
+    added, longer = np.concatenate(x), np.concatenate(y)
+    return min(max(float(added @ longer / (added @ added)), 0.0), 1.0)
+
+
+def _left_in_decodes(run: SustainedRun, warming: Warming) -> Floats:
+    """Of a run's windows: what heats add to the clocked part of steps of decodes, as a share."""
+    share, added, window = _course(run, warming)
+    rest = 1.0 - share
+    weights = np.maximum(np.bincount(window, rest, len(run.ends)), 1e-12)
+    return np.asarray(np.bincount(window, rest * added, len(run.ends)) / weights)
+
+
+def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Of cells of a run: the share of steps with prefill, what heats add, and the window."""
     cells = np.arange(round(run.ends[-1] / CELL), dtype=np.float64) * CELL
     share = run.share(cells)
     drives = share * run.drive - (1 - share) * warming.headroom
     added = warming.heating * _heats(drives, warming.seconds, warming)
     added += warming.slow_heating * _heats(drives, warming.slow_seconds, warming)
-    window = np.searchsorted(run.ends, cells + CELL / 2)
-    weights = np.bincount(window, share, len(run.ends))
-    weights[weights == 0.0] = np.nan
-    return np.asarray(1 + run.load * np.bincount(window, share * added, len(run.ends)) / weights)
+    return share, added, np.searchsorted(run.ends, cells + CELL / 2)
 
 
 def _heats(drives: Floats, tau: float, warming: Warming) -> Floats:

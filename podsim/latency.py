@@ -73,8 +73,8 @@ class WarmsUp(Protocol):
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
         """Seconds of a step with prefill, and its drive: what the heats near meanwhile."""
 
-    def matrix_seconds(self, num_tokens: int) -> float:
-        """Of the matrix products of so many tokens: what a lower clock slows."""
+    def clocked_seconds(self, num_decodes: int, seconds: float) -> float:
+        """Of a step of so many decodes alone, which takes `seconds`: what goes with the clock."""
 
 
 class Heat:
@@ -119,12 +119,12 @@ class Heat:
     def _heated(self, times: list[float], shape: BatchShape, start: float) -> list[float]:
         model = self._warming
         assert model is not None
-        matrix_seconds, left = model.matrix_seconds(shape.num_decodes), model.warming.left
+        num_decodes, left = shape.num_decodes, model.warming.left
         for step, seconds in enumerate(times):
             share = left(self._heats, start - self._time, seconds)
             if share == 0.0:
                 break
-            times[step] += matrix_seconds * share
+            times[step] += model.clocked_seconds(num_decodes, seconds) * share
             start += times[step]
         return times
 
@@ -229,6 +229,7 @@ class ProfiledLatency:
         self._overlap_loss = float(profile.sustained.get("overlap_loss", 0.0))
         self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
+        self.clock_share = float(profile.sustained.get("clock_share", 0.0))
         self._clock_falls = _clock_falls(profile, graph_padding)
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"] * matrix_ratio
@@ -263,8 +264,13 @@ class ProfiledLatency:
         return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
 
     def matrix_seconds(self, num_tokens: int) -> float:
-        """See `WarmsUp`."""
+        """Of the matrix products of so many tokens."""
         return self._matrix_seconds_per_token * num_tokens * self.scale
+
+    def clocked_seconds(self, num_decodes: int, seconds: float) -> float:
+        """See `WarmsUp`: the matrix products, and a share of the rest."""
+        products = self.matrix_seconds(num_decodes)
+        return products + self.clock_share * (seconds - products)
 
     def clock_fall(self, num_tokens: int) -> float:
         """How far nothing but layers over so many tokens takes the clock down: see `heat.Heats`."""

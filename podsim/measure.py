@@ -292,7 +292,7 @@ class Bench:
         self._layer.draw()
         if job.kind in ("sustained", "duty"):
             assert job.point is not None
-            steps = [Timed("step", self._layer.forward(job.point, "serial"))]
+            steps = [Timed("step", self._layer.forward(job.point, "serial"))] * job.mixed_steps
             if job.decode_steps:
                 decodes = replace(job.point, prefills=())
                 steps += [Timed("step", self._layer.forward(decodes, "serial"))] * job.decode_steps

@@ -161,8 +161,9 @@ class SustainedSequence:
         if self._job.kind == "sustained":
             return Round(windows(ends, SUSTAINED_ENDS), None, self._fault())
         seconds: dict[str, list[float]] = {}
+        mixed = self._job.mixed_steps
         for name in self._job.duty_steps:
-            turns = [0] if name == "mixed" else range(1, each)
+            turns = range(mixed) if name == "mixed" else range(mixed, each)
             found = windows(ends, DUTY_ENDS, turns, each)
             seconds |= {f"{name} {window}": values for window, values in found.items()}
         return Round(seconds, None, self._fault())

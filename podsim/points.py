@@ -160,18 +160,27 @@ def sustained_points() -> list[AttentionPoint]:
     return [*alone, *mixed]
 
 
-def duty_points() -> list[tuple[AttentionPoint, int]]:
-    """Batches, and steps of their decodes alone after each: chunks one step in 1, 2, 4 and 8.
+def duty_points() -> list[AttentionPoint]:
+    """Batches that come one step in 1, 2, 4 and 8, the others being of their decodes alone.
 
     The power limit looks at a mean: how far it lets the clock fall under chunks that come now and
     then is not what it does under nothing but chunks.
     """
     batches = (((256, 1024), 32, 1024), ((512, 1024), 64, 1024), ((1024, 2048), 32, 2048))
     return [
-        (AttentionPoint((chunk,), (context,) * decodes, f"1 in {every}"), every - 1)
+        AttentionPoint((chunk,), (context,) * decodes, f"1 in {every}")
         for chunk, decodes, context in batches
         for every in (1, 2, 4, 8)
     ]
+
+
+def burst_points() -> list[AttentionPoint]:
+    """As a long prompt has it: many steps with a chunk in a row, and then none; and hardly any.
+
+    So few decodes have hardly any matrix products. How far they feel the clock that chunks leave
+    behind is seen there.
+    """
+    return [AttentionPoint(((1024, 4096),), (2048,) * 8, split) for split in ("8 in 16", "1 in 32")]
 
 
 def _prefill_grid() -> list[AttentionPoint]:

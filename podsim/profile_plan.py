@@ -19,6 +19,7 @@ from podsim.points import (
     NUM_STEPS,
     AttentionPoint,
     attention_points,
+    burst_points,
     duty_points,
     graph_points,
     linear_points,
@@ -87,8 +88,9 @@ class Job:
     strategy: str = ""
     """Of attention and whole steps; of a ceiling its name. Rows of sustained work have the end of
     their window there, those of a duty which of its steps too."""
+    mixed_steps: int = 1
     decode_steps: int = 0
-    """Of a duty: steps of the batch's decodes alone after each step of all."""
+    """Of a duty: steps of the batch in a row, and those of its decodes alone that follow."""
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -192,12 +194,16 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
             turns += [Turn(job, number) for job in groups[index] if number < _passes(job, model)]
     if not quick:  # last, so that profiles from before they were planned can be extended by them
         turns += _mixed(rng, graph_points(linear))
-        turns += [
-            Turn(Job("duty", point.split, point.num_tokens, point, decode_steps=decodes), 0)
-            for point, decodes in duty_points()
-        ]
+        turns += [_duty(point) for point in duty_points()]
         turns += _mixed(rng, points_between(linear, model))
+        turns += [_duty(point) for point in burst_points()]
     return Plan(tuple(turns), quick)
+
+
+def _duty(point: AttentionPoint) -> Turn:
+    mixed, of_all = map(int, point.split.split(" in "))
+    rows = point.split, point.num_tokens, point
+    return Turn(Job("duty", *rows, mixed_steps=mixed, decode_steps=of_all - mixed), 0)
 
 
 def _mixed(rng: Generator, points: Sequence[tuple[int, str]]) -> list[Turn]:

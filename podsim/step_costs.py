@@ -109,7 +109,9 @@ def _warmth(
         for i in np.flatnonzero(replicas == replica).tolist():
             if not prefills[i]:
                 share = warming.left(heats, starts[i] - time, durations[i])
-                added = model.matrix_seconds(int(tokens[i])) * share
+                products, clocked = model.matrix_seconds(int(tokens[i])), model.clock_share
+                longer = products * (1.0 - clocked) + durations[i] * clocked
+                added = longer * share / (1.0 + clocked * share)
                 found[i] = in_layers[i] / (in_layers[i] - added)
                 continue
             heats = warming.rested(heats, starts[i] - time)

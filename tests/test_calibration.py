@@ -35,7 +35,7 @@ from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
-from podsim.heat_fitting import SustainedRun, fit_heating, slowdowns
+from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating, slowdowns
 from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import LAYER_OPS, ConstantLatency, Heat, ProfiledLatency, op_seconds
 from podsim.model import Model, model_named
@@ -660,6 +660,43 @@ def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
     # The fit clips a heat at each moment, a step its mean.
     assert found.headroom == pytest.approx(0.1, rel=0.2)
     assert found.heating == pytest.approx(0.9, rel=0.15)
+
+
+def test_the_clock_share_of_decodes_is_found_after_bursts() -> None:
+    """Decodes of 5 ms, of which 0.2 are matrix products and 12 % of the rest go with the clock,
+    after 8 steps of 20 ms each, and after 1 in 32.
+    """
+    warming = replace(WARMING, headroom=0.05)
+    ends, cold, products = (0.4, 0.8, 1.6, 2.4), 5e-3, 2e-4
+    runs = []
+    for in_a_row, decodes in ((8, 8), (1, 31)):
+        heats, time = warming.at_rest, 0.0
+        sums: list[list[float]] = [[], [], [], []]
+        while time < ends[-1]:
+            heats = warming.worked(heats, 0.3, 0.02 * in_a_row)
+            time += 0.02 * in_a_row
+            for number in range(decodes):
+                left = warming.left(heats, number * cold, cold)
+                seconds = cold + left * (products + 0.12 * (cold - products))
+                time += cold
+                if time < ends[-1]:
+                    sums[int(np.searchsorted(ends, time))].append(seconds)
+            heats = warming.rested(heats, decodes * cold)
+        alone = [float(np.mean(window)) for window in sums]
+        more = {"in_a_row": in_a_row, "decodes": alone, "products": products}
+        runs.append(SustainedRun("b", 0.8, 0.3, ends, [0.02] * 4, decodes * cold, **more))
+    assert np.mean(runs[0].decodes) > 1.01 * np.mean(runs[1].decodes)
+    assert fit_clock_share(runs, warming) == pytest.approx(0.12, rel=0.1)
+    assert fit_clock_share(runs[1:], warming) == 0.0
+    assert fit_clock_share([*runs[:1], replace(runs[1], batch="another")], warming) == 0.0
+
+
+def test_a_step_of_decodes_feels_the_clock_by_its_share() -> None:
+    shared = replace(PROFILE, sustained={**PROFILE.sustained, "clock_share": 0.25})
+    none, some = (ProfiledLatency(profile, LLAMA, "serial") for profile in (PROFILE, shared))
+    products = none.matrix_seconds(8)
+    assert none.clocked_seconds(8, 5e-3) == products
+    assert some.clocked_seconds(8, 5e-3) == pytest.approx(products + 0.25 * (5e-3 - products))
 
 
 def test_a_window_of_decodes_alone_says_nothing_of_steps_with_prefill() -> None:

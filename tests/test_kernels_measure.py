@@ -71,6 +71,7 @@ JOBS = [
     Job("sustained", "sustained", MIXED.num_tokens, MIXED),
     Job("duty", "1 in 1", MIXED.num_tokens, MIXED),
     Job("duty", "1 in 3", MIXED.num_tokens, MIXED, decode_steps=2),
+    Job("duty", "2 in 3", MIXED.num_tokens, MIXED, mixed_steps=2, decode_steps=1),
 ]
 
 

@@ -153,7 +153,11 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     assert num == len(CEILINGS) + len(sustained_points())
     duties = [turn.job for turn in plan.turns if turn.job.kind == "duty"]
     assert [turn.job for turn in plan.turns[-len(duties) :]] == duties
-    assert {job.split for job in duties} == {"1 in 1", "1 in 2", "1 in 4", "1 in 8"}
+    counts = {job.split: (job.mixed_steps, job.decode_steps) for job in duties}
+    assert counts["1 in 1"] == (1, 0)
+    assert counts["1 in 8"] == (1, 7)
+    assert counts["8 in 16"] == (8, 8)
+    assert set(counts) == {"1 in 1", "1 in 2", "1 in 4", "1 in 8", "8 in 16", "1 in 32"}
     first, second = (
         [turn.job for turn in plan.turns[num : -len(duties)] if turn.number == number]
         for number in (0, 1)
