@@ -121,6 +121,7 @@ class Capacity:
             "per_gpu": self.per_gpu,
             "slos": [str(slo) for slo in self.slos],
             "limited_by": self.limited_by,
+            "uncalibrated": any(trial.row["uncalibrated"] for trial in self.trials),
             "warnings": self.warnings,
         }
 

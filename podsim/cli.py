@@ -191,7 +191,12 @@ def compare_command(
         console.print("~ the error bars of the two overlap", highlight=False)
     for line in terminal.error_lines(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    notes = terminal.uncalibrated_lines(results) + terminal.memory_comparison(results) + notes
+    notes = [
+        *terminal.uncalibrated_lines(results),
+        *terminal.outside_lines(results),
+        *terminal.memory_comparison(results),
+        *notes,
+    ]
     _print_results(out, notes)
 
 

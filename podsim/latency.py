@@ -399,16 +399,19 @@ class ProfiledLatency:
             and num_prefill_tokens + num_decodes <= most_tokens
         )
 
+    @property
+    def outside_share(self) -> float:
+        """Of the seconds predicted so far: beyond the measured range."""
+        return self.seconds_outside / self.seconds_predicted if self.seconds_outside else 0.0
+
     def notes(self) -> Sequence[str]:
         """What a reader of the results should know of these predictions."""
         notes = [] if self.collectives is None else list(self.collectives.notes())
         if self.profile.scaling:
             notes.insert(0, self.profile.scaling.note)
         if self.seconds_outside:
-            share = self.seconds_outside / self.seconds_predicted
-            notes.append(
-                f"{share:.1%} of the simulated step time was predicted beyond what was measured"
-            )
+            share = f"{self.outside_share:.1%} of the simulated step time"
+            notes.append(f"{share} was predicted beyond what was measured")
         return notes
 
 

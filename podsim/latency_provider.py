@@ -23,7 +23,7 @@ class StepTime:
     interval: tuple[float, float]
     """Seconds: P10 and P90 of the true time, by the profile's error on held-out forward passes."""
     is_measured: bool
-    """Whether every number of the batch lies within what was measured."""
+    """Whether every number of the batch lies within what was measured, on this GPU."""
 
 
 class LatencyProvider:
@@ -50,6 +50,7 @@ class LatencyProvider:
             host_overhead=host_overhead,
         )
         self._latency = latency_model_for(deployment, model_named(model))
+        self._is_scaled = self._latency.profile.scaling is not None
 
     def step_time(self, batch: BatchShape) -> StepTime:
         """One forward pass over `BatchShape.of(prefills, decode_contexts)`.
@@ -63,7 +64,7 @@ class LatencyProvider:
             seconds=parts.total,
             breakdown=parts,
             interval=(parts.total * low, parts.total * high),
-            is_measured=self._latency.is_inside(batch),
+            is_measured=not self._is_scaled and self._latency.is_inside(batch),
         )
 
     def notes(self) -> list[str]:

@@ -256,6 +256,7 @@ def summarize(result: Result) -> dict[str, object]:
         **_prefix_cache(result, totals),
         **_memory(result),
         **({"intervals": result.intervals} if result.intervals else {}),
+        "outside_measured_share": result.outside_measured_share,
         **({"uncalibrated": result.uncalibrated} if result.uncalibrated else {}),
         "refused": dict(totals.refused.most_common()),
         "trace": _provenance(result),

@@ -154,6 +154,14 @@ def save_comparison(
     directory: Path,
 ) -> None:
     """Write compare.csv and the report of all variants; `workload` of all, or of each by name."""
+    more = {
+        name: {
+            "outside_measured_share": result.outside_measured_share,
+            "uncalibrated": float(result.uncalibrated is not None),
+        }
+        for name, result in results.items()
+    }
+    compared = pd.concat([compared, pd.DataFrame(more)])
     table = pd.concat([compared, _interval_columns(compared, results)], axis=1)
     table.rename_axis("metric").to_csv(directory / "compare.csv", float_format="%.9g")
     runs = [

@@ -19,9 +19,11 @@ ROW_COLUMNS = (
     *("request_throughput", "output_throughput", "total_token_throughput"),
     *("goodput", "slo_attainment"),
     *("completed", "refused", "preemptions", "duration_s"),
-    *("busy_share", "kv_used_max", "queue_grows"),
+    *("busy_share", "kv_used_max", "queue_grows", "outside_measured_share", "uncalibrated"),
 )
-"""Seconds where the name says `_s`, throughput and goodput a second, shares of 1, counts."""
+"""Seconds where the name says `_s`, throughput and goodput a second, shares of 1, counts; 1 or 0
+where loads are more than can be served, and where nobody measured the GPU.
+"""
 
 
 def num_gpus(deployment: Deployment) -> int:
@@ -47,5 +49,6 @@ def result_row(result: Result, slos: Sequence[Slo] = ()) -> dict[str, float]:
         *((goodput(requests, slos), slo_attainment(requests, slos)) if slos else (np.nan,) * 2),
         *(len(served), len(requests) - len(served), sum(log.requests["num_preemptions"])),
         *(duration, busy, used, int(queue_grows(requests))),
+        *(result.outside_measured_share, int(result.uncalibrated is not None)),
     ]
     return dict(zip(ROW_COLUMNS, map(float, values), strict=True))

@@ -90,6 +90,11 @@ class Result:
         """Set if nobody measured the costs on this GPU: what must be said of the results."""
         return uncalibrated_note(self.latency_model)
 
+    @property
+    def outside_measured_share(self) -> float:
+        """Of the simulated step time: predicted beyond what was measured."""
+        return float(getattr(self.latency_model, "outside_share", 0.0))
+
     def summary(self) -> dict[str, object]:
         """The headline numbers, under the keys of `vllm bench serve` and podsim's own."""
         return metrics.summarize(self)

@@ -86,7 +86,7 @@ def summary_lines(result: Result) -> list[str]:
     lines = [
         f"Requests     {summary['completed']} completed, {summary['failed']} refused, "
         f"{own['preemptions']} preemptions",
-        f"Throughput   {summary['request_throughput']:.2f} req/s, "
+        f"Throughput   {summary['request_throughput']:.2f} req/s{_span(result)}, "
         f"{summary['output_throughput']:,.0f} output tokens/s, "
         f"{summary['total_token_throughput']:,.0f} tokens/s over {summary['duration']:,.1f} s",
         f"Replicas     busy {own['busy_share']:.1%}, batch {own['batch_size_mean']:.1f} mean "
@@ -108,6 +108,24 @@ def summary_lines(result: Result) -> list[str]:
     lines += [f"Dropped      {n}: {reason}" for reason, n in result.trace.dropped.items() if n]
     lines += [f"Note         {note}" for note in result.trace.notes]
     return lines + [f"Note         {note}" for note in latency_notes(result)]
+
+
+def _span(result: Result) -> str:
+    """The throughput's error bar, where there are error bars."""
+    if not result.intervals:
+        return ""
+    low, high = result.intervals["request_throughput"]
+    return f" ({low:.2f} to {high:.2f})"
+
+
+def outside_lines(results: Mapping[str, Result]) -> list[str]:
+    """Of which variants how much was predicted beyond what was measured."""
+    return [
+        f"{name}: {result.outside_measured_share:.1%} of the simulated step time was predicted "
+        "beyond what was measured"
+        for name, result in results.items()
+        if result.outside_measured_share
+    ]
 
 
 def memory_lines(memory: object) -> list[str]:

@@ -47,6 +47,8 @@ def test_a_step_is_the_time_the_simulator_would_take() -> None:
     assert 0.8 * step.seconds < low < high < 1.3 * step.seconds
     assert step.is_measured
     assert not provider.step_time(podsim.BatchShape.of([(512, 10**6)])).is_measured
+    scaled = podsim.LatencyProvider(gpu="a100")
+    assert not scaled.step_time(podsim.BatchShape.of([(512, 512)])).is_measured
 
 
 def test_strategies_differ_and_host_time_is_added() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,6 +146,23 @@ def test_compare_labels_the_variants_it_holds_for(tmp_path: Path) -> None:
     assert "l40s: uncalibrated: nobody measured l40s" in printed
     assert "h200: uncalibrated" not in printed
     assert "l40s: uncalibrated" in (out / "report.html").read_text()
+    table = pd.read_csv(out / "compare.csv", index_col="metric")
+    assert table.loc["uncalibrated"].to_dict() == {"h200": 0, "l40s": 1}
+
+
+def test_what_lies_beyond_the_measured_is_said_by_all(tmp_path: Path) -> None:
+    """Two prompts, one of them longer than any that was timed, where memory is no matter."""
+    trace = tmp_path / "two.csv"
+    trace.write_text("arrival_time,num_prompt_tokens,num_output_tokens\n0,1000,8\n9,120000,2\n")
+    options = (str(trace), "--model", "llama-3.1-8b", "--max-num-seqs", "2")
+    out = tmp_path / "out"
+    podsim("simulate", *options, "--token-budget", "9000", "--out", str(out))
+    share = json.loads((out / "summary.json").read_text())["podsim"]["outside_measured_share"]
+    assert 0.5 < share < 1.0
+    printed = podsim("compare", *options, "--token-budget", "9000,512")
+    assert f"token_budget=9000: {share:.1%} of the simulated step time was predicted" in printed
+    inside = podsim("compare", *REQUESTS, "--attention", "serial,pod")
+    assert "predicted beyond" not in inside
 
 
 def test_compare_says_which_differences_are_larger_than_their_error(tmp_path: Path) -> None:
@@ -163,6 +181,8 @@ def test_compare_says_which_differences_are_larger_than_their_error(tmp_path: Pa
     assert set(labels.values()) <= {*clear.split(", "), *rest.split(", ")}
     for key, label in labels.items():
         assert (label in clear.split(", ")) == apart[key]
+    printed = podsim("simulate", *REQUESTS, "--error-bars")
+    assert re.search(r"Throughput   [0-9.]+ req/s \([0-9.]+ to [0-9.]+\)", printed)
     assert "--error-bars tells which" in podsim("compare", *REQUESTS, "--attention", "serial,pod")
 
 
@@ -178,6 +198,8 @@ def test_capacity_and_sweep_say_it(tmp_path: Path) -> None:
     )
     printed = podsim("sweep", str(plan), "--out", str(tmp_path / "swept"), "--jobs", "1")
     assert printed.count("uncalibrated: nobody measured b200") == 1
+    swept = pd.read_csv(tmp_path / "swept" / "sweep.csv")
+    assert swept.set_index("gpu")["uncalibrated"].to_dict() == {"h200": 0, "b200": 1}
 
 
 def test_layers_are_those_of_the_tables() -> None:
