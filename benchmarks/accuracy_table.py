@@ -43,6 +43,11 @@ from podsim.model import model_named
 from podsim.simulation import latency_model_for
 from podsim.validation import ENGINE_FILE, Comparison, Recorded, compare, read_recording
 
+PLACES = (0, 1, 2, 4, 8, 16, 10**9)
+"""In a row of steps."""
+CHANCES = {"ttft_p50": 50, "ttft_p90": 90}
+RESAMPLED = 400
+"""Times that a run's requests are drawn again, to see how far its percentiles are chance."""
 RUNS = Path(__file__).parent.parent / "validation" / "h200"
 
 # --------------------------------------------------------------------------- what is measured
@@ -87,6 +92,8 @@ def errors_and_more(comparison: Comparison) -> dict[str, object]:
         "load": options["load"],
         "share": share_of_capacity(recorded),
         "requests": len(recorded.requests),
+        "refused": int((recorded.requests["refused"] != "").sum()),
+        **{f"{name}_chance": chance(recorded.requests["ttft"], p) for name, p in CHANCES.items()},
         **errors_of(comparison),
         "step_total": steps.loc["all", "total"],
         **gpu_errors(recorded),
@@ -102,6 +109,14 @@ def errors_and_more(comparison: Comparison) -> dict[str, object]:
         "kernels": recorded.engine.get("kernels", "triton"),
         **{name: recorded.engine[name] for name in ("driver", "torch", "triton", "date")},
     }
+
+
+def chance(values: pd.Series, percentile: int) -> float:
+    """Standard deviation of a percentile when the requests are drawn again, over itself."""
+    known = values.dropna().to_numpy()
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(known, size=(RESAMPLED, len(known)))
+    return float(np.percentile(drawn, percentile, axis=1).std() / np.percentile(known, percentile))
 
 
 def share_of_capacity(recorded: Recorded) -> float:
@@ -139,17 +154,43 @@ def errors_on_gpu(recorded: Recorded) -> NDArray[np.float64]:
     return predicted / recorded.steps["gpu_seconds"].to_numpy() - 1
 
 
-def by_size(folders: list[Path]) -> pd.DataFrame:
-    """Errors on the GPU of all steps with prefill, by the size of the graph they were padded to."""
+def steps_on_gpu(folders: list[Path]) -> pd.DataFrame:
+    """Every step of all runs: its error on the GPU, and what is looked at by it.
+
+    `tokens` is the size of the graph it was padded to. `in_a_row` is how many steps with prefill
+    came before it without another between them, or of one without, how many such steps since.
+    """
     parts = []
     for folder in folders:
         recorded = read_recording(folder)
-        steps = recorded.steps
-        tokens = steps["num_prefill_tokens"] + steps["num_decodes"]
-        part = pd.DataFrame({"size": tokens.map(graph_size), "error": errors_on_gpu(recorded)})
-        parts.append(part[steps["num_prefills"] > 0])
-    errors = pd.concat(parts).groupby("size")["error"]
+        steps, deployment = recorded.steps, recorded.deployment
+        has_prefill = steps["num_prefills"] > 0
+        run = (has_prefill != has_prefill.shift()).cumsum()
+        table = {
+            "workload": recorded.engine["options"]["workload"],
+            "attention": deployment.attention,
+            "has_prefill": has_prefill,
+            "tokens": (steps["num_prefill_tokens"] + steps["num_decodes"]).map(graph_size),
+            "in_a_row": steps.groupby(run).cumcount(),
+            "error": errors_on_gpu(recorded),
+        }
+        parts.append(pd.DataFrame(table))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_size(steps: pd.DataFrame) -> pd.DataFrame:
+    """Errors of all steps with prefill, by the size of the graph they were padded to."""
+    errors = steps[steps["has_prefill"]].groupby("tokens")["error"]
     return errors.agg(["size", "median", "mean"]).set_axis(["steps", "median", "mean"], axis=1)
+
+
+def by_row(steps: pd.DataFrame) -> pd.DataFrame:
+    """Mean errors by workload, strategy and place in a row of steps with or without prefill."""
+    place = pd.cut(
+        steps["in_a_row"], PLACES, right=False, labels=[f"from {n}" for n in PLACES[:-1]]
+    )
+    groups = [steps["workload"], steps["attention"], steps["has_prefill"], place]
+    return steps.groupby(groups, observed=True)["error"].mean().unstack()
 
 
 def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
@@ -256,12 +297,14 @@ def main() -> None:
     parser.add_argument(
         "--sizes",
         action="store_true",
-        help="print errors of steps with prefill by graph size; write nothing",
+        help="print errors of steps by graph size and place in a row; write nothing",
     )
     arguments = parser.parse_args()
     folders = recordings(RUNS)
     if arguments.sizes:
-        print(by_size(folders).to_string(float_format="{:+.3f}".format))
+        steps = steps_on_gpu(folders)
+        for table in (by_size(steps), by_row(steps)):
+            print(table.to_string(float_format="{:+.3f}".format))
         return
     errors, by_context = measure(folders)
     errors.to_csv(arguments.docs / ERRORS_FILE, index=False, float_format="%.5f")
