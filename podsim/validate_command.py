@@ -29,7 +29,7 @@ from podsim.errors import InputError
 from podsim.latency import ProfiledLatency
 from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
-from podsim.simulation import latency_model_for, workload_trace
+from podsim.simulation import latency_model_for, require_arrivals, workload_trace
 from podsim.validation import (
     ENGINE_FILE,
     LATENCIES,
@@ -120,10 +120,13 @@ def _record(given: dict[str, object]) -> Recorded:
     for name in given:
         if name.startswith("host_overhead") or name == "graph_padding":
             raise InputError(f"{name} is the engine's own here: it is measured")
+    if workload.replay != "open":
+        raise InputError(f"the engine serves with replay 'open', not '{workload.replay}'")
     model = model_named(deployment.model)
     latency_model = latency_model_for(deployment, model)
     require_memory_costs(deployment, model, latency_model)  # now, and not after serving
     trace = workload_trace(workload)
+    require_arrivals(trace, deployment)
     try:
         from podsim import serving, shared_server
     except ModuleNotFoundError as error:

@@ -50,6 +50,9 @@ TABLE_COLUMN = "table_seconds"
 MAPPING_COLUMNS = ("mapping_seconds", "mapped_page_groups")
 """Of the steps over mapped memory: what each waited for it, and how much it mapped itself."""
 
+PRIORITY_COLUMN = "priority"
+"""Of the requests that were let in by it."""
+
 STEP_KINDS = ("decode", "mixed", "prefill", "all")
 LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e_latency": "End-to-end latency"}
 THROUGHPUTS = {"request_throughput": "Requests/s", "output_throughput": "Output tokens/s"}
@@ -63,7 +66,7 @@ class Recorded:
     deployment: Deployment
     """As it was served, the host's measured time and the padding of graphs included."""
     requests: pd.DataFrame
-    """`metrics.request_table` of the engine."""
+    """`metrics.request_table` of the engine, and priority where requests were let in by it."""
     steps: pd.DataFrame
     """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds, and
     table_seconds where there was a block table, mapping_seconds and mapped_page_groups where
@@ -112,6 +115,8 @@ class Recorded:
             }
         )
         requests = metrics.request_table(recording.log)
+        if deployment.order == "priority":
+            requests[PRIORITY_COLUMN] = requests["request_id"].map(recording.priorities)
         gpu = pd.DataFrame(gpu_samples, columns=list(COLUMNS[GPU_FILE]))
         return cls(name, served, requests, steps, tokens, gpu, engine)
 
@@ -120,7 +125,10 @@ class Recorded:
         """The requests as they arrived."""
         columns = ("arrival_time", "num_prompt_tokens", "num_output_tokens")
         rows = zip(*(self.requests[name].tolist() for name in columns), strict=True)
-        return Trace.of(*rows, name=self.name)
+        trace = Trace.of(*rows, name=self.name)
+        if PRIORITY_COLUMN not in self.requests:
+            return trace
+        return replace(trace, priority=self.requests[PRIORITY_COLUMN].to_numpy(copy=True))
 
     @property
     def shapes(self) -> list[BatchShape]:

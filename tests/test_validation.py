@@ -22,9 +22,8 @@ from podsim.errors import InputError
 from podsim.latency import Heat, LatencyModel
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
-from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
-from podsim.simulation import latency_model_for
+from podsim.simulation import latency_model_for, requests_of
 from podsim.validation import (
     ENGINE_FILE,
     REQUESTS_FILE,
@@ -97,9 +96,7 @@ def recording(slowdown: float, deployment: Deployment = DEPLOYMENT, qps: float =
         seed=0,
         clock=forward,
     )
-    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return engine.serve(Request(i, *row) for i, row in enumerate(rows))
+    return engine.serve(requests_of(trace))
 
 
 def test_an_engine_that_keeps_to_the_profile_is_simulated_to_the_nanosecond(tmp_path):
