@@ -350,7 +350,7 @@ def _closed_loop(
 
 
 def require_arrivals(trace: Trace, deployment: Deployment) -> None:
-    """InputError if a trace lacks times, or the priorities that a deployment lets requests in by."""
+    """InputError if a trace lacks times, or the priorities by which requests are let in."""
     trace.require_times()
     if deployment.order == "priority" and trace.priority is None:
         raise InputError(f"{trace.name}: order 'priority' needs a column 'priority'")
@@ -359,7 +359,7 @@ def require_arrivals(trace: Trace, deployment: Deployment) -> None:
 def requests_of(
     trace: Trace, on_progress: Callable[[int], None] | None = None
 ) -> Iterator[Request]:
-    """The requests of a trace, in order of arrival; `on_progress` is told how many, now and then."""
+    """The requests of a trace, in order of arrival; `on_progress` is told how many so far."""
     nothing: repeat[Any] = repeat(None)
     columns = zip(
         trace.arrival_time.tolist(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,11 +71,14 @@ def validate_command(
     given = given_options(trace, config_file, options)
     if recording is not None and given:
         raise InputError(f"--from takes what was recorded: leave out {', '.join(sorted(given))}")
-    with ExitStack() as stack:
-        folder = None
-        if out is not None:
-            folder = stack.enter_context(report.result_folder(out, made_by=ENGINE_FILE))
-        recorded = _record(given) if recording is None else read_recording(recording)
+    if recording is not None:
+        recorded = read_recording(recording)
+    else:
+        with _folder(out) as folder:
+            recorded = _record(given)
+            if folder is not None:  # whatever becomes of the comparison
+                recorded.save(folder)
+    with _folder(out) as folder:
         comparison = compare(recorded)
         if folder is not None:
             save(comparison, folder)
@@ -87,6 +90,10 @@ def validate_command(
     console.print("\n".join(_lines(comparison)), highlight=False, soft_wrap=True)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+def _folder(out: Path | None) -> AbstractContextManager[Path | None]:
+    return nullcontext() if out is None else report.result_folder(out, made_by=ENGINE_FILE)
 
 
 def save(comparison: Comparison, folder: Path) -> None:
@@ -143,7 +150,10 @@ def _record(given: dict[str, object]) -> Recorded:
     name = f"{trace.name}, {trace.qps:.2f} req/s, {deployment.attention} attention"
     if deployment.tensor_parallel_size > 1:
         name += f", {deployment.tensor_parallel_size} GPUs"
-    return Recorded.of(served.recording, deployment, served.engine(given), name, served.gpu_samples)
+    engine = served.engine(given)
+    recorded = Recorded.of(served.recording, deployment, engine, name, served.gpu_samples)
+    recorded.require_steps()
+    return recorded
 
 
 @contextmanager

@@ -152,6 +152,12 @@ class Recorded:
         gaps = np.diff(ends[ordered["step"]])
         return np.asarray(gaps[np.diff(ordered["request_id"]) == 0])
 
+    def require_steps(self) -> None:
+        """InputError if nothing was served."""
+        if self.steps.empty:
+            reason = self.requests["refused"].iloc[0]
+            raise InputError(f"{self.name}: every request was refused: the first is {reason}")
+
     def save(self, folder: Path) -> None:
         """Write the files of a recording."""
         deployment = config.to_toml(None, self.deployment)
@@ -267,11 +273,13 @@ class Comparison:
 
     def headline(self) -> pd.DataFrame:
         """Of each metric: measured, simulated, the difference over the measured, and the interval
-        of the simulation where it has error bars. Seconds, or per second.
+        of the simulation where it has error bars. Seconds, or per second. Refused requests only
+        where there are any.
         """
         rows = {}
         measured = self._measured_latencies()
-        simulated = metrics.latencies(self.simulated.log, metrics.request_table(self.simulated.log))
+        tables = self.recorded.requests, self.simulated.requests
+        simulated = metrics.latencies(self.simulated.log, tables[1])
         for name in LATENCIES:
             for percentile in metrics.PERCENTILES:
                 key = f"p{percentile}"
@@ -284,6 +292,9 @@ class Comparison:
         rows["batch_size_mean"] = (_mean_batch(self.recorded.steps), own["batch_size_mean"])
         preempted = int(self.recorded.requests["num_preemptions"].sum())
         rows["preemptions"] = (preempted, own["preemptions"])
+        refused = [int((table["refused"] != "").sum()) for table in tables]
+        if any(refused):
+            rows["refused"] = (refused[0], refused[1])
         table = pd.DataFrame.from_dict(rows, orient="index", columns=["measured", "simulated"])
         table["error"] = table["simulated"] / table["measured"].replace(0, np.nan) - 1
         intervals = self.simulated.intervals or {}
@@ -326,8 +337,10 @@ def compare(
 ) -> Comparison:
     """Simulate what was recorded, and predict each of its steps.
 
-    `latency_model` replaces the measured profile (and has no error bars).
+    `latency_model` replaces the measured profile (and has no error bars). InputError if every
+    request was refused.
     """
+    recorded.require_steps()
     trace, deployment = recorded.trace, recorded.deployment
     if latency_model is not None:
         result = simulate(trace, deployment, latency_model=latency_model)

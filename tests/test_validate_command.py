@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="the engine needs torch")
 pytest.importorskip("triton", reason="the kernels need triton")
 
-from podsim import serving, shared_server
+from podsim import serving, shared_server, validate_command
 from podsim.cli import main
 from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine
@@ -127,3 +128,46 @@ def test_what_cannot_be_served_is_refused_before_it_is(podsim, options, line):
     assert podsim(trace, *options, "--out", "run") == (2, "", f"podsim: {line}\n")
     assert MadeUpServer.num_served == 0
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("fails", ["compare", "save"])
+def test_what_was_served_is_kept_whatever_becomes_of_the_comparison(podsim, monkeypatch, fails):
+    """It is compared later, from the recording."""
+    trace = write_trace("0,400,9", "0.1,700,5")
+
+    def fail(*arguments):
+        raise ZeroDivisionError(fails)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(validate_command, fails, fail)
+        with pytest.raises(ZeroDivisionError):
+            podsim(trace, "--out", "run")
+    assert [path.name for path in Path().glob("*run*")] == ["run"]
+    assert not Path("run/comparison.csv").exists()
+    code, out, _ = podsim("--from", "run", "--out", "run")
+    assert (code, MadeUpServer.num_served) == (0, 1)
+    assert ": 2 requests" in out
+    assert Path("run/comparison.csv").exists()
+
+
+def test_a_run_in_which_every_request_was_refused_is_one_line(podsim):
+    trace = write_trace("0,400,9", "0.1,700,5")
+    code, out, err = podsim(trace, "--max-model-len", "300", "--out", "run")
+    assert (code, out) == (2, "")
+    assert err == (
+        "podsim: trace.csv, 10.00 req/s, serial attention: every request was refused: the first is "
+        "longer than max_model_len (300)\n"
+    )
+    assert not Path("run").exists()
+
+
+def test_refused_requests_are_counted_where_there_are_any(podsim):
+    trace = write_trace("0,400,9", "0.1,700,5", "0.2,600,5")
+    code, out, _ = podsim(trace, "--max-model-len", "500", "--out", "run")
+    assert code == 0
+    assert "refused 2.00 2.00 +0.0%" in " ".join(out.split())
+    counted = json.loads(Path("run/comparison.json").read_text())["metrics"]["refused"]
+    assert (counted["measured"], counted["simulated"]) == (2, 2)
+    code, out, _ = podsim(trace, "--out", "run")
+    assert (code, "refused" in out) == (0, False)
+    assert "refused" not in json.loads(Path("run/comparison.json").read_text())["metrics"]
