@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from podsim import config, metrics
+from podsim import config, metrics, recording_checks
 from podsim.batch import BatchShape, PrefillShape
 from podsim.collectives import COLLECTIVES_FILE
 from podsim.collectives import FOLDER as COLLECTIVES_FOLDER
@@ -28,7 +28,9 @@ from podsim.engine import Recording
 from podsim.errors import InputError
 from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
+from podsim.hardware import gpu_named
 from podsim.latency import Heat, LatencyModel
+from podsim.model import model_named
 from podsim.points import AttentionPoint
 from podsim.profile import PROFILE_FILE, read_profile
 from podsim.simulation import Result, simulate, simulate_with_error_bars
@@ -189,40 +191,49 @@ def read_recording(folder: Path) -> Recorded:
     all others are compared with their deployment's own. A folder `collectives` beside it takes the
     place of the shipped times of collectives.
     """
-    source = folder / ENGINE_FILE
+    try:
+        engine = _read_engine(folder / ENGINE_FILE)
+        deployment = _read_deployment(folder, engine)
+        ordered = (PRIORITY_COLUMN,) if deployment.order == "priority" else ()
+        columns = COLUMNS | {REQUESTS_FILE: (*COLUMNS[REQUESTS_FILE], *ordered)}
+        tables = [recording_checks.read_table(folder / file, columns[file]) for file in COLUMNS]
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from None
+    requests, steps, tokens, gpu = tables
+    recording_checks.check_requests(folder / REQUESTS_FILE, requests)
+    recording_checks.check_steps(folder / STEPS_FILE, steps)
+    recording_checks.check_tokens(folder / TOKENS_FILE, tokens, requests, steps)
+    return Recorded(engine.pop("name"), deployment, requests, steps, tokens, gpu, engine)
+
+
+def _read_engine(source: Path) -> dict[str, Any]:
+    """The name of a recording, and the machine's description."""
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-        if content.pop("schema") != SCHEMA_VERSION:
-            raise InputError(f"{source}: not of schema {SCHEMA_VERSION}: record it again")
-        name = content.pop("name")
-        source = folder / CONFIG_FILE
-        deployment = config.options_from(Deployment, config.read_toml(source))
-        beside = folder.absolute().parent / "profile"
-        if deployment.profile is None and _same_kernels(beside, content):
-            deployment = replace(deployment, profile=str(beside))
-        beside = folder.absolute().parent / COLLECTIVES_FOLDER
-        if deployment.collectives is None and (beside / COLLECTIVES_FILE).exists():
-            deployment = replace(deployment, collectives=str(beside))
-        tables = []
-        for file in COLUMNS:
-            source = folder / file
-            table = pd.read_csv(source, keep_default_na=file != STEPS_FILE)
-            missing = [name for name in COLUMNS[file] if name not in table]
-            if missing:
-                raise InputError(f"{source}: no column '{missing[0]}'")
-            tables.append(table)
-        requests, steps, tokens, gpu = tables
-        requests["refused"] = requests["refused"].astype(object).fillna("")
-        recorded = Recorded(name, deployment, requests, steps, tokens, gpu, content)
-        source = folder / STEPS_FILE
-        recorded.shapes  # noqa: B018  # every composition can be read
-        return recorded
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, pd.errors.ParserError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: not a recording of podsim validate: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{source}: not JSON: {error}") from None
+    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA_VERSION:
+        raise InputError(f"{source}: not of schema {SCHEMA_VERSION}: record it again")
+    recording_checks.check_engine(source, content)
+    return content
+
+
+def _read_deployment(folder: Path, engine: Mapping[str, Any]) -> Deployment:
+    source = folder / CONFIG_FILE
+    values = config.read_toml(source)
+    recording_checks.check_options(source, values)
+    try:
+        deployment = config.options_from(Deployment, values)
+        model_named(deployment.model), gpu_named(deployment.gpu)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    beside = folder.absolute().parent / "profile"
+    if deployment.profile is None and _same_kernels(beside, engine):
+        deployment = replace(deployment, profile=str(beside))
+    beside = folder.absolute().parent / COLLECTIVES_FOLDER
+    if deployment.collectives is None and (beside / COLLECTIVES_FILE).exists():
+        deployment = replace(deployment, collectives=str(beside))
+    return deployment
 
 
 def _same_kernels(profile: Path, engine: Mapping[str, Any]) -> bool:
