@@ -229,7 +229,7 @@ def test_a_recording_over_blocks_is_compared_with_their_costs(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A recording of 80 requests; one request has been refused."""
+    """A recording of 80 requests, some of which were refused."""
     folder = tmp_path_factory.mktemp("whole")
     recorded(1.0, replace(DEPLOYMENT, max_model_len=2000)).save(folder)
     return folder
