@@ -114,6 +114,9 @@ def test_requests_are_let_in_by_priority_and_simulated_so(podsim):
     assert pairs["e2e_latency"].tolist() == pytest.approx(pairs["e2e_latency_simulated"], rel=0.02)
     assert podsim("--from", "run", "--out", "again")[0] == 0
     assert "priority" in Path("again/requests.csv").read_text()
+    requests.drop(columns="priority").to_csv("run/requests.csv", index=False)
+    line = "podsim: run/requests.csv: no column 'priority'\n"
+    assert podsim("--from", "run") == (2, "", line)
 
 
 @pytest.mark.parametrize(
