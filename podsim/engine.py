@@ -103,6 +103,8 @@ class Recording:
     token_request: array[int] = field(default_factory=lambda: array("q"))
     token_step: array[int] = field(default_factory=lambda: array("q"))
     """Of each token that came out: whose it is, and at the end of which step."""
+    priorities: dict[int, int] = field(default_factory=dict)
+    """Of each request, by its id."""
 
 
 class Mapping(Protocol):
@@ -157,6 +159,7 @@ class Engine:
     def serve(self, requests: Iterable[Request]) -> Recording:
         """Serve requests, in order of arrival, to their last token."""
         self._coming = deque(requests)
+        self.recording.priorities = {r.request_id: r.priority for r in self._coming}
         now = self.clock.now()
         while True:
             self._receive_until(now)

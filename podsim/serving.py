@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from podsim.model import model_named
 from podsim.profile import kernels_hash
 from podsim.request import Request
 from podsim.scheduler import SCHEDULERS, StepTime
+from podsim.simulation import requests_of
 from podsim.tensor_parallel import Group
 from podsim.vattention import Change, VAttentionCache
 from podsim.virtual_kv import StepMapping, VirtualKV, require_virtual_memory
@@ -161,7 +162,7 @@ class Server:
         try:
             with (sampling or gpu_samples)(clock.now) as samples:
                 clock.start()  # now that all is ready, so that the first request waits for nothing
-                recording = engine.serve(_requests(trace))
+                recording = engine.serve(requests_of(trace))
         finally:
             gc.enable()
             _end_mapping(engine)
@@ -384,13 +385,6 @@ def slot_len(deployment: Deployment, max_len: int, num_blocks: int) -> int:
     if deployment.kv != "paged":
         return max_len
     return min(-(-max_len // deployment.block_size), num_blocks) * deployment.block_size
-
-
-def _requests(trace: Trace) -> Iterable[Request]:
-    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
-    for request_id, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-        arrival, prompt, output = row
-        yield Request(request_id, arrival, prompt, output)
 
 
 def longest(trace: Trace) -> int:

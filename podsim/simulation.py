@@ -124,9 +124,7 @@ def simulate(
     reference. `on_progress` is told how many requests have arrived, now and then. Raises InputError
     for an unknown model or GPU, or when there is no profile for them.
     """
-    trace.require_times()
-    if deployment.order == "priority" and trace.priority is None:
-        raise InputError(f"{trace.name}: order 'priority' needs a column 'priority'")
+    require_arrivals(trace, deployment)
     model, gpu = model_named(deployment.model), gpu_named(deployment.gpu)
     num_blocks = num_blocks_for(deployment, model, gpu)
     latency_model = latency_model or latency_model_for(deployment, model)
@@ -152,7 +150,7 @@ def simulate(
                 step_memory_for(deployment, model, kv_cache, latency_model, keep_log=keep_steps),
             )
         )
-    requests = _requests(trace, on_progress)
+    requests = requests_of(trace, on_progress)
     follow_ups: FollowUps = {}
     if closed_loop:
         requests, follow_ups = _closed_loop(trace, requests)
@@ -356,7 +354,17 @@ def _closed_loop(
     return iter(first_turns), follow_ups
 
 
-def _requests(trace: Trace, on_progress: Callable[[int], None] | None) -> Iterator[Request]:
+def require_arrivals(trace: Trace, deployment: Deployment) -> None:
+    """InputError if a trace lacks times, or the priorities by which requests are let in."""
+    trace.require_times()
+    if deployment.order == "priority" and trace.priority is None:
+        raise InputError(f"{trace.name}: order 'priority' needs a column 'priority'")
+
+
+def requests_of(
+    trace: Trace, on_progress: Callable[[int], None] | None = None
+) -> Iterator[Request]:
+    """The requests of a trace, in order of arrival; `on_progress` is told how many so far."""
     nothing: repeat[Any] = repeat(None)
     columns = zip(
         trace.arrival_time.tolist(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from podsim.errors import InputError
 from podsim.latency import ProfiledLatency
 from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
-from podsim.simulation import latency_model_for, workload_trace
+from podsim.simulation import latency_model_for, require_arrivals, workload_trace
 from podsim.validation import (
     ENGINE_FILE,
     LATENCIES,
@@ -71,11 +71,14 @@ def validate_command(
     given = given_options(trace, config_file, options)
     if recording is not None and given:
         raise InputError(f"--from takes what was recorded: leave out {', '.join(sorted(given))}")
-    with ExitStack() as stack:
-        folder = None
-        if out is not None:
-            folder = stack.enter_context(report.result_folder(out, made_by=ENGINE_FILE))
-        recorded = _record(given) if recording is None else read_recording(recording)
+    if recording is not None:
+        recorded = read_recording(recording)
+    else:
+        with _folder(out) as folder:
+            recorded = _record(given)
+            if folder is not None:  # whatever becomes of the comparison
+                recorded.save(folder)
+    with _folder(out) as folder:
         comparison = compare(recorded)
         if folder is not None:
             save(comparison, folder)
@@ -87,6 +90,10 @@ def validate_command(
     console.print("\n".join(_lines(comparison)), highlight=False, soft_wrap=True)
     if out is not None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
+
+
+def _folder(out: Path | None) -> AbstractContextManager[Path | None]:
+    return nullcontext() if out is None else report.result_folder(out, made_by=ENGINE_FILE)
 
 
 def save(comparison: Comparison, folder: Path) -> None:
@@ -120,10 +127,13 @@ def _record(given: dict[str, object]) -> Recorded:
     for name in given:
         if name.startswith("host_overhead") or name == "graph_padding":
             raise InputError(f"{name} is the engine's own here: it is measured")
+    if workload.replay != "open":
+        raise InputError(f"the engine serves with replay 'open', not '{workload.replay}'")
     model = model_named(deployment.model)
     latency_model = latency_model_for(deployment, model)
     require_memory_costs(deployment, model, latency_model)  # now, and not after serving
     trace = workload_trace(workload)
+    require_arrivals(trace, deployment)
     try:
         from podsim import serving, shared_server
     except ModuleNotFoundError as error:
@@ -140,7 +150,10 @@ def _record(given: dict[str, object]) -> Recorded:
     name = f"{trace.name}, {trace.qps:.2f} req/s, {deployment.attention} attention"
     if deployment.tensor_parallel_size > 1:
         name += f", {deployment.tensor_parallel_size} GPUs"
-    return Recorded.of(served.recording, deployment, served.engine(given), name, served.gpu_samples)
+    engine = served.engine(given)
+    recorded = Recorded.of(served.recording, deployment, engine, name, served.gpu_samples)
+    recorded.require_steps()
+    return recorded
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from podsim import config, metrics
+from podsim import config, metrics, recording_checks
 from podsim.batch import BatchShape, PrefillShape
 from podsim.collectives import COLLECTIVES_FILE
 from podsim.collectives import FOLDER as COLLECTIVES_FOLDER
@@ -28,7 +28,9 @@ from podsim.engine import Recording
 from podsim.errors import InputError
 from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
+from podsim.hardware import gpu_named
 from podsim.latency import Heat, LatencyModel
+from podsim.model import model_named
 from podsim.points import AttentionPoint
 from podsim.profile import PROFILE_FILE, read_profile
 from podsim.simulation import Result, simulate, simulate_with_error_bars
@@ -50,6 +52,9 @@ TABLE_COLUMN = "table_seconds"
 MAPPING_COLUMNS = ("mapping_seconds", "mapped_page_groups")
 """Of the steps over mapped memory: what each waited for it, and how much it mapped itself."""
 
+PRIORITY_COLUMN = "priority"
+"""Of the requests that were let in by it."""
+
 STEP_KINDS = ("decode", "mixed", "prefill", "all")
 LATENCIES = {"ttft": "TTFT", "tbt": "TBT", "tpot": "TPOT", "e2e_latency": "End-to-end latency"}
 THROUGHPUTS = {"request_throughput": "Requests/s", "output_throughput": "Output tokens/s"}
@@ -63,7 +68,7 @@ class Recorded:
     deployment: Deployment
     """As it was served, the host's measured time and the padding of graphs included."""
     requests: pd.DataFrame
-    """`metrics.request_table` of the engine."""
+    """`metrics.request_table` of the engine, and priority where requests were let in by it."""
     steps: pd.DataFrame
     """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds, and
     table_seconds where there was a block table, mapping_seconds and mapped_page_groups where
@@ -112,6 +117,8 @@ class Recorded:
             }
         )
         requests = metrics.request_table(recording.log)
+        if deployment.order == "priority":
+            requests[PRIORITY_COLUMN] = requests["request_id"].map(recording.priorities)
         gpu = pd.DataFrame(gpu_samples, columns=list(COLUMNS[GPU_FILE]))
         return cls(name, served, requests, steps, tokens, gpu, engine)
 
@@ -120,7 +127,10 @@ class Recorded:
         """The requests as they arrived."""
         columns = ("arrival_time", "num_prompt_tokens", "num_output_tokens")
         rows = zip(*(self.requests[name].tolist() for name in columns), strict=True)
-        return Trace.of(*rows, name=self.name)
+        trace = Trace.of(*rows, name=self.name)
+        if PRIORITY_COLUMN not in self.requests:
+            return trace
+        return replace(trace, priority=self.requests[PRIORITY_COLUMN].to_numpy(copy=True))
 
     @property
     def shapes(self) -> list[BatchShape]:
@@ -143,6 +153,12 @@ class Recorded:
         ordered = self.tokens.sort_values(["request_id", "step"], kind="stable")
         gaps = np.diff(ends[ordered["step"]])
         return np.asarray(gaps[np.diff(ordered["request_id"]) == 0])
+
+    def require_steps(self) -> None:
+        """InputError if nothing was served."""
+        if self.steps.empty:
+            reason = self.requests["refused"].iloc[0]
+            raise InputError(f"{self.name}: every request was refused: the first is {reason}")
 
     def save(self, folder: Path) -> None:
         """Write the files of a recording."""
@@ -175,40 +191,49 @@ def read_recording(folder: Path) -> Recorded:
     all others are compared with their deployment's own. A folder `collectives` beside it takes the
     place of the shipped times of collectives.
     """
-    source = folder / ENGINE_FILE
+    try:
+        engine = _read_engine(folder / ENGINE_FILE)
+        deployment = _read_deployment(folder, engine)
+        ordered = (PRIORITY_COLUMN,) if deployment.order == "priority" else ()
+        columns = COLUMNS | {REQUESTS_FILE: (*COLUMNS[REQUESTS_FILE], *ordered)}
+        tables = [recording_checks.read_table(folder / file, columns[file]) for file in COLUMNS]
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from None
+    requests, steps, tokens, gpu = tables
+    recording_checks.check_requests(folder / REQUESTS_FILE, requests)
+    recording_checks.check_steps(folder / STEPS_FILE, steps)
+    recording_checks.check_tokens(folder / TOKENS_FILE, tokens, requests, steps)
+    return Recorded(engine.pop("name"), deployment, requests, steps, tokens, gpu, engine)
+
+
+def _read_engine(source: Path) -> dict[str, Any]:
+    """The name of a recording, and the machine's description."""
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-        if content.pop("schema") != SCHEMA_VERSION:
-            raise InputError(f"{source}: not of schema {SCHEMA_VERSION}: record it again")
-        name = content.pop("name")
-        source = folder / CONFIG_FILE
-        deployment = config.options_from(Deployment, config.read_toml(source))
-        beside = folder.absolute().parent / "profile"
-        if deployment.profile is None and _same_kernels(beside, content):
-            deployment = replace(deployment, profile=str(beside))
-        beside = folder.absolute().parent / COLLECTIVES_FOLDER
-        if deployment.collectives is None and (beside / COLLECTIVES_FILE).exists():
-            deployment = replace(deployment, collectives=str(beside))
-        tables = []
-        for file in COLUMNS:
-            source = folder / file
-            table = pd.read_csv(source, keep_default_na=file != STEPS_FILE)
-            missing = [name for name in COLUMNS[file] if name not in table]
-            if missing:
-                raise InputError(f"{source}: no column '{missing[0]}'")
-            tables.append(table)
-        requests, steps, tokens, gpu = tables
-        requests["refused"] = requests["refused"].astype(object).fillna("")
-        recorded = Recorded(name, deployment, requests, steps, tokens, gpu, content)
-        source = folder / STEPS_FILE
-        recorded.shapes  # noqa: B018  # every composition can be read
-        return recorded
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, pd.errors.ParserError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: not a recording of podsim validate: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{source}: not JSON: {error}") from None
+    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA_VERSION:
+        raise InputError(f"{source}: not of schema {SCHEMA_VERSION}: record it again")
+    recording_checks.check_engine(source, content)
+    return content
+
+
+def _read_deployment(folder: Path, engine: Mapping[str, Any]) -> Deployment:
+    source = folder / CONFIG_FILE
+    values = config.read_toml(source)
+    recording_checks.check_options(source, values)
+    try:
+        deployment = config.options_from(Deployment, values)
+        model_named(deployment.model), gpu_named(deployment.gpu)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    beside = folder.absolute().parent / "profile"
+    if deployment.profile is None and _same_kernels(beside, engine):
+        deployment = replace(deployment, profile=str(beside))
+    beside = folder.absolute().parent / COLLECTIVES_FOLDER
+    if deployment.collectives is None and (beside / COLLECTIVES_FILE).exists():
+        deployment = replace(deployment, collectives=str(beside))
+    return deployment
 
 
 def _same_kernels(profile: Path, engine: Mapping[str, Any]) -> bool:
@@ -259,11 +284,13 @@ class Comparison:
 
     def headline(self) -> pd.DataFrame:
         """Of each metric: measured, simulated, the difference over the measured, and the interval
-        of the simulation where it has error bars. Seconds, or per second.
+        of the simulation where it has error bars. Seconds, or per second. Refused requests only
+        where there are any.
         """
         rows = {}
         measured = self._measured_latencies()
-        simulated = metrics.latencies(self.simulated.log, metrics.request_table(self.simulated.log))
+        tables = self.recorded.requests, self.simulated.requests
+        simulated = metrics.latencies(self.simulated.log, tables[1])
         for name in LATENCIES:
             for percentile in metrics.PERCENTILES:
                 key = f"p{percentile}"
@@ -276,6 +303,9 @@ class Comparison:
         rows["batch_size_mean"] = (_mean_batch(self.recorded.steps), own["batch_size_mean"])
         preempted = int(self.recorded.requests["num_preemptions"].sum())
         rows["preemptions"] = (preempted, own["preemptions"])
+        refused = [int((table["refused"] != "").sum()) for table in tables]
+        if any(refused):
+            rows["refused"] = (refused[0], refused[1])
         table = pd.DataFrame.from_dict(rows, orient="index", columns=["measured", "simulated"])
         table["error"] = table["simulated"] / table["measured"].replace(0, np.nan) - 1
         intervals = self.simulated.intervals or {}
@@ -318,8 +348,10 @@ def compare(
 ) -> Comparison:
     """Simulate what was recorded, and predict each of its steps.
 
-    `latency_model` replaces the measured profile (and has no error bars).
+    `latency_model` replaces the measured profile (and has no error bars). InputError if every
+    request was refused.
     """
+    recorded.require_steps()
     trace, deployment = recorded.trace, recorded.deployment
     if latency_model is not None:
         result = simulate(trace, deployment, latency_model=latency_model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,8 @@ from podsim.engine import Engine, WallClock
 from podsim.graph_sizes import graph_size, graph_sizes
 from podsim.kv_cache import PagedKVCache
 from podsim.page_groups import PageGroups
-from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
-from podsim.simulation import simulate
+from podsim.simulation import requests_of, simulate
 from podsim.vattention import VAttentionCache
 from podsim.workload import Trace
 
@@ -130,11 +130,7 @@ def serve(trace: Trace, deployment: Deployment, num_blocks: int, kv_cache=None, 
         clock=clock,
         mapping=mapping,
     )
-    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
-    requests = [
-        Request(i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True))
-    ]
-    return engine.serve(requests)
+    return engine.serve(requests_of(trace))
 
 
 @pytest.mark.parametrize("num_blocks", [40, 400], ids=["preempting", "roomy"])
@@ -165,6 +161,20 @@ def test_the_engine_serves_as_the_simulator_does(seed, scheduler, num_blocks):
     requests = result.requests
     assert tokens["first"].tolist() == pytest.approx(requests["first_token_time"].tolist())
     assert tokens["last"].tolist() == pytest.approx(requests["finish_time"].tolist())
+
+
+def test_the_engine_lets_requests_in_by_priority_as_the_simulator_does():
+    deployment = Deployment(token_budget=64, max_num_seqs=1, max_model_len=400, order="priority")
+    trace = replace(
+        Trace.of((0.0, 60, 9), (0.01, 60, 2), (0.02, 60, 2), (0.03, 60, 2)),
+        priority=np.array([3, 2, 0, 1]),
+    )
+    recording = serve(trace, deployment, 100)
+    result = simulate(trace, deployment, latency_model=LengthLatency(), step_by_step=True)
+    assert recording.log.requests["request_id"].tolist() == [0, 2, 3, 1]
+    for name in ("requests", "steps"):
+        engine, simulated = getattr(recording.log, name), getattr(result.log, name)
+        pd.testing.assert_frame_equal(pd.DataFrame(engine), pd.DataFrame(simulated))
 
 
 @pytest.mark.parametrize("num_blocks", [40, 400], ids=["preempting", "roomy"])

@@ -114,7 +114,9 @@ def test_logits_of_prefill_chunks_decodes_and_mixed_batches(strategy, device):
     served.step(decodes=[2, 0, 1])
 
 
-def test_lists_that_were_foreseen_are_not_made_again(device, monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """The lengths of which lists were made, in order."""
     made = []
     write = step_buffers._write
 
@@ -123,6 +125,10 @@ def test_lists_that_were_foreseen_are_not_made_again(device, monkeypatch):
         write(lists, plan, lengths)
 
     monkeypatch.setattr(step_buffers, "_write", watched)
+    return made
+
+
+def test_lists_that_were_foreseen_are_not_made_again(device, made):
     served = Served([50, 20, 10], device, "pod")
     served.step(chunks=[(0, 30)])
     assert len(made) == 2, "its own, and those of the next step"
@@ -133,6 +139,42 @@ def test_lists_that_were_foreseen_are_not_made_again(device, monkeypatch):
     assert len(made) == 6
     served.step(chunks=[(2, 10)], decodes=[0, 1])  # and the third was
     assert len(made) == 7
+
+
+def test_lists_of_a_slot_that_was_not_foreseen_are_made_again(device, made):
+    """The lengths are as foreseen: only the slot that a request takes is another."""
+    served = Served([50, 20], device, "pod")
+    served.slot = {served.requests[0]: 1, served.requests[1]: 0}
+    served.step(chunks=[(0, 50)], waiting=[1])
+    served.slot[served.requests[1]] = 2
+    served.step(chunks=[(1, 20)], decodes=[0])
+    foreseen, own = made[1:3]
+    assert foreseen.chunks == [(20, 20, 0)]
+    assert own.chunks == [(20, 20, 2)]
+    assert foreseen.decodes == own.decodes
+    served.step(decodes=[0, 1])
+    assert len(made) == 5, "of this step they were foreseen"
+
+
+def test_what_the_gpu_may_still_be_reading_stays_while_the_next_step_is_prepared(
+    device, monkeypatch
+):
+    prepared = []
+    prepare = step_buffers.StepBuffers.prepare
+
+    def watched(inputs, plan, lengths):
+        before = inputs.host.clone()
+        prepare(inputs, plan, lengths)
+        assert torch.equal(inputs.host, before)
+        prepared.append(lengths)
+
+    monkeypatch.setattr(step_buffers.StepBuffers, "prepare", watched)
+    served = Served([50, 20], device, "pod")
+    served.step(chunks=[(0, 30)])
+    served.step(chunks=[(0, 20)], waiting=[1])
+    served.step(chunks=[(1, 20)], decodes=[0])
+    served.step(decodes=[0, 1])
+    assert len(prepared) == 4
 
 
 def test_graphs_give_what_launches_give(device):

@@ -352,7 +352,8 @@ def pretend(monkeypatch):
     monkeypatch.setattr(
         serving, "random_weights", lambda *args, **named: random_weights(ONE_LAYER, 0, "cpu")
     )
-    monkeypatch.setattr(serving, "provenance", lambda model: {})
+    machine = dict.fromkeys(("device_name", "driver", "torch", "triton"), "made up")
+    monkeypatch.setattr(serving, "provenance", lambda model: machine)
     monkeypatch.setattr(serving, "gpu_samples", lambda now: nullcontext([]))
     monkeypatch.setattr(Llama, "capture", lambda self, told: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -22,13 +22,15 @@ from podsim.errors import InputError
 from podsim.latency import Heat, LatencyModel
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
-from podsim.request import Request
 from podsim.scheduler import SCHEDULERS
-from podsim.simulation import latency_model_for
+from podsim.simulation import latency_model_for, requests_of
 from podsim.validation import (
+    CONFIG_FILE,
     ENGINE_FILE,
+    GPU_FILE,
     REQUESTS_FILE,
     STEPS_FILE,
+    TOKENS_FILE,
     Recorded,
     compare,
     read_recording,
@@ -69,7 +71,9 @@ class SlowedForward:
 
 
 def recorded(slowdown: float, deployment: Deployment = DEPLOYMENT) -> Recorded:
-    return Recorded.of(recording(slowdown, deployment), deployment, ENGINE, "made up")
+    samples = [(0.1 * i, 1980.0, 700.0) for i in range(40)]
+    run = recording(slowdown, deployment)
+    return Recorded.of(run, deployment, ENGINE, "made up", samples)
 
 
 def recording(slowdown: float, deployment: Deployment = DEPLOYMENT, qps: float = 5.0) -> Recording:
@@ -92,14 +96,12 @@ def recording(slowdown: float, deployment: Deployment = DEPLOYMENT, qps: float =
         SCHEDULERS["sarathi"](kv_cache, served, ListedDecodes(16), latency.step_time),
         kv_cache,
         num_slots=served.max_num_seqs,
-        max_model_len=8192,
+        max_model_len=served.max_model_len or 8192,
         vocab_size=1000,
         seed=0,
         clock=forward,
     )
-    columns = (trace.arrival_time, trace.num_prompt_tokens, trace.num_output_tokens)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return engine.serve(Request(i, *row) for i, row in enumerate(rows))
+    return engine.serve(requests_of(trace))
 
 
 def test_an_engine_that_keeps_to_the_profile_is_simulated_to_the_nanosecond(tmp_path):
@@ -225,29 +227,133 @@ def test_a_recording_over_blocks_is_compared_with_their_costs(tmp_path):
     assert slower["tbt_p50"] > 1.01
 
 
-def _spoiled(folder: Path, file: str, change) -> str:
-    path = folder / file
-    data = gzip.decompress(path.read_bytes()) if file.endswith(".gz") else path.read_bytes()
-    data = change(data)
-    path.write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A recording of 80 requests, some of which were refused."""
+    folder = tmp_path_factory.mktemp("whole")
+    recorded(1.0, replace(DEPLOYMENT, max_model_len=2000)).save(folder)
+    return folder
+
+
+def lines_of(path: Path) -> list[str]:
+    data = path.read_bytes()
+    text = gzip.decompress(data) if path.suffix == ".gz" else data
+    return text.decode().splitlines(keepends=True)
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    data = "".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def refused_with(folder: Path) -> str:
+    """The one line that says what is wrong with a file of a recording."""
     with pytest.raises(InputError) as error:
         read_recording(folder)
-    return str(error.value)
+    message = str(error.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{folder}/")
 
 
 @pytest.mark.parametrize(
-    ("file", "change"),
+    ("file", "column", "line", "value", "expected"),
     [
-        (ENGINE_FILE, lambda data: b"{"),
-        (ENGINE_FILE, lambda data: data.replace(b'"schema": 1', b'"schema": 99')),
-        (STEPS_FILE, lambda data: data.replace(b"prefills", b"prefixes", 1)),
-        (STEPS_FILE, lambda data: data.replace(b"@", b"?")),
-        (REQUESTS_FILE, lambda data: b""),
+        (REQUESTS_FILE, "request_id", 5, "abc", "is 'abc', expected a whole number"),
+        (REQUESTS_FILE, "request_id", 5, "9", "is 9, expected one more in every line"),
+        (REQUESTS_FILE, "arrival_time", 5, "0.0", "is 0.0, expected no earlier time than the line"),
+        (REQUESTS_FILE, "num_output_tokens", 5, "0", "is 0, expected a number over 0"),
+        (REQUESTS_FILE, "finish_time", 5, "", "is nan, expected seconds of a request that was not"),
+        (REQUESTS_FILE, "ttft", 5, "7.0", "is 7.0, expected first_token_time less arrival_time"),
+        (REQUESTS_FILE, "tpot", 5, "inf", "is inf, expected a number of at least 0"),
+        (STEPS_FILE, "duration", 9, "abc", "is 'abc', expected a number"),
+        (STEPS_FILE, "duration", 9, "", "is nan, expected a number over 0"),
+        (STEPS_FILE, "duration", 9, "-0.5", "is -0.5, expected a number over 0"),
+        (STEPS_FILE, "gpu_seconds", 9, "nan", "is nan, expected a number of at least 0"),
+        (STEPS_FILE, "num_sampled", 9, "", "is '', expected a whole number"),
+        (STEPS_FILE, "num_decodes", 9, "1.5", "is '1.5', expected a whole number"),
+        (STEPS_FILE, "num_decodes", 9, "1e400", "is '1e400', expected a whole number"),
+        (STEPS_FILE, "start", 9, "0.0", "is 0.0, expected no earlier time than the line before"),
+        (STEPS_FILE, "prefills", 2, "5?6", "is '5?6', expected tokens@context of each"),
+        (STEPS_FILE, "prefills", 2, "5@6", "is '5@6', expected 1 with"),
+        (TOKENS_FILE, "step", 9, "99999", "is 99999, expected one of the"),
+        (TOKENS_FILE, "request_id", 9, "-1", "is -1, expected a number of at least 0"),
     ],
 )
-def test_a_broken_recording_is_named(tmp_path, file, change):
-    recorded(slowdown=1.0).save(tmp_path)
-    assert _spoiled(tmp_path, file, change).startswith(f"{tmp_path / file}: ")
+def test_a_wrong_value_of_a_recording_is_named(
+    whole, tmp_path, file, column, line, value, expected
+):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    lines = lines_of(folder / file)
+    cells = lines[line - 1].rstrip("\n").split(",")
+    cells[lines[0].rstrip("\n").split(",").index(column)] = value
+    lines[line - 1] = ",".join(cells) + "\n"
+    write_lines(folder / file, lines)
+    assert refused_with(folder).startswith(f"{file}: line {line}: {column} {expected}")
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "expected"),
+    [
+        (REQUESTS_FILE, 1, "requests.csv: no requests"),
+        (REQUESTS_FILE, 41, "tokens.csv.gz: line "),
+        (STEPS_FILE, 1, "tokens.csv.gz: line 2: step is 0, expected one of the 0 steps"),
+        (STEPS_FILE, 501, "tokens.csv.gz: line "),
+        (TOKENS_FILE, 1, "tokens.csv.gz: 0 tokens of step 0, expected 1"),
+        (TOKENS_FILE, -1, "tokens.csv.gz: 0 tokens of step "),
+        (CONFIG_FILE, 3, "config.toml: no 'attention'"),
+        (CONFIG_FILE, -1, "config.toml: no 'preemption'"),
+    ],
+)
+def test_a_recording_that_was_cut_at_the_end_of_a_line(whole, tmp_path, file, keep, expected):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    write_lines(folder / file, lines_of(folder / file)[:keep])
+    assert refused_with(folder).startswith(expected)
+
+
+@pytest.mark.parametrize("file", [STEPS_FILE, TOKENS_FILE, REQUESTS_FILE, GPU_FILE])
+def test_a_recording_that_was_cut_anywhere(whole, tmp_path, file):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    data = (folder / file).read_bytes()
+    for keep in (0, 10, len(data) // 2, len(data) - 5):
+        (folder / file).write_bytes(data[:keep])
+        assert refused_with(folder).startswith(f"{file}: ")
+    middle = len(data) // 2
+    (folder / file).write_bytes(data[:middle] + bytes(50) + data[middle + 50 :])
+    assert refused_with(folder).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schema": 99}, "not of schema 1: record it again"),
+        ({"host_time": None}, "host_time is None, expected its parts"),
+        ({"host_time": 3}, "host_time is 3, expected its parts"),
+        ({"host_time": {"fixed": 1e-4}}, "host_time per_request is None, expected seconds"),
+        ({"host_time": {"fixed": -1}}, "host_time fixed is -1, expected seconds"),
+        ({"driver": None}, "driver is None, expected text"),
+        ({"name": 7}, "name is 7, expected text"),
+    ],
+)
+def test_a_machine_that_is_not_described_as_it_must_be(whole, tmp_path, change, expected):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    content = json.loads((folder / ENGINE_FILE).read_text()) | change
+    kept = {name: value for name, value in content.items() if value is not None}
+    (folder / ENGINE_FILE).write_text(json.dumps(kept))
+    assert refused_with(folder) == f"engine.json: {expected}"
+    (folder / ENGINE_FILE).write_text("{")
+    assert refused_with(folder).startswith("engine.json: not JSON: ")
+
+
+def test_a_broken_recording_is_one_line_on_the_command_line(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / STEPS_FILE).write_bytes((whole / STEPS_FILE).read_bytes()[:2000])
+    done = podsim("--from", str(folder), "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"podsim: {folder}/steps.csv.gz: broken: Compressed file ended before the end-of-stream "
+        "marker was reached\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_validate_refuses_what_cannot_be():
