@@ -30,6 +30,7 @@ from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
 from podsim.step_fitting import fit_steps
+from podsim.trace_writers import atomic_file
 
 Floats = NDArray[np.float64]
 
@@ -66,10 +67,14 @@ def write(
 
 
 def refit(folder: Path) -> Profile:
-    """Fit the rows of an existing profile folder again, keeping its provenance."""
+    """Fit the rows of an existing profile folder again, keeping its provenance.
+
+    Raises InputError, and leaves the folder as it was, if they cannot be read, fitted or written.
+    """
     old = read_profile(folder, str(folder))
     profile = fit(folder, old.gpu, model_of(old), old.provenance)
-    (folder / PROFILE_FILE).write_text(profile.to_json(), encoding="utf-8")
+    with atomic_file(folder / PROFILE_FILE) as file:
+        file.write(profile.to_json().encode())
     return profile
 
 

@@ -50,13 +50,25 @@ def check_profile(folder: Path) -> list[Finding]:
     if broken:
         return broken
     gpu = GPUS[profile.gpu]
-    model = Model(name=profile.model, max_model_len=1, **profile.shape)
+    model = calibration.model_of(profile)
     rows = _rows(folder / MEASUREMENTS_FILE)
     findings = list(_kernels_findings(profile))
     findings += _missing_rows(profile, model, gpu, rows)
     findings += _row_findings(model, gpu, rows)
     findings += _lacks(profile, rows)
     return findings + _refit_findings(folder, profile, model)
+
+
+def require_sound_rows(folder: Path) -> None:
+    """InputError, naming the first, if a row of a profile could not have been timed on its GPU."""
+    profile = read_profile(folder, str(folder))
+    faults = [f"{PROFILE_FILE}: {text}" for text in _machine_faults(profile)]
+    if not faults:
+        rows, model = _rows(folder / MEASUREMENTS_FILE), calibration.model_of(profile)
+        faults = [finding.text for finding in _row_findings(model, GPUS[profile.gpu], rows)]
+    if faults:
+        more = f" (`podsim profile --check {folder}` names more)" if len(faults) > 1 else ""
+        raise InputError(f"{folder}/{faults[0]}{more}")
 
 
 def _rows(path: Path) -> list[Row]:

@@ -20,7 +20,7 @@ from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
 from podsim.model import Model, model_named
 from podsim.profile import Profile, find_profile
-from podsim.profile_checks import Finding, check_profile
+from podsim.profile_checks import Finding, check_profile, require_sound_rows
 from podsim.profile_extend import reopen
 from podsim.profile_plan import (
     SECONDS_PER_SEQUENCE,
@@ -85,6 +85,7 @@ def profile_command(
         _check(check, as_json)
         return
     if refit is not None:
+        require_sound_rows(refit)
         _fitted(refit, calibration.refit(refit), as_json)
         return
     shape, machine = model_named(model).shard(tensor_parallel_size), gpu_named(gpu)

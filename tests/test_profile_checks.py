@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,52 @@ def test_what_an_older_profile_lacks_is_said(sound: Path) -> None:
         "no clock of its rows",
         "no record of its plan: checked against the plan of this version",
     ]
+
+
+def refit(folder: Path, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`podsim profile --refit`, on a disk on which no file can grow beyond so many bytes."""
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    command = [sys.executable, "-m", "podsim", "profile", "--refit", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(("file_bytes", "stops_at"), [(40_000, "profile.json"), (None, "plots")])
+def test_a_refit_that_cannot_be_written_leaves_every_file_whole(
+    sound: Path, file_bytes: int | None, stops_at: str
+) -> None:
+    if stops_at == "plots":
+        (sound / "plots").write_text("in the way of the folder")
+    before = bytes_of(sound)
+    run = refit(sound, file_bytes)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"podsim: {sound}/{stops_at}: cannot be written: ")
+    assert run.stderr.count("\n") == 1
+    assert bytes_of(sound) == before
+
+
+def test_a_refit_refuses_rows_that_the_check_refuses(sound: Path) -> None:
+    table = table_of(sound)
+    index = table.index[table["op"] == "qkv"][0]
+    for column in ("time_us", "time_p10_us", "time_p90_us"):
+        table.loc[index, column] = f"{float(table.loc[index, column]) / 10:.4f}"
+    write(sound, table)
+    before = bytes_of(sound)
+    run = refit(sound)
+    assert run.returncode == 2
+    found = next(text for text in faults(sound) if "is faster than" in text)
+    assert run.stderr.startswith(f"podsim: {sound}/{found}")
+    assert run.stderr.count("\n") == 1
+    assert bytes_of(sound) == before
 
 
 def test_a_folder_without_a_profile_is_one_line(tmp_path: Path) -> None:
