@@ -29,6 +29,7 @@ from podsim.profile_journal import JOURNAL_FILE
 from podsim.profile_plan import CEILINGS, Job, Key, Plan, Turn, plan_profile
 from podsim.profile_run import LONG_ROUND, MOST_ROUNDS, Round, run_profile
 from podsim.roofline import Ceilings, attention_work, op_work, step_seconds
+from podsim.row_checks import HOST_COPIES
 
 MODEL, GPU = model_named("llama-3-8b"), gpu_named("h200")
 PLAN = plan_profile(MODEL, GPU, quick=True)
@@ -53,6 +54,7 @@ def true_seconds(job: Job, key: Key) -> float:
     """A GPU that needs 1.3 times as long as it must, and 4 us a kernel."""
     if job.kind == "ceiling":
         rate = {**dict.fromkeys(WORK, REAL.flops), "launch_latency": 1 / REAL.launch}
+        rate |= dict.fromkeys(HOST_COPIES, 54e9)
         work = WORK.get(job.strategy, 1.0 if job.strategy == "launch_latency" else 4e9)
         return work / rate.get(job.strategy, REAL.bandwidth)
     if job.kind == "launch":
