@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile, pairwise
@@ -125,6 +126,7 @@ def measure(folder: Path, gpu: FakeGpu, plan: Plan = PLAN, **changes: object) ->
         gpu.prepare,
         lambda *_: None,
         "podsim profile",
+        time.perf_counter() - 12.0,
     )
 
 
@@ -194,7 +196,12 @@ def test_a_measured_profile_passes_its_own_check(whole: Path) -> None:
     assert profile.provenance["quick"] is True
     assert profile.provenance["refused_rows"] == 0
     assert profile.provenance["ceilings"]["read_bandwidth"] == pytest.approx(4.4e12, rel=0.01)
-    assert set(profile.provenance["wall_seconds"]) == set(PLAN.counts()) - {"duty"}
+    wall = profile.provenance["wall_seconds"]
+    assert isinstance(wall, dict)
+    assert set(wall) == {"start", "fit", "total", *PLAN.counts()} - {"duty"}
+    assert 12.0 <= wall["start"] < 20.0
+    assert wall["fit"] > 0
+    assert wall["total"] == pytest.approx(sum(wall.values()) - wall["total"])
     rows = pd.read_csv(whole / "measurements.csv", keep_default_na=False)
     assert (rows["sm_clock_mhz"] == 1755).all()
     assert len(rows) == len(list(PLAN.rows()))
@@ -445,6 +452,8 @@ def test_a_dry_run_counts_the_points_and_says_how_long(tmp_path: Path) -> None:
         k: v["points"] for k, v in counts.items()
     }
     assert 60 < plan["seconds"] < 660
+    kinds = sum(kind["seconds"] for kind in plan["kinds"].values())
+    assert plan["seconds"] == pytest.approx(plan["start_seconds"] + kinds + plan["fit_seconds"])
     quick = json.loads(podsim("--dry-run", "--quick", "--json").stdout)
     assert quick["seconds"] < 120
     assert "Times from" in podsim("--dry-run").stdout
