@@ -1,4 +1,4 @@
-"""Held-out errors of the shipped profiles as the README's table; needs no GPU.
+"""Held-out errors of the shipped profiles as the README's table, and against the bars; no GPU.
 
 python benchmarks/profile_table.py [--gpu h200]
 """
@@ -6,9 +6,13 @@ python benchmarks/profile_table.py [--gpu h200]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
+from podsim.collectives import COLLECTIVES_FILE, read_collectives
+from podsim.config import STRATEGIES
+from podsim.latency import MATRIX_OPS
 from podsim.model import model_named
 from podsim.profile import find_profile
 
@@ -17,15 +21,22 @@ MODELS = {
     "Llama-2-7B": ("llama-2-7b", 1),
     "Yi-6B": ("yi-6b", 1),
     "Llama-3-70B, a share of 4": ("llama-3-70b", 4),
-    "... of 8": ("llama-3-70b", 8),
+    "Llama-3-70B, a share of 8": ("llama-3-70b", 8),
 }
-ROWS = (
-    *("step serial", "step streams", "step unified", "step pod"),
-    *("attention prefill", "attention decode", "attention serial", "attention streams"),
-    *("attention unified", "attention pod", "attention pod, several chunks"),
-    *("attention pod, heavy tail", "qkv", "output", "gate_up", "down", "lm_head"),
-    *("rmsnorm", "silu_mul"),
-)
+ATTENTION = {"median": 0.03, "p90": 0.08, "bias": 0.01}
+LINEAR = {"median": 0.02, "p90": 0.06}
+OTHERS = {"median": 0.05}
+"""Bars: no error may be larger. Steps have none."""
+ROWS = {
+    **{f"step {name}": {} for name in STRATEGIES},
+    **{f"attention {name}": ATTENTION for name in ("prefill", "decode", *STRATEGIES)},
+    **{f"attention {name}, several chunks": ATTENTION for name in ("prefill", *STRATEGIES)},
+    **{f"attention {name}, heavy tail": ATTENTION for name in ("decode", *STRATEGIES)},
+    **{name: LINEAR for name in (*MATRIX_OPS, "lm_head")},
+    **{name: OTHERS for name in ("rmsnorm", "silu_mul", "rope_and_cache", "embedding", "sampling")},
+}
+
+Errors = Mapping[str, Any]
 
 
 def main() -> None:
@@ -34,17 +45,57 @@ def main() -> None:
     gpu = parser.parse_args().gpu
     shares = [model_named(name).shard(gpus) for name, gpus in MODELS.values()]
     errors = [find_profile(gpu, share).errors for share in shares]
-    print(f"| median / P90 of the error, bias (as timed) | {' | '.join(MODELS)} |")
-    print("|---" * (len(MODELS) + 1) + "|")
-    for row in ROWS:
-        print(f"| {row} | {' | '.join(cell(e[row]) for e in errors)} |")
+    table("median / P90 of the error, bias (as timed)", list(MODELS), ROWS, errors)
+    print()
+    collectives(gpu)
 
 
-def cell(error: Mapping[str, Any]) -> str:
+def collectives(gpu: str) -> None:
+    """A row for each collective, a column for each number of GPUs."""
+    folder = files("podsim.profiles").joinpath(gpu, "collectives")
+    errors = read_collectives(folder, COLLECTIVES_FILE).errors
+    numbers = list(dict.fromkeys(name.split(", ")[1] for name in errors))
+    bars = dict.fromkeys(dict.fromkeys(name.split(", ")[0] for name in errors), OTHERS)
+    columns = [{name: errors[f"{name}, {number}"] for name in bars} for number in numbers]
+    table("median / P90 of the error, bias", numbers, bars, columns)
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    bars: Mapping[str, Mapping[str, float]],
+    errors: Sequence[Mapping[str, Errors]],
+) -> None:
+    """One row for each kernel model; last, whether its errors are within the bars."""
+    print(f"| {title} | {' | '.join(columns)} | bar | met |")
+    print("|---" * (len(columns) + 3) + "|")
+    for row, bar in bars.items():
+        cells = [cell(e[row]) for e in errors]
+        over = {c: ", ".join(missed(e[row], bar)) for c, e in zip(columns, errors, strict=True)}
+        found = "; ".join(f"{column}: {names}" for column, names in over.items() if names)
+        met = f"miss: {found}" if found else "pass" if bar else ""
+        print(f"| {row} | {' | '.join(cells)} | {bar_text(bar)} | {met} |")
+
+
+def cell(error: Errors) -> str:
     text = f"{error['median']:.1%} / {error['p90']:.1%}, {error['bias']:+.1%}"
     if "median_as_timed" in error:
         text += f" ({error['median_as_timed']:.1%} / {error['p90_as_timed']:.1%})"
     return text
+
+
+def bar_text(bar: Mapping[str, float]) -> str:
+    return " / ".join(f"{most:.0%}" for most in bar.values())
+
+
+def missed(error: Errors, bar: Mapping[str, float]) -> Iterator[str]:
+    """Which errors are over their bar: the fit's, and those against the times as timed."""
+    for name, most in bar.items():
+        label = name.replace("p90", "P90")
+        if abs(error[name]) > most:
+            yield label
+        if error.get(f"{name}_as_timed", 0.0) > most:
+            yield f"{label} as timed"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
 from podsim.step_fitting import fit_steps
+from podsim.trace_writers import atomic_file
 
 Floats = NDArray[np.float64]
 
@@ -51,8 +53,13 @@ def write(
     model: Model,
     gpu: Gpu,
     provenance: Mapping[str, object],
+    wall_seconds: Mapping[str, float],
 ) -> Profile:
-    """Leave measurements.csv and profile.json in a folder; the profile."""
+    """Leave measurements.csv and profile.json in a folder; the profile.
+
+    `wall_seconds` are those of all that came before; those of the fit and their sum come to them.
+    """
+    started = perf_counter()
     table = pd.DataFrame(rows, columns=[*COLUMNS, *LATER_COLUMNS]).fillna("")
     table.to_csv(folder / MEASUREMENTS_FILE, index=False, float_format="%.4f")
     measured = {
@@ -61,15 +68,22 @@ def write(
         "kernels_sha256": kernels_hash(),
     }
     profile = fit(folder, gpu.name, model, measured)
+    wall = {**wall_seconds, "fit": round(perf_counter() - started, 1)}
+    wall["total"] = round(sum(wall.values()), 1)
+    profile = replace(profile, provenance={**measured, "wall_seconds": wall})
     (folder / PROFILE_FILE).write_text(profile.to_json(), encoding="utf-8")
     return profile
 
 
 def refit(folder: Path) -> Profile:
-    """Fit the rows of an existing profile folder again, keeping its provenance."""
+    """Fit the rows of an existing profile folder again, keeping its provenance.
+
+    Raises InputError, and leaves the folder as it was, if they cannot be read, fitted or written.
+    """
     old = read_profile(folder, str(folder))
     profile = fit(folder, old.gpu, model_of(old), old.provenance)
-    (folder / PROFILE_FILE).write_text(profile.to_json(), encoding="utf-8")
+    with atomic_file(folder / PROFILE_FILE) as file:
+        file.write(profile.to_json().encode())
     return profile
 
 

@@ -27,6 +27,7 @@ from podsim.errors import InputError
 from podsim.hardware import Gpu
 from podsim.held_out import error_summary
 from podsim.model import BYTES_PER_VALUE
+from podsim.trace_writers import atomic_file
 
 MEASUREMENTS_FILE = "measurements.csv"
 COLUMNS = (
@@ -112,7 +113,8 @@ def refit(folder: Path, gpus: Mapping[str, Gpu]) -> Collectives:
 
 def _fit_and_save(folder: Path, gpu: Gpu, provenance: Mapping[str, object]) -> Collectives:
     found = fit(folder, gpu, provenance)
-    (folder / COLLECTIVES_FILE).write_text(found.to_json(), encoding="utf-8")
+    with atomic_file(folder / COLLECTIVES_FILE) as file:
+        file.write(found.to_json().encode())
     return found
 
 

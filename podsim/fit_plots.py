@@ -7,20 +7,29 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from podsim.errors import InputError
+from podsim.trace_writers import atomic_file
+
 PLOTS_FOLDER = "plots"
 COLOURS = {"grid": "tab:gray", "held_out": "tab:blue"}
 LABELS = {"grid": "fitted on", "held_out": "held out"}
 
 
 def write_plots(folder: Path, predictions: pd.DataFrame) -> Path:
-    """Leave a PNG for each kernel of `held_out.predictions` in `folder`/plots; that folder."""
+    """Leave a PNG for each kernel of `held_out.predictions` in `folder`/plots; that folder.
+
+    Raises InputError if one cannot be written; each appears whole.
+    """
     plots = folder / PLOTS_FOLDER
-    plots.mkdir(exist_ok=True)
+    try:
+        plots.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{plots}: cannot be written: {error.strerror}") from None
     for kernel, rows in predictions.groupby("kernel", sort=False):
         name = str(kernel).replace(" ", "-").replace("_", "-")
-        _figure(str(kernel), rows).savefig(
-            plots / f"{name}.png", format="png", dpi=120, metadata={"Software": None}
-        )
+        figure = _figure(str(kernel), rows)
+        with atomic_file(plots / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
     return plots
 
 

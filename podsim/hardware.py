@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from podsim.errors import InputError
 
+PCIE_BANDWIDTHS = {4: 32e9, 5: 64e9, 6: 128e9}
+"""Of each generation, 16 lanes, bytes/s each way: half of what data sheets add up of both ways."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
@@ -23,12 +26,19 @@ class Gpu:
     num_sms: int
     l2_bytes: int
     architecture: str
+    pcie_generation: int
+    """Of its 16 lanes to the host."""
     link_bandwidth: float | None = None
     """To the other GPUs of its host, bytes/s in; None: not known."""
 
     @property
     def flops_per_byte(self) -> float:
         return self.peak_flops / self.peak_bandwidth
+
+    @property
+    def host_bandwidth(self) -> float:
+        """Of the link to its host, bytes/s each way."""
+        return PCIE_BANDWIDTHS[self.pcie_generation]
 
 
 # Memory and L2 as the driver reports them; the other numbers are the vendor's for dense bf16, in
@@ -46,6 +56,7 @@ GPUS = {
             num_sms=132,
             l2_bytes=60 * 10**6,
             architecture="hopper",
+            pcie_generation=5,
             link_bandwidth=450e9,
         ),
         Gpu(
@@ -57,6 +68,7 @@ GPUS = {
             num_sms=132,
             l2_bytes=50 * 2**20,
             architecture="hopper",
+            pcie_generation=5,
         ),
         Gpu(
             name="h100-pcie",
@@ -67,6 +79,7 @@ GPUS = {
             num_sms=114,
             l2_bytes=50 * 2**20,
             architecture="hopper",
+            pcie_generation=5,
         ),
         Gpu(
             name="a100",
@@ -77,6 +90,7 @@ GPUS = {
             num_sms=108,
             l2_bytes=40 * 2**20,
             architecture="ampere",
+            pcie_generation=4,
         ),
         Gpu(
             name="l40s",
@@ -87,6 +101,7 @@ GPUS = {
             num_sms=142,
             l2_bytes=96 * 2**20,
             architecture="ada",
+            pcie_generation=4,
         ),
         Gpu(
             name="b200",
@@ -97,6 +112,7 @@ GPUS = {
             num_sms=148,
             l2_bytes=126 * 2**20,
             architecture="blackwell",
+            pcie_generation=6,
         ),
     )
 }

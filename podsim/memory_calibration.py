@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from podsim.errors import InputError
 from podsim.held_out import error_summary
 from podsim.layer_predictions import judge_layers
 from podsim.memory_costs import APIS, MEMORY_FILE, Curve, Line, MemoryCosts, recompute_name
+from podsim.trace_writers import atomic_file
 
 Floats = NDArray[np.float64]
 
@@ -103,13 +103,12 @@ def fit_folder(folder: Path, gpu: str, provenance: Mapping[str, object]) -> Memo
 
 def _write(path: Path, text: str) -> None:
     """The file appears whole."""
-    scratch = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def read_rows(folder: Path, part: str) -> pd.DataFrame:

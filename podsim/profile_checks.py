@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,24 @@ from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS
 from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 from podsim.profile_plan import Key, plan_profile, rows_sha256
-from podsim.row_checks import Row, ceiling_rates, ceilings_of, disagreement, fault_of, name_of
+from podsim.row_checks import (
+    MOST_APART,
+    Row,
+    ceiling_rates,
+    ceilings_of,
+    disagreement,
+    fault_of,
+    name_of,
+    number,
+)
 
 MOST_LINES = 5
 """Findings of one kind that are written out."""
 FIT_TOLERANCE = 1e-5
 """Relative difference of a fitted number from the one in the file: solvers round differently."""
+CEILING_DIGITS = 1e-5
+"""Relative difference of a ceiling from its row's that is none: it has 6 digits, and the time 4
+decimals of a microsecond."""
 SLACK = {"errors": 2e-4, "ops": 2e-10, "attention.overlap": 2e-6, "clock_sensitivity": 1e-6}
 """Differences that are none whatever the number: twice the last digit of those that the file holds
 rounded, and how near a bound of 0 a search ends."""
@@ -50,13 +63,26 @@ def check_profile(folder: Path) -> list[Finding]:
     if broken:
         return broken
     gpu = GPUS[profile.gpu]
-    model = Model(name=profile.model, max_model_len=1, **profile.shape)
+    model = calibration.model_of(profile)
     rows = _rows(folder / MEASUREMENTS_FILE)
     findings = list(_kernels_findings(profile))
-    findings += _missing_rows(profile, model, gpu, rows)
+    findings += missing_rows(profile, model, gpu, rows)
     findings += _row_findings(model, gpu, rows)
+    findings += _ceiling_findings(profile, rows)
     findings += _lacks(profile, rows)
     return findings + _refit_findings(folder, profile, model)
+
+
+def require_sound_rows(folder: Path) -> None:
+    """InputError, naming the first, if a row of a profile could not have been timed on its GPU."""
+    profile = read_profile(folder, str(folder))
+    faults = [f"{PROFILE_FILE}: {text}" for text in _machine_faults(profile)]
+    if not faults:
+        rows, model = _rows(folder / MEASUREMENTS_FILE), calibration.model_of(profile)
+        faults = [finding.text for finding in _row_findings(model, GPUS[profile.gpu], rows)]
+    if faults:
+        more = f" (`podsim profile --check {folder}` names more)" if len(faults) > 1 else ""
+        raise InputError(f"{folder}/{faults[0]}{more}")
 
 
 def _rows(path: Path) -> list[Row]:
@@ -117,34 +143,37 @@ def _kernels_findings(profile: Profile) -> Iterator[Finding]:
 # -------------------------------------------------------------------------- measurements.csv
 
 
-def _missing_rows(profile: Profile, model: Model, gpu: Gpu, rows: Sequence[Row]) -> list[Finding]:
-    """Rows that the plan of the measurement has and the table has not."""
-    found = {(_key(row), int(str(row["pass"]))) for row in rows}
-    recorded = profile.provenance.get("plan")
+def missing_rows(profile: Profile, model: Model, gpu: Gpu, rows: Sequence[Row]) -> list[Finding]:
+    """Rows that the plan of the measurement has and the table has not, and the other way round."""
+    found = Counter((_key(row), int(str(row["pass"]))) for row in rows)
     plan = plan_profile(model, gpu, quick=bool(profile.provenance.get("quick", False)))
-    if isinstance(recorded, dict) and recorded.get("sha256") != plan.sha256():
-        if rows_sha256(iter(found)) == recorded.get("sha256"):
-            return []
-        return _partners_missing(found) or [
-            Finding(
-                f"{MEASUREMENTS_FILE}: {len(rows)} rows are not the {recorded.get('rows')} that "
-                "were measured",
-                True,
-            )
-        ]
-    has_ceilings = any(row["op"] == "ceiling" for row in rows)
-    planned = [row for row in plan.rows() if has_ceilings or row[0].op != "ceiling"]
-    missing = [(key, number) for key, number in planned if (key, number) not in found]
-    texts = [f"missing: {name_of({**key._asdict(), 'pass': n})}" for key, n in missing]
-    return _summed_up(texts)
+    planned, recorded = list(plan.rows()), profile.provenance.get("plan")
+    if isinstance(recorded, dict):
+        # A newer plan has more rows, after those of the older ones: --extend times them.
+        planned = planned[: int(recorded["rows"])]
+        if rows_sha256(iter(planned)) != recorded["sha256"]:
+            return _not_as_recorded(found, recorded)
+    elif not any(row["op"] == "ceiling" for row in rows):
+        planned = [(key, number) for key, number in planned if key.op != "ceiling"]
+    missing, more = Counter(planned) - found, found - Counter(planned)
+    if not isinstance(recorded, dict):
+        more.clear()  # of which version its plan was is not known
+    texts = [f"missing: {_name(*row)}" for row in missing]
+    return _summed_up([*texts, *(f"not among what was planned: {_name(*row)}" for row in more)])
 
 
-def _partners_missing(found: set[tuple[Key, int]]) -> list[Finding]:
-    """Rows whose other passes are there."""
-    passes = {number for _, number in found}
-    keys = {key for key, _ in found if key.op != "ceiling"}
-    missing = sorted((key, n) for key in keys for n in passes if (key, n) not in found)
-    return _summed_up([f"missing: {name_of({**k._asdict(), 'pass': n})}" for k, n in missing])
+def _not_as_recorded(
+    found: Counter[tuple[Key, int]], recorded: Mapping[str, object]
+) -> list[Finding]:
+    """Of a profile whose plan does not begin this version's: only which rows it had is known."""
+    if rows_sha256(found.elements()) == recorded["sha256"]:
+        return []
+    text = f"{found.total()} rows are not the {recorded['rows']} that were measured"
+    return _summed_up([text])
+
+
+def _name(key: Key, number: int) -> str:
+    return name_of({**key._asdict(), "pass": number})
 
 
 def _key(row: Row) -> Key:
@@ -164,7 +193,36 @@ def _row_findings(model: Model, gpu: Gpu, rows: Sequence[Row]) -> list[Finding]:
         reason = fault_of(row, model, gpu, ceilings) or disagreement(row, partner)
         if reason:
             texts.append(f"line {line}: {name_of(row)}: {reason}")
-    return _summed_up(texts)
+    return _summed_up([*texts, *_launch_faults(rows)])
+
+
+def _launch_faults(rows: Sequence[Row]) -> Iterator[str]:
+    """The shortest launch is that of an empty kernel, which the rows of `launch` time once more."""
+    empty = [row for row in rows if (row["op"], row["num_tokens"]) == ("launch", "1")]
+    times = [number(row, "time_us") for row in empty if not row["refused"]]
+    for line, row in enumerate(rows, 2):
+        if row["strategy"] != "launch_latency" or row["refused"] or not times:
+            continue
+        time, again = number(row, "time_us"), min(times)
+        if max(time, again) > MOST_APART * min(time, again):
+            yield (
+                f"line {line}: {name_of(row)}: {time:,.2f} us, but the launch of an empty kernel "
+                f"took {again:,.2f} us"
+            )
+
+
+def _ceiling_findings(profile: Profile, rows: Sequence[Row]) -> Iterator[Finding]:
+    """Whether the ceilings in profile.json are those of the rows."""
+    recorded, rates = profile.provenance.get("ceilings"), ceiling_rates(rows)
+    if not isinstance(recorded, dict):
+        return
+    for name in sorted({*recorded, *rates}):
+        there, of_rows = recorded.get(name), rates.get(name)
+        known = isinstance(there, int | float) and of_rows is not None
+        if not known or not math.isclose(there or 0, of_rows or 0, rel_tol=CEILING_DIGITS):
+            given = "nothing" if of_rows is None else f"{of_rows:.6g}"
+            text = f"provenance.ceilings.{name} is {there}, its rows give {given}"
+            yield Finding(f"{PROFILE_FILE}: {text}", True)
 
 
 def _summed_up(texts: Sequence[str]) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,11 @@ from podsim.errors import InputError
 from podsim.hardware import Gpu, gpu_named
 from podsim.model import Model, model_named
 from podsim.profile import Profile, find_profile
-from podsim.profile_checks import Finding, check_profile
+from podsim.profile_checks import Finding, check_profile, require_sound_rows
 from podsim.profile_extend import reopen
 from podsim.profile_plan import (
     SECONDS_PER_SEQUENCE,
+    SECONDS_TO_FIT,
     SECONDS_TO_START,
     Plan,
     plan_profile,
@@ -85,6 +87,7 @@ def profile_command(
         _check(check, as_json)
         return
     if refit is not None:
+        require_sound_rows(refit)
         _fitted(refit, calibration.refit(refit), as_json)
         return
     shape, machine = model_named(model).shard(tensor_parallel_size), gpu_named(gpu)
@@ -152,6 +155,7 @@ def profile_export_command(
 def _measured_profile(
     model: Model, gpu: Gpu, plan: Plan, folder: Path, command: str, extend: bool
 ) -> Profile:
+    started = time.perf_counter()
     require_place(folder)
     try:
         from podsim import measure
@@ -179,6 +183,7 @@ def _measured_profile(
                 bench.prepare,
                 lambda done, total: progress.update(task, completed=done, total=total),
                 command,
+                started,
             )
     except KeyboardInterrupt:
         print(
@@ -190,17 +195,22 @@ def _measured_profile(
 
 # -------------------------------------------------------------------------------------- dry run
 
+ENDS = {"start": SECONDS_TO_START, "fit": SECONDS_TO_FIT}
+"""Before and after all sequences, where no profile tells."""
+
 
 def _show_plan(plan: Plan, model: Model, gpu: Gpu, as_json: bool) -> None:
     measured, source = _measured_seconds(model, gpu)
     counts, seconds = plan.counts(), plan.seconds(measured)
-    total = SECONDS_TO_START + sum(seconds.values())
+    ends = {name: measured.get(name, each) for name, each in ENDS.items()}
+    total = sum(ends.values()) + sum(seconds.values())
     if as_json:
         content = {
             "model": model.name,
             "gpu": gpu.name,
             "quick": plan.quick,
             "kinds": {kind: {**counts[kind], "seconds": seconds[kind]} for kind in counts},
+            **{f"{name}_seconds": each for name, each in ends.items()},
             "seconds": total,
             "seconds_from": source,
         }
@@ -215,28 +225,35 @@ def _show_plan(plan: Plan, model: Model, gpu: Gpu, as_json: bool) -> None:
         table.add_column(name, justify="left" if name == "kind" else "right")
     for kind, count in counts.items():
         table.add_row(kind, *(f"{n:,}" for n in count.values()), f"{seconds[kind]:,.0f} s")
-    table.add_row("start", "", "", "", f"{SECONDS_TO_START:,.0f} s")
+    for name, each in ends.items():
+        table.add_row(name, "", "", "", f"{each:,.0f} s")
     sums = [sum(count[name] for count in counts.values()) for name in ("points", "sequences")]
     rows = sum(count["rows"] for count in counts.values())
     table.add_row("all", *(f"{n:,}" for n in [*sums, rows]), f"{total / 60:.1f} min")
     console.print(table)
     console.print(f"Times from {source}.", highlight=False)
+    console.print(
+        "start: loading torch, compiling kernels, filling the KV pool. Figures are drawn after it "
+        "all.",
+        highlight=False,
+    )
 
 
-def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float] | None, str]:
-    """Seconds a sequence of each kind, and where they were measured."""
+def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float], str]:
+    """Seconds a sequence of each kind, and of start and fit if known; where they were measured."""
     first = f"the first H200 profile: {SECONDS_PER_SEQUENCE * 1000:.0f} ms a timed sequence"
     try:
         profile = find_profile(gpu.name, model)
     except InputError:
-        return None, first
+        return {}, first
     wall = profile.provenance.get("wall_seconds")
     if not isinstance(wall, dict):
-        return None, first
+        return {}, first
     timed = profile.provenance.get("sequences")
     if not isinstance(timed, dict):
-        return None, first
+        return {}, first
     each = {kind: wall[kind] / timed[kind] for kind in timed if kind in wall}
+    each |= {name: wall[name] for name in ENDS if name in wall}
     return each, f"{profile.source}, measured {profile.provenance.get('date', 'at some time')}"
 
 

@@ -73,11 +73,14 @@ def run_profile(
     prepare: Prepare,
     on_progress: Callable[[int, int], None],
     command: str,
+    started: float,
 ) -> Profile:
     """Measure what of a plan is missing in a folder's journal; then leave the profile there.
 
     `provenance` is what the measurements depend on; `command` repeats them. `on_progress` is told
-    how many of how many sequences are done. The profile's files appear whole, once all is measured.
+    how many of how many sequences are done. `started` is when all this began, of
+    `time.perf_counter`: what passes from then to the first sequence is the start.
+    The profile's files appear whole, once all is measured.
     Raises InputError, before anything is measured, if the folder holds something else or another
     measurement.
     """
@@ -86,6 +89,7 @@ def run_profile(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Journal(folder / JOURNAL_FILE, identity, plan) as journal:
+            start = time.perf_counter() - started
             for index in range(journal.num_done, len(plan.turns)):
                 on_progress(index, len(plan.turns))
                 job, number = plan.turns[index]
@@ -94,7 +98,8 @@ def run_profile(
                 rows = _measured(job, number, prepare, check)
                 journal.append(rows, time.perf_counter() - started)
             on_progress(len(plan.turns), len(plan.turns))
-            profile = _finish(folder, plan, model, gpu, {**provenance, "command": command}, journal)
+            origin = {**provenance, "command": command}
+            profile = _finish(folder, plan, model, gpu, origin, journal, start)
         (folder / JOURNAL_FILE).unlink()
     except OSError as error:
         raise InputError(f"{folder}: cannot write the profile: {error.strerror}") from None
@@ -206,6 +211,7 @@ def _finish(
     gpu: Gpu,
     provenance: Mapping[str, object],
     journal: Journal,
+    start_seconds: float,
 ) -> Profile:
     """Fit, and move the finished files in; the journal stays until both are there."""
     scratch = folder / _SCRATCH
@@ -219,11 +225,12 @@ def _finish(
         "plan": {"rows": len(journal.rows), "sha256": plan.sha256()},
         "ceilings": {name: float(f"{v:.6g}") for name, v in ceiling_rates(journal.rows).items()},
         "refused_rows": sum(bool(row["refused"]) for row in rows),
-        "wall_seconds": {kind: round(sum(s), 1) for kind, s in journal.seconds.items()},
         "sequences": {kind: len(s) for kind, s in journal.seconds.items()},
     }
+    wall = {"start": round(start_seconds, 1)}
+    wall |= {kind: round(sum(seconds), 1) for kind, seconds in journal.seconds.items()}
     try:
-        profile = calibration.write(scratch, rows, model, gpu, measured)
+        profile = calibration.write(scratch, rows, model, gpu, measured, wall)
         (folder / PROFILE_FILE).unlink(missing_ok=True)  # never a new table beside an old fit
         for name in (MEASUREMENTS_FILE, PROFILE_FILE):
             os.replace(scratch / name, folder / name)

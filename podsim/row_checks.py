@@ -22,6 +22,7 @@ MOST_APART = 1.5
 
 BANDWIDTHS = ("read_bandwidth", "matvec_bandwidth", "decode_bandwidth", "copy_bandwidth")
 RATES = ("matrix_rate", "layer_matrix_rate")
+HOST_COPIES = ("host_to_device", "device_to_host")
 
 Row = Mapping[str, object]
 
@@ -105,7 +106,11 @@ def _reason(work: Work | None, least: float, ceilings: Ceilings) -> str:
 def _ceiling_fault(row: Row, gpu: Gpu) -> str:
     """No ceiling lies above the published peak."""
     name = str(row["strategy"])
-    peak = dict.fromkeys(BANDWIDTHS, gpu.peak_bandwidth) | dict.fromkeys(RATES, gpu.peak_flops)
+    peak = {
+        **dict.fromkeys(BANDWIDTHS, gpu.peak_bandwidth),
+        **dict.fromkeys(RATES, gpu.peak_flops),
+        **dict.fromkeys(HOST_COPIES, gpu.host_bandwidth),
+    }
     if name not in peak or rate(row) <= peak[name] * (1 + TOLERANCE):
         return ""
     return f"{name} of {rate(row):.3g}/s is above the published {peak[name]:.3g}/s"

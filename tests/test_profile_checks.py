@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,21 @@ import pandas as pd
 import pytest
 
 from podsim import calibration
+from podsim.errors import InputError
 from podsim.hardware import GPUS, gpu_named
+from podsim.latency import LAYER_OPS
 from podsim.model import model_named
 from podsim.profile import find_profile, kernels_hash, read_profile
-from podsim.profile_checks import check_profile, differing_parts
-from podsim.profile_plan import CEILINGS, Key, rows_sha256
+from podsim.profile_checks import (
+    Finding,
+    check_profile,
+    differing_parts,
+    missing_rows,
+    require_sound_rows,
+)
+from podsim.profile_plan import CEILINGS, ONCE_OPS, SUSTAINED_ENDS, Key, rows_sha256
 from podsim.roofline import Ceilings, attention_work, layer_weight_bytes, op_work
-from podsim.row_checks import ceiling_rates, ceilings_of, fault_of
+from podsim.row_checks import ceiling_rates, ceilings_of, fault_of, name_of
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
 MODEL, GPU = model_named("llama-3-8b"), gpu_named("h200")
@@ -165,17 +174,103 @@ def test_a_row_three_times_too_fast_is_refused_for_its_other_pass(sound: Path) -
     assert any("the passes took" in text for text in faults(sound))
 
 
-def test_a_missing_row_is_named(sound: Path) -> None:
+ROWS_TO_MISS = [
+    *[(op, "", 0) for op in (*LAYER_OPS, *ONCE_OPS, "attention", "step", "launch", "duty")],
+    *[(op, "", -1) for op in ("down", "sampling", "attention", "step", "launch", "duty")],
+    *[("ceiling", name, 0) for name in CEILINGS],
+    *[("sustained", f"{end:g} s", 0) for end in SUSTAINED_ENDS],
+]
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "llama-3-70b-tp8"])
+@pytest.mark.parametrize(("op", "strategy", "which"), ROWS_TO_MISS)
+def test_the_one_row_that_is_missing_is_named(
+    op: str, strategy: str, which: int, name: str
+) -> None:
+    """Of every kind, in profiles whose plan is older than today's; nothing else is said."""
+    folder = SHIPPED.parent / name
+    profile, model = read_profile(folder, name), model_named("llama-3-8b")
+    if name != "llama-3-8b":
+        model = model_named("llama-3-70b").shard(8)
+    rows = table_of(folder).to_dict("records")
+    assert missing_rows(profile, model, GPU, rows) == []
+    fitting = [row for row in rows if row["op"] == op and strategy in ("", row["strategy"])]
+    lost = fitting[which]
+    rows.remove(lost)
+    (finding,) = missing_rows(profile, model, GPU, rows)
+    assert finding == Finding(f"measurements.csv: missing: {name_of(lost)}", fault=True)
+    (finding,) = missing_rows(profile, model, GPU, [*rows, lost, lost])
+    planned = f"measurements.csv: not among what was planned: {name_of(lost)}"
+    assert finding == Finding(planned, fault=True)
+
+
+def test_a_missing_row_is_refused(sound: Path) -> None:
     table = table_of(sound)
     index = table.index[(table["op"] == "down") & (table["num_tokens"] == "1024")][1]
     write(sound, table.drop(index=index))
-    assert "measurements.csv: missing: down grid 1024 tokens pass 1" in faults(sound)
+    run = check(sound)
+    assert run.returncode == 1
+    assert "REFUSED  measurements.csv: missing: down grid 1024 tokens pass 1\n" in run.stdout
+    assert run.stdout.count("missing: ") == 1
 
 
 def test_a_missing_point_is_missed(sound: Path) -> None:
     table = table_of(sound)
     write(sound, table[~((table["op"] == "down") & (table["num_tokens"] == "1024"))])
-    assert any("missing" in text or "rows are not the" in text for text in faults(sound))
+    missing = [text for text in faults(sound) if "missing" in text]
+    assert missing == [
+        f"measurements.csv: missing: down grid 1024 tokens pass {number}" for number in (0, 1)
+    ]
+
+
+def test_rows_of_a_plan_that_does_not_begin_todays_are_counted(sound: Path) -> None:
+    table = table_of(sound)
+    kept = table[(table["op"] != "attention") | (table["strategy"] != "streams")]
+    write(sound, kept)
+    keys = kept[[*Key._fields, "pass"]].astype({"num_tokens": int, "pass": int})
+    rows = [(Key(*row[:-1]), row[-1]) for row in keys.itertuples(index=False, name=None)]
+    plan = {"rows": len(rows), "sha256": rows_sha256(iter(rows))}
+    change(sound, lambda content: content["provenance"].update(plan=plan))  # type: ignore[attr-defined]
+    profile, records = read_profile(sound, ""), kept.to_dict("records")
+    assert missing_rows(profile, MODEL, GPU, records) == []
+    (finding,) = missing_rows(profile, MODEL, GPU, records[1:])
+    assert finding.text == (
+        f"measurements.csv: {len(rows) - 1} rows are not the {len(rows)} that were measured"
+    )
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_a_ceiling_ten_times_too_fast_is_refused(sound: Path, name: str) -> None:
+    table = table_of(sound)
+    index = table.index[table["strategy"] == name][0]
+    for column in ("time_us", "time_p10_us", "time_p90_us"):
+        table.loc[index, column] = f"{float(table.loc[index, column]) / 10:.4f}"
+    write(sound, table)
+    with pytest.raises(InputError, match=rf"measurements\.csv: line {index + 2}: ceiling {name}"):
+        require_sound_rows(sound)
+    assert any(f"provenance.ceilings.{name} is" in text for text in faults(sound))
+
+
+def test_a_ceiling_that_its_row_does_not_give_is_refused(sound: Path) -> None:
+    ceilings = read_profile(sound, "").provenance["ceilings"]
+    assert isinstance(ceilings, dict)
+
+    def edit(content: dict[str, object]) -> None:
+        content["provenance"]["ceilings"]["matrix_rate"] *= 10  # type: ignore[index]
+
+    change(sound, edit)
+    measured = ceilings["matrix_rate"]
+    assert faults(sound) == [
+        f"profile.json: provenance.ceilings.matrix_rate is {measured * 10}, "
+        f"its rows give {measured:.6g}"
+    ]
+
+
+def test_the_link_to_the_host_is_no_faster_than_published() -> None:
+    assert GPU.host_bandwidth == 64e9
+    assert {name: gpu.pcie_generation for name, gpu in GPUS.items()} == {
+        "h200": 5, "h100": 5, "h100-pcie": 5, "a100": 4, "l40s": 4, "b200": 6
+    }  # fmt: skip
 
 
 def test_another_gpu_is_refused_by_whichever_name_was_changed(sound: Path) -> None:
@@ -284,6 +379,52 @@ def test_what_an_older_profile_lacks_is_said(sound: Path) -> None:
         "no clock of its rows",
         "no record of its plan: checked against the plan of this version",
     ]
+
+
+def refit(folder: Path, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`podsim profile --refit`, on a disk on which no file can grow beyond so many bytes."""
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    command = [sys.executable, "-m", "podsim", "profile", "--refit", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(("file_bytes", "stops_at"), [(40_000, "profile.json"), (None, "plots")])
+def test_a_refit_that_cannot_be_written_leaves_every_file_whole(
+    sound: Path, file_bytes: int | None, stops_at: str
+) -> None:
+    if stops_at == "plots":
+        (sound / "plots").write_text("in the way of the folder")
+    before = bytes_of(sound)
+    run = refit(sound, file_bytes)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"podsim: {sound}/{stops_at}: cannot be written: ")
+    assert run.stderr.count("\n") == 1
+    assert bytes_of(sound) == before
+
+
+def test_a_refit_refuses_rows_that_the_check_refuses(sound: Path) -> None:
+    table = table_of(sound)
+    index = table.index[table["op"] == "qkv"][0]
+    for column in ("time_us", "time_p10_us", "time_p90_us"):
+        table.loc[index, column] = f"{float(table.loc[index, column]) / 10:.4f}"
+    write(sound, table)
+    before = bytes_of(sound)
+    run = refit(sound)
+    assert run.returncode == 2
+    found = next(text for text in faults(sound) if "is faster than" in text)
+    assert run.stderr.startswith(f"podsim: {sound}/{found}")
+    assert run.stderr.count("\n") == 1
+    assert bytes_of(sound) == before
 
 
 def test_a_folder_without_a_profile_is_one_line(tmp_path: Path) -> None:

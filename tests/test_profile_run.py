@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile, pairwise
@@ -29,6 +30,7 @@ from podsim.profile_journal import JOURNAL_FILE
 from podsim.profile_plan import CEILINGS, Job, Key, Plan, Turn, plan_profile
 from podsim.profile_run import LONG_ROUND, MOST_ROUNDS, Round, run_profile
 from podsim.roofline import Ceilings, attention_work, op_work, step_seconds
+from podsim.row_checks import HOST_COPIES
 
 MODEL, GPU = model_named("llama-3-8b"), gpu_named("h200")
 PLAN = plan_profile(MODEL, GPU, quick=True)
@@ -53,6 +55,7 @@ def true_seconds(job: Job, key: Key) -> float:
     """A GPU that needs 1.3 times as long as it must, and 4 us a kernel."""
     if job.kind == "ceiling":
         rate = {**dict.fromkeys(WORK, REAL.flops), "launch_latency": 1 / REAL.launch}
+        rate |= dict.fromkeys(HOST_COPIES, 54e9)
         work = WORK.get(job.strategy, 1.0 if job.strategy == "launch_latency" else 4e9)
         return work / rate.get(job.strategy, REAL.bandwidth)
     if job.kind == "launch":
@@ -123,6 +126,7 @@ def measure(folder: Path, gpu: FakeGpu, plan: Plan = PLAN, **changes: object) ->
         gpu.prepare,
         lambda *_: None,
         "podsim profile",
+        time.perf_counter() - 12.0,
     )
 
 
@@ -192,7 +196,12 @@ def test_a_measured_profile_passes_its_own_check(whole: Path) -> None:
     assert profile.provenance["quick"] is True
     assert profile.provenance["refused_rows"] == 0
     assert profile.provenance["ceilings"]["read_bandwidth"] == pytest.approx(4.4e12, rel=0.01)
-    assert set(profile.provenance["wall_seconds"]) == set(PLAN.counts()) - {"duty"}
+    wall = profile.provenance["wall_seconds"]
+    assert isinstance(wall, dict)
+    assert set(wall) == {"start", "fit", "total", *PLAN.counts()} - {"duty"}
+    assert 12.0 <= wall["start"] < 20.0
+    assert wall["fit"] > 0
+    assert wall["total"] == pytest.approx(sum(wall.values()) - wall["total"])
     rows = pd.read_csv(whole / "measurements.csv", keep_default_na=False)
     assert (rows["sm_clock_mhz"] == 1755).all()
     assert len(rows) == len(list(PLAN.rows()))
@@ -443,6 +452,8 @@ def test_a_dry_run_counts_the_points_and_says_how_long(tmp_path: Path) -> None:
         k: v["points"] for k, v in counts.items()
     }
     assert 60 < plan["seconds"] < 660
+    kinds = sum(kind["seconds"] for kind in plan["kinds"].values())
+    assert plan["seconds"] == pytest.approx(plan["start_seconds"] + kinds + plan["fit_seconds"])
     quick = json.loads(podsim("--dry-run", "--quick", "--json").stdout)
     assert quick["seconds"] < 120
     assert "Times from" in podsim("--dry-run").stdout
