@@ -33,6 +33,8 @@ from podsim.row_checks import (
 
 MOST_LINES = 5
 """Findings of one kind that are written out."""
+NUMBERS = ("num_tokens", "pass", "time_us", "time_p10_us", "time_p90_us")
+"""Columns that every row has numbers in."""
 FIT_TOLERANCE = 1e-5
 """Relative difference of a fitted number from the one in the file: solvers round differently."""
 CEILING_DIGITS = 1e-5
@@ -88,6 +90,11 @@ def require_sound_rows(folder: Path) -> None:
 def _rows(path: Path) -> list[Row]:
     calibration.read_measurements(path)  # its errors name what is wrong with the file
     table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    for name in NUMBERS:
+        wrong = table.index[pd.to_numeric(table[name], errors="coerce").isna()]
+        if len(wrong):
+            text = f"line {wrong[0] + 2}: {name} is '{table[name][wrong[0]]}', expected a number"
+            raise InputError(f"{path}: {text}")
     for name in calibration.LATER_COLUMNS:
         if name not in table.columns:
             table[name] = ""
@@ -150,8 +157,9 @@ def missing_rows(profile: Profile, model: Model, gpu: Gpu, rows: Sequence[Row]) 
     planned, recorded = list(plan.rows()), profile.provenance.get("plan")
     if isinstance(recorded, dict):
         # A newer plan has more rows, after those of the older ones: --extend times them.
-        planned = planned[: int(recorded["rows"])]
-        if rows_sha256(iter(planned)) != recorded["sha256"]:
+        count = recorded.get("rows")
+        planned = planned[:count] if isinstance(count, int) else []
+        if rows_sha256(iter(planned)) != recorded.get("sha256"):
             return _not_as_recorded(found, recorded)
     elif not any(row["op"] == "ceiling" for row in rows):
         planned = [(key, number) for key, number in planned if key.op != "ceiling"]
@@ -166,9 +174,9 @@ def _not_as_recorded(
     found: Counter[tuple[Key, int]], recorded: Mapping[str, object]
 ) -> list[Finding]:
     """Of a profile whose plan does not begin this version's: only which rows it had is known."""
-    if rows_sha256(found.elements()) == recorded["sha256"]:
+    if rows_sha256(found.elements()) == recorded.get("sha256"):
         return []
-    text = f"{found.total()} rows are not the {recorded['rows']} that were measured"
+    text = f"{found.total()} rows are not the {recorded.get('rows')} that were measured"
     return _summed_up([text])
 
 

@@ -427,6 +427,23 @@ def test_a_refit_refuses_rows_that_the_check_refuses(sound: Path) -> None:
     assert bytes_of(sound) == before
 
 
+@pytest.mark.parametrize("column", ["num_tokens", "pass", "time_p10_us"])
+def test_a_cell_that_is_no_number_is_one_line(sound: Path, column: str) -> None:
+    table = table_of(sound)
+    table.loc[40, column] = "many"
+    write(sound, table)
+    run = check(sound)
+    assert run.returncode == 2
+    where = f"{sound}/measurements.csv: line 42"
+    assert run.stderr == f"podsim: {where}: {column} is 'many', expected a number\n"
+
+
+def test_a_record_of_the_plan_that_says_nothing_is_refused(sound: Path) -> None:
+    change(sound, lambda content: content["provenance"].update(plan={"rows": "all"}))  # type: ignore[attr-defined]
+    (text,) = faults(sound)
+    assert text.endswith("rows are not the all that were measured")
+
+
 def test_a_folder_without_a_profile_is_one_line(tmp_path: Path) -> None:
     run = check(tmp_path)
     assert run.returncode == 2
