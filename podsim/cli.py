@@ -66,11 +66,12 @@ Stream = Annotated[
     ),
 ]
 ErrorBars = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--error-bars",
+        "--error-bars/--no-error-bars",
         help="Simulate three times: as predicted, and with every step as long as P10 and P90 of "
         "the profile's held-out error say.",
+        show_default="on, unless --stream",
     ),
 ]
 TraceEvents = Annotated[
@@ -110,7 +111,7 @@ def simulate_command(
     config_file: ConfigOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
-    error_bars: ErrorBars = False,
+    error_bars: ErrorBars = None,
     stream: Stream = False,
     trace_events: TraceEvents = None,
     parquet: Parquet = False,
@@ -131,7 +132,7 @@ def simulate_command(
         if stream:
             result = _streamed(loaded, deployment, workload, folder)
         else:
-            result = _run(loaded, deployment, workload, error_bars)
+            result = _run(loaded, deployment, workload, error_bars is not False)
         notes = report.save(result, workload, folder, outputs) if folder is not None else []
     if as_json:
         typer.echo(report.to_json(report.full_summary(result, workload)), nl=False)
@@ -148,7 +149,7 @@ def compare_command(
     config_file: ConfigOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
-    error_bars: ErrorBars = False,
+    error_bars: ErrorBars = None,
     trace_events: TraceEvents = None,
     parquet: Parquet = False,
     aiperf: AiPerf = False,
@@ -169,7 +170,7 @@ def compare_command(
         folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
         loaded = _loaded(workload)
         results = {
-            name: _run(loaded, variant, workload, error_bars, name)
+            name: _run(loaded, variant, workload, error_bars is not False, name)
             for name, variant in variants.items()
         }
         compared = terminal.comparison(results)
@@ -231,8 +232,8 @@ def _run(
     error_bars: bool,
     label: str = "simulating",
 ) -> Result:
-    run = simulate_with_error_bars if error_bars else simulate
-    with terminal.progress_bar(label, len(trace), messages) as arrived:
+    run, times = (simulate_with_error_bars, 3) if error_bars else (simulate, 1)
+    with terminal.progress_bar(label, times * len(trace), messages) as arrived:
         closed_loop = workload.replay == "closed"
         return run(trace, deployment, closed_loop=closed_loop, on_progress=arrived)
 

@@ -40,6 +40,14 @@ SAMPLED_OPS = ("lm_head", "sampling")
 
 T = TypeVar("T", float, NDArray[np.float64])
 
+
+class StepOfAttention(Protocol):
+    """Seconds of steps from seconds of their attention in a layer."""
+
+    def __call__(self, attention: T) -> T:
+        """Of one step, or of an array of steps."""
+
+
 WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
 
@@ -322,21 +330,35 @@ class ProfiledLatency:
         """
         return self._matrix_seconds_per_token * num_tokens / seconds
 
+    def step_times(self, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
+        """`step_time` of many batches, to the last bit; those of as many decodes at once.
+
+        The tiles of batches with prefill are handed to the SMs batch by batch.
+        """
+        times = np.empty(len(shapes))
+        alike: dict[int, list[int]] = {}
+        for index, shape in enumerate(shapes):
+            if shape.prefills:
+                times[index] = self.step_time(shape)
+            else:
+                alike.setdefault(shape.num_decodes, []).append(index)
+        for n, where in alike.items():
+            times[where] = self._times_of_decodes(n, [shapes[index] for index in where])
+        return times
+
+    def _times_of_decodes(self, n: int, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
+        keys = np.array([shape.decode_context_sum for shape in shapes])
+        longest = np.array([shape.decode_context_max for shape in shapes])
+        attention = self.attention.decode_seconds_of_run(n, keys, longest)
+        times = self._around_decodes(n)(attention)
+        for shape, seconds in zip(shapes, times.tolist(), strict=True):
+            self._count(shape, seconds)
+        return times
+
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         """See `RunTimes`; the arithmetic of `step_time` in the same order."""
         _, _, n, keys, longest, _ = shape
-        layers, once, collectives = self._beside_attention(n, n, n)
-        num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
-        gaps = self._gaps
-        matrix_seconds = self._matrix_seconds_per_token * n
-
-        def seconds(attention: T) -> T:
-            attention = num_layers * attention
-            share = matrix_seconds / (attention + layers)
-            slower, quiet = 1.0 + slowdown * (share * share), 1.0 - share
-            in_layers = attention * slower + (layers * slower + gaps * (quiet * quiet))
-            return (in_layers + once + collectives) * scale
-
+        seconds = self._around_decodes(n)
         times: list[float]
         if num_steps < WORTH_AN_ARRAY:
             one = self.attention.decode_seconds
@@ -350,6 +372,22 @@ class ProfiledLatency:
         if num_steps > num_inside:
             self.seconds_outside += sum(times[num_inside:])
         return times
+
+    def _around_decodes(self, n: int) -> StepOfAttention:
+        """Makes the seconds of steps of n decodes from those of attention in a layer."""
+        layers, once, collectives = self._beside_attention(n, n, n)
+        num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
+        gaps = self._gaps
+        matrix_seconds = self._matrix_seconds_per_token * n
+
+        def seconds(attention: T) -> T:
+            attention = num_layers * attention
+            share = matrix_seconds / (attention + layers)
+            slower, quiet = 1.0 + slowdown * (share * share), 1.0 - share
+            in_layers = attention * slower + (layers * slower + gaps * (quiet * quiet))
+            return (in_layers + once + collectives) * scale
+
+        return seconds
 
     def _num_steps_inside(self, shape: BatchShape) -> int:
         """Of a run of decodes, however long, that begins with this shape."""

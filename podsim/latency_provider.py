@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from podsim.batch import BatchShape
 from podsim.config import Deployment
@@ -66,6 +70,19 @@ class LatencyProvider:
             interval=(parts.total * low, parts.total * high),
             is_measured=not self._is_scaled and self._latency.is_inside(batch),
         )
+
+    def step_times(self, batches: Sequence[BatchShape]) -> pd.DataFrame:
+        """Many forward passes at once: a row each, with columns seconds, low, high, is_measured.
+
+        `low` and `high` are the interval of `StepTime`. InputError as by `step_time`.
+        """
+        for batch in batches:
+            _require_possible(batch)
+        seconds = self._latency.step_times(batches)
+        low, high = self._latency.likely_scales()
+        inside = [not self._is_scaled and self._latency.is_inside(batch) for batch in batches]
+        columns = {"seconds": seconds, "low": seconds * low, "high": seconds * high}
+        return pd.DataFrame({**columns, "is_measured": np.array(inside, dtype=bool)})
 
     def notes(self) -> list[str]:
         """What a reader of the times should know."""

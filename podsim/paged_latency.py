@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
 from podsim.latency import ProfiledLatency, decode_steps
@@ -60,6 +64,9 @@ class PagedLatency(ProfiledLatency):
         prefill = self.attention.seconds(self.strategy, chunks)
         decode = self.attention.seconds(self.strategy, decodes)
         return (prefill * self.paged.prefill + decode * self.paged.decode) / (prefill + decode)
+
+    def step_times(self, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
+        return np.array([self.step_time(shape) for shape in shapes])
 
     def decode_run_times(self, shape: BatchShape, num_steps: int) -> list[float]:
         return [self.step_time(step) for step in decode_steps(shape, num_steps)]

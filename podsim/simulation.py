@@ -202,22 +202,28 @@ def simulate_with_error_bars(
 
     The held-out error of whole forward passes says how much longer or shorter than predicted a step
     is likely to be: its P10 and P90, taken for all steps at once, which is the worst case. Each
-    interval spans the three runs. Raises InputError as `simulate` does.
+    interval spans the three runs, and `on_progress` counts the requests of all three. Raises
+    InputError as `simulate` does.
     """
-    model = model_named(deployment.model)
-    predicted = latency_model_for(deployment, model)
-    models = [predicted, *(predicted.scaled(scale) for scale in predicted.likely_scales())]
-    results = [
-        simulate(
+    done = 0
+
+    def run(latency_model: LatencyModel | None = None) -> Result:
+        nonlocal done
+        before, done = done, done + len(trace)
+        told = None if on_progress is None else lambda arrived: on_progress(before + arrived)
+        return simulate(
             trace,
             deployment,
-            latency_model=latency,
+            latency_model=latency_model,
             closed_loop=closed_loop,
-            on_progress=on_progress,
+            on_progress=told,
         )
-        for latency in models
-    ]
-    return replace(results[0], intervals=metrics.intervals([r.summary() for r in results]))
+
+    result = run()
+    predicted = result.latency_model
+    assert isinstance(predicted, ProfiledLatency)
+    summaries = [run(predicted.scaled(scale)).summary() for scale in predicted.likely_scales()]
+    return replace(result, intervals=metrics.intervals([result.summary(), *summaries]))
 
 
 def built_in_scheduler(

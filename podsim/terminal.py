@@ -293,12 +293,11 @@ def unclear_differences(results: Mapping[str, Result]) -> Unclear:
 def error_lines(results: Mapping[str, Result]) -> list[str]:
     """Of each other variant: which differences from the first are larger than their error.
 
-    With intervals of the results: larger than the error bars of the two together. Without, how to
-    get them.
+    Larger than the error bars of the two together; nothing without error bars.
     """
     first, *others = results.items()
     if first[1].intervals is None:
-        return ["Errors       --error-bars tells which differences are larger than their error"]
+        return []
     unclear = unclear_differences(results)
     keys = [key for key in COMPARED if key in first[1].intervals]
     lines = []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -49,6 +50,27 @@ def test_a_step_is_the_time_the_simulator_would_take() -> None:
     assert not provider.step_time(podsim.BatchShape.of([(512, 10**6)])).is_measured
     scaled = podsim.LatencyProvider(gpu="a100")
     assert not scaled.step_time(podsim.BatchShape.of([(512, 512)])).is_measured
+
+
+@pytest.mark.parametrize("gpu", ["h200", "a100"])
+def test_many_steps_at_once_are_those_of_one_after_another(gpu: str) -> None:
+    provider = podsim.LatencyProvider(gpu=gpu, attention="pod")
+    rng = np.random.default_rng(8)
+    batches = []
+    for prefills in 5 * ([], [], [(512, 4096)], [(100, 100), (300, 20_000)]):
+        decodes = rng.integers(1, 30_000, 40)[: rng.choice([0, 1, 7, 40]) or not prefills]
+        batches.append(podsim.BatchShape.of(prefills, decodes.tolist()))
+    batches.append(podsim.BatchShape.of([], [10**6]))
+    table = provider.step_times(batches)
+    assert list(table.columns) == ["seconds", "low", "high", "is_measured"]
+    for batch, row in zip(batches, table.itertuples(index=False), strict=True):
+        step = provider.step_time(batch)
+        assert tuple(row) == (step.seconds, *step.interval, step.is_measured)
+    assert table["is_measured"].any() == (gpu == "h200")
+    assert not table["is_measured"].iloc[-1]
+    with pytest.raises(InputError, match="the batch is empty"):
+        provider.step_times([*batches, podsim.BatchShape.of()])
+    assert provider.step_times([]).empty
 
 
 def test_strategies_differ_and_host_time_is_added() -> None:

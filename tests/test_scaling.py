@@ -147,7 +147,7 @@ def test_compare_labels_the_variants_it_holds_for(tmp_path: Path) -> None:
     assert "h200: uncalibrated" not in printed
     assert "l40s: uncalibrated" in (out / "report.html").read_text()
     table = pd.read_csv(out / "compare.csv", index_col="metric")
-    assert table.loc["uncalibrated"].to_dict() == {"h200": 0, "l40s": 1}
+    assert table.loc["uncalibrated", ["h200", "l40s"]].to_dict() == {"h200": 0, "l40s": 1}
 
 
 def test_what_lies_beyond_the_measured_is_said_by_all(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_what_lies_beyond_the_measured_is_said_by_all(tmp_path: Path) -> None:
 
 def test_compare_says_which_differences_are_larger_than_their_error(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--token-budget", "256,4096", "--error-bars", "--out", str(out))
+    options = ("--token-budget", "256,4096", "--out", str(out))
     printed = podsim("compare", *REQUESTS, "--attention", "serial", *options)
     (line,) = (line for line in printed.splitlines() if line.startswith("Errors"))
     assert line.startswith("Errors       token_budget=4096 against token_budget=256: larger than")
@@ -181,9 +181,15 @@ def test_compare_says_which_differences_are_larger_than_their_error(tmp_path: Pa
     assert set(labels.values()) <= {*clear.split(", "), *rest.split(", ")}
     for key, label in labels.items():
         assert (label in clear.split(", ")) == apart[key]
-    printed = podsim("simulate", *REQUESTS, "--error-bars")
-    assert re.search(r"Throughput   [0-9.]+ req/s \([0-9.]+ to [0-9.]+\)", printed)
-    assert "--error-bars tells which" in podsim("compare", *REQUESTS, "--attention", "serial,pod")
+    printed = podsim("compare", *REQUESTS, "--attention", "serial,pod", "--no-error-bars")
+    assert "Errors  " not in printed
+    assert "~" not in printed
+
+
+def test_simulate_has_error_bars_unless_told_not_to() -> None:
+    interval = r"Throughput   [0-9.]+ req/s \([0-9.]+ to [0-9.]+\)"
+    assert re.search(interval, podsim("simulate", *REQUESTS))
+    assert not re.search(interval, podsim("simulate", *REQUESTS, "--no-error-bars"))
 
 
 def test_capacity_and_sweep_say_it(tmp_path: Path) -> None:
