@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from record_runs import SETUPS
 
 ERRORS_FILE, CONTEXTS_FILE = "accuracy.csv", "accuracy-contexts.csv"
+DISTURBED_FILE = "accuracy-disturbed.csv"
 METRICS = {
     "request_throughput": "req/s",
     "tbt_p50": "TBT P50",
@@ -213,32 +215,56 @@ def readme_table(errors: pd.DataFrame) -> str:
     return runs_table(chosen)
 
 
-TABLES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
-    "machine": lambda errors, _: machine_table(errors),
-    "bars": lambda errors, _: bars_table(errors),
-    "runs": lambda errors, _: runs_table(errors),
-    "steps on the gpu": lambda errors, _: gpu_table(errors),
-    "budgets": lambda errors, _: budgets_table(errors),
-    "overload": lambda errors, _: overload_table(errors),
-    "contexts": lambda _, by_context: contexts_table(by_context),
-    "offline gains": lambda errors, _: offline_table(errors),
-    "online gains": lambda errors, _: online_table(errors),
-    "what is missing": lambda errors, _: missing_table(errors),
-    "some runs": lambda errors, _: readme_table(errors),
+def disturbed_table(disturbed: pd.DataFrame) -> str:
+    """Steps of decodes at a run's beginning and at its end, and what it comes to."""
+    columns = ["decodes_first", "decodes_last", "gpu_mixed_bias"]
+    columns += ["request_throughput", "tbt_p50", "ttft_p50"]
+    rows = [
+        [run["card"], run["run"], *("" if pd.isna(run[n]) else percent(run[n]) for n in columns)]
+        for _, run in disturbed.iterrows()
+    ]
+    names = ["decodes, first tenth", "last tenth", "mixed steps", "req/s", "TBT P50", "TTFT P50"]
+    return table(["card", "run", *names], rows)
+
+
+class Found(NamedTuple):
+    """What the tables are made of."""
+
+    errors: pd.DataFrame
+    """Of every run."""
+    by_context: pd.DataFrame
+    disturbed: pd.DataFrame
+    """Of runs that are not judged."""
+
+
+TABLES: dict[str, Callable[[Found], str]] = {
+    "machine": lambda found: machine_table(found.errors),
+    "bars": lambda found: bars_table(found.errors),
+    "runs": lambda found: runs_table(found.errors),
+    "steps on the gpu": lambda found: gpu_table(found.errors),
+    "budgets": lambda found: budgets_table(found.errors),
+    "overload": lambda found: overload_table(found.errors),
+    "contexts": lambda found: contexts_table(found.by_context),
+    "offline gains": lambda found: offline_table(found.errors),
+    "online gains": lambda found: online_table(found.errors),
+    "disturbed": lambda found: disturbed_table(found.disturbed),
+    "what is missing": lambda found: missing_table(found.errors),
+    "some runs": lambda found: readme_table(found.errors),
 }
 
 
-def read_tables(docs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What `measure` found when the pages were written last."""
-    return pd.read_csv(docs / ERRORS_FILE), pd.read_csv(docs / CONTEXTS_FILE)
+def read_tables(docs: Path) -> Found:
+    """What accuracy_table.py found when the pages were written last."""
+    names = ERRORS_FILE, CONTEXTS_FILE, DISTURBED_FILE
+    return Found(*(pd.read_csv(docs / name, dtype={"card": str}) for name in names))
 
 
-def filled(page: str, errors: pd.DataFrame, by_context: pd.DataFrame) -> str:
+def filled(page: str, found: Found) -> str:
     """A page with the table between each pair of markers written anew."""
 
     def between(match: re.Match[str]) -> str:
         name = match[1]
-        written = TABLES[name](errors, by_context)
+        written = TABLES[name](found)
         return f"<!-- {name} -->\n\n{written}\n\n<!-- end of {name} -->"
 
     return re.sub(r"<!-- ([a-z ]+) -->\n.*?<!-- end of \1 -->", between, page, flags=re.DOTALL)

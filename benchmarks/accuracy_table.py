@@ -4,8 +4,9 @@
     python benchmarks/accuracy_table.py --sizes
 
 Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, leaves
-accuracy.csv, accuracy-contexts.csv and accuracy.png, and writes the tables between the markers
-`<!-- NAME -->` and `<!-- end of NAME -->` of both pages. The tables depend on the two files alone.
+accuracy.csv, accuracy-contexts.csv, accuracy-disturbed.csv and accuracy.png, and writes the tables
+between the markers `<!-- NAME -->` and `<!-- end of NAME -->` of both pages. The tables depend on
+the files alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from accuracy_pages import (
     BESIDE,
     CONTEXTS,
     CONTEXTS_FILE,
+    DISTURBED_FILE,
     ERRORS_FILE,
     METRICS,
     MOST_BELOW,
@@ -49,6 +51,8 @@ CHANCES = {"ttft_p50": 50, "ttft_p90": 90}
 RESAMPLED = 400
 """Times that a run's requests are drawn again, to see how far its percentiles are chance."""
 RUNS = Path(__file__).parent.parent / "validation" / "h200"
+DISTURBED = RUNS.with_name("h200-disturbed")
+"""Runs of engines beside which processes began and ended on other GPUs: told of, not judged."""
 
 # --------------------------------------------------------------------------- what is measured
 
@@ -267,6 +271,25 @@ def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.DataFrame(by_context)
 
 
+def measure_disturbed(folders: list[Path]) -> pd.DataFrame:
+    """Of runs that are not judged: errors, and whether those of decodes moved from tenth to last.
+
+    By the profile beside them, of their own card.
+    """
+    rows = []
+    for folder in folders:
+        recorded = read_recording(folder)
+        error, start = errors_on_gpu(recorded), recorded.steps["start"].to_numpy()
+        decodes = step_kinds(recorded.steps) == STEP_KINDS.index("decode")
+        tenth = np.floor(10 * (start - start[0]) / (start[-1] - start[0] + 1e-9))
+        ends = [error[decodes & (tenth == place)] for place in (0, 9)]
+        first, last = (float(np.median(some)) if len(some) else math.nan for some in ends)
+        row = {"card": folder.parent.name, "run": recorded.name}
+        row |= {"decodes_first": first, "decodes_last": last, **gpu_errors(recorded)}
+        rows.append({**row, **errors_of(compare(recorded, error_bars=False))})
+    return pd.DataFrame(rows)
+
+
 # ---------------------------------------------------------------------------------- the figure
 
 
@@ -309,11 +332,13 @@ def main() -> None:
     errors, by_context = measure(folders)
     errors.to_csv(arguments.docs / ERRORS_FILE, index=False, float_format="%.5f")
     by_context.to_csv(arguments.docs / CONTEXTS_FILE, index=False, float_format="%.5f")
+    disturbed = measure_disturbed(recordings(DISTURBED))
+    disturbed.to_csv(arguments.docs / DISTURBED_FILE, index=False, float_format="%.5f")
     kept = read_tables(arguments.docs)
-    plot(kept[0], arguments.docs / "accuracy.png")
+    plot(kept.errors, arguments.docs / "accuracy.png")
     for page in (arguments.docs / "accuracy.md", arguments.readme):
-        page.write_text(filled(page.read_text(encoding="utf-8"), *kept), encoding="utf-8")
-    print(bars_table(kept[0]))
+        page.write_text(filled(page.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    print(bars_table(kept.errors))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ OFFLINE_TOKENS = 16384
 of prompt to output tokens (P:D): as many as take half a minute to a minute."""
 OFFLINE_REQUESTS = {8: 32, 17: 48, 64: 48}
 
+FEW_BLOCKS = 2000
+"""Of KV cache, so that requests are preempted under `chat` at 0.85 of the capacity."""
+
 WARM_UP = 20.0
 """Seconds that an engine serves before it is recorded."""
 START_SECONDS = 35.0 + WARM_UP
@@ -96,10 +99,13 @@ class Setup:
     token_budget: int
     loads: tuple[float, ...] = ()
     """Offline: none; every ratio of OFFLINE_REQUESTS."""
+    num_blocks: int | None = None
+    """Of KV cache; None: all that the memory holds."""
 
     @property
     def name(self) -> str:
-        return f"{self.workload}-{self.attention}-{self.token_budget}"
+        name = f"{self.workload}-{self.attention}-{self.token_budget}"
+        return name if self.num_blocks is None else f"{self.group}-{name}"
 
     @property
     def run_names(self) -> list[str]:
@@ -120,6 +126,7 @@ class Setup:
             token_budget=self.token_budget,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            num_blocks=self.num_blocks,
         )
 
     def runs(self) -> Iterator[Run]:
@@ -147,6 +154,7 @@ SETUPS = (
         Setup("strategies", "chat", attention, 512, (0.85, 0.5))
         for attention in ("streams", "unified")
     ),
+    *(Setup("memory", "chat", attention, 512, (0.85,), FEW_BLOCKS) for attention in BOTH),
     *(Setup("offline", "offline", attention, 1024) for attention in (*BOTH, "streams", "unified")),
 )
 
@@ -217,9 +225,10 @@ def chosen(only: Sequence[str] | None) -> list[Setup]:
 
 def by_engine(setups: Sequence[Setup]) -> list[list[Setup]]:
     """Those that one engine can serve one after another: only the token budget differs."""
-    engines: dict[tuple[str, str], list[Setup]] = {}
+    engines: dict[tuple[object, ...], list[Setup]] = {}
     for setup in setups:
-        engines.setdefault((setup.workload, setup.attention), []).append(setup)
+        engine = setup.workload, setup.attention, setup.num_blocks
+        engines.setdefault(engine, []).append(setup)
     return list(engines.values())
 
 
@@ -231,7 +240,7 @@ def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
         if not fits(expected, within - spent - START_SECONDS):
             continue
         first = served[0]
-        print(f"{first.workload}-{first.attention}  ({START_SECONDS:.0f} s to start)")
+        print(f"{first.name}  ({START_SECONDS:.0f} s to start)")
         spent += START_SECONDS
         for _, run, each in expected:
             rate = "all at once" if run.qps is None else f"{run.qps:.2f} req/s"

@@ -48,6 +48,9 @@ class StepOfAttention(Protocol):
         """Of one step, or of an array of steps."""
 
 
+ALIGNED = 16
+"""Tokens. Of the powers of two, the one by which the rows to fit on predict each other best."""
+
 WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
 
@@ -466,14 +469,14 @@ def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
 def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> NDArray[np.float64]:
     """Of one operation of a profile: linear between the measured points of the same alignment.
 
-    A number of tokens that is a multiple of 8 runs another matrix kernel than its neighbours.
+    Multiples of `ALIGNED` run other matrix kernels than their neighbours.
     """
     wanted = np.asarray(num_tokens, dtype=np.int64)
     measured, seconds = np.array(table["num_tokens"]), np.array(table["seconds"])
-    aligned = measured % 8 == 0
+    aligned = measured % ALIGNED == 0
     on = np.interp(wanted, measured[aligned], seconds[aligned])
     off = np.interp(wanted, measured[~aligned], seconds[~aligned])
-    return np.where(wanted % 8 == 0, on, off)
+    return np.where(wanted % ALIGNED == 0, on, off)
 
 
 def _clock_falls(profile: Profile, graph_padding: bool) -> list[float]:

@@ -277,17 +277,21 @@ def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str
     return [(n, "grid") for n in grid] + [(int(n), "held_out") for n in sorted(held_out)]
 
 
-def points_between(points: Sequence[tuple[int, str]], model: Model) -> list[tuple[int, str]]:
-    """A number between each two sizes of CUDA graphs, no multiple of 8, where products are narrow.
+def points_between(
+    points: Sequence[tuple[int, str]], model: Model, quarters: Sequence[int]
+) -> list[tuple[int, str]]:
+    """Numbers between each two sizes of CUDA graphs, no multiple of 8, where products are narrow.
 
-    The fewer columns a product has, the oftener the library takes another kernel.
+    So many quarters of the way from one size to the next. The fewer columns a product has, the
+    oftener the library takes another kernel.
     """
     if model.qkv_size >= NARROW:
         return []
     measured = {num_tokens for num_tokens, _ in points}
     sizes = graph_sizes(MOST_LINEAR_TOKENS)
-    middles = [(low + high) // 2 for low, high in pairwise(sizes) if high - low > 8]
-    numbers = [n + 3 if n % 8 == 0 else n for n in middles]
+    between = [(low, high - low) for low, high in pairwise(sizes) if high - low > 8]
+    places = [low + gap * quarter // 4 for low, gap in between for quarter in quarters]
+    numbers = [n + 3 if n % 8 == 0 else n for n in places]
     return [(n, "grid") for n in numbers if n not in measured]
 
 

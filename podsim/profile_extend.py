@@ -28,6 +28,7 @@ def reopen(
     profile = read_profile(folder, str(folder))
     identity = identity_of(plan, model, gpu_name, provenance)
     _require_same(profile, identity)
+    identity = {**identity, "card": profile.provenance.get("card")}
     try:
         with (folder / MEASUREMENTS_FILE).open(encoding="utf-8", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
@@ -80,7 +81,7 @@ def _require_same(profile: Profile, identity: Mapping[str, object]) -> None:
     found = {**profile.provenance, "model": profile.model, "gpu": profile.gpu}
     found["shape"] = profile.shape
     for name, now in identity.items():
-        if name != "plan_sha256" and found.get(name) != now:
+        if name not in ("plan_sha256", "card") and found.get(name) != now:
             raise InputError(
                 f"{profile.source}: {name} is {found.get(name)!r} there, {now!r} now: measure it "
                 "anew"

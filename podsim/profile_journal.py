@@ -38,6 +38,7 @@ class Journal:
 
     What a killed process left half-written is cut off. Only one process may have it open. Raises
     InputError if the file is of another measurement: another plan, GPU, driver, kernels, versions.
+    `card` of the identity may be another.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object], plan: Plan) -> None:
@@ -51,6 +52,8 @@ class Journal:
         """Of each kind of sequence: the wall time of each."""
         self._plan = plan
         self._identity = {str(key): value for key, value in identity.items()}
+        self.first_card = identity.get("card")
+        """Of the GPU on which the measurement began; None if it is not known."""
         self._file = path.open("a+b", buffering=0)
         self._synced = time.monotonic()
         try:
@@ -133,9 +136,10 @@ class Journal:
     def _require_same(self, first: bytes) -> None:
         try:
             found = json.loads(first.decode().removeprefix(_START))
+            self.first_card = found.get("card")
             differing = [
                 f"{name} is {found.get(name)!r} there, {self._identity.get(name)!r} now"
-                for name in sorted({*found, *self._identity})
+                for name in sorted({*found, *self._identity} - {"card"})
                 if found.get(name) != self._identity.get(name)
             ]
         except (ValueError, AttributeError):

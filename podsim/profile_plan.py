@@ -196,8 +196,9 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     if not quick:  # last, so that profiles from before they were planned can be extended by them
         turns += _mixed(rng, graph_points(linear))
         turns += [_duty(point) for point in duty_points()]
-        turns += _mixed(rng, points_between(linear, model))
+        turns += _mixed(rng, points_between(linear, model, [2]))
         turns += [_duty(point) for point in burst_points()]
+        turns += _mixed(rng, points_between(linear, model, [1, 3]))
     return Plan(tuple(turns), quick)
 
 

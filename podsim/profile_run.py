@@ -90,6 +90,7 @@ def run_profile(
         folder.mkdir(parents=True, exist_ok=True)
         with Journal(folder / JOURNAL_FILE, identity, plan) as journal:
             start = time.perf_counter() - started
+            cards = _cards(journal, plan, provenance)
             for index in range(journal.num_done, len(plan.turns)):
                 on_progress(index, len(plan.turns))
                 job, number = plan.turns[index]
@@ -98,7 +99,7 @@ def run_profile(
                 rows = _measured(job, number, prepare, check)
                 journal.append(rows, time.perf_counter() - started)
             on_progress(len(plan.turns), len(plan.turns))
-            origin = {**provenance, "command": command}
+            origin = {**provenance, **cards, "command": command}
             profile = _finish(folder, plan, model, gpu, origin, journal, start)
         (folder / JOURNAL_FILE).unlink()
     except OSError as error:
@@ -109,10 +110,9 @@ def run_profile(
 def identity_of(
     plan: Plan, model: Model, gpu_name: str, provenance: Mapping[str, object]
 ) -> dict[str, object]:
-    """What must be the same where a measurement goes on: another card of the same kind may."""
-    machine = {name: value for name, value in provenance.items() if name != "card"}
+    """What must be the same where a measurement goes on; but `card` may be another of the kind."""
     return {
-        **machine,
+        **provenance,
         "kernels_sha256": kernels_hash(),
         "model": model.name,
         "shape": model.shape,
@@ -120,6 +120,16 @@ def identity_of(
         "quick": plan.quick,
         "plan_sha256": plan.sha256(),
     }
+
+
+def _cards(journal: Journal, plan: Plan, provenance: Mapping[str, object]) -> dict[str, str]:
+    """Which card a profile is of, and from which sequence on it is of another."""
+    now, first = provenance.get("card"), journal.first_card or "unknown"
+    if now is None:
+        return {}
+    if now == first or journal.num_done == len(plan.turns):
+        return {"card": str(first)}
+    return {"card": f"{first}, from sequence {journal.num_done} on {now}"}
 
 
 def require_place(folder: Path) -> None:

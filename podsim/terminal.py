@@ -60,7 +60,12 @@ def summary_table(result: Result) -> Table:
 def format_interval(interval: tuple[float, float]) -> str:
     """Seconds from low to high."""
     low, high = interval
-    return "-" if math.isnan(low) else f"[dim]{format_seconds(low)} to {format_seconds(high)}[/dim]"
+    if math.isnan(low):
+        return "-"
+    least, most = format_seconds(low), format_seconds(high)
+    if least.split()[-1] == most.split()[-1]:
+        least = least.split()[0]
+    return f"[dim]{least} to {most}[/dim]"
 
 
 def _table(title: str) -> Table:

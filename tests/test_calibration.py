@@ -144,9 +144,9 @@ def test_points_survive_being_text() -> None:
 
 
 def test_operations_are_exact_at_measured_points_and_straight_between_them() -> None:
-    table = {"num_tokens": [1, 8, 9, 16, 17], "seconds": [1.0, 8.0, 5.0, 16.0, 7.0]}
-    assert op_seconds(table, [1, 8, 9, 16, 17]).tolist() == [1.0, 8.0, 5.0, 16.0, 7.0]
-    assert op_seconds(table, [5, 13]).tolist() == [3.0, 6.0]  # between 1, 9 and 17: not aligned
+    table = {"num_tokens": [1, 16, 17, 32, 33], "seconds": [1.0, 16.0, 5.0, 32.0, 7.0]}
+    assert op_seconds(table, [1, 16, 17, 32, 33]).tolist() == [1.0, 16.0, 5.0, 32.0, 7.0]
+    assert op_seconds(table, [9, 24, 25]).tolist() == [3.0, 5.875, 6.0]  # of 1, 17, 33: not aligned
 
 
 TWO_SMS = Geometry(
@@ -559,7 +559,7 @@ WARMING = Warming(heating=0.9, seconds=0.06, slow_heating=0.3, slow_seconds=1.2)
 
 def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
     latency = ProfiledLatency(PROFILE, LLAMA, "serial")
-    latency.warming = WARMING
+    latency.warming, latency.clock_share = WARMING, 0.0
     prompt = BatchShape.of([(512, 512)])
     parts = latency.breakdown(prompt)
     layers = parts.attention + parts.layers
@@ -692,8 +692,12 @@ def test_the_clock_share_of_decodes_is_found_after_bursts() -> None:
 
 
 def test_a_step_of_decodes_feels_the_clock_by_its_share() -> None:
-    shared = replace(PROFILE, sustained={**PROFILE.sustained, "clock_share": 0.25})
-    none, some = (ProfiledLatency(profile, LLAMA, "serial") for profile in (PROFILE, shared))
+    none, some = (
+        ProfiledLatency(
+            replace(PROFILE, sustained={**PROFILE.sustained, "clock_share": share}), LLAMA, "serial"
+        )
+        for share in (0.0, 0.25)
+    )
     products = none.matrix_seconds(8)
     assert none.clocked_seconds(8, 5e-3) == products
     assert some.clocked_seconds(8, 5e-3) == pytest.approx(products + 0.25 * (5e-3 - products))

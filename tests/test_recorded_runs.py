@@ -31,7 +31,8 @@ WORST = {
 """What no run may reach; docs/accuracy.md says what makes them so large."""
 SAME = 5e-4
 """Errors that differ by no more are the same: machines add in other orders."""
-ERRORS, BY_CONTEXT = accuracy_pages.read_tables(DOCS)
+FOUND = accuracy_pages.read_tables(DOCS)
+ERRORS, BY_CONTEXT, DISTURBED = FOUND
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
@@ -87,10 +88,18 @@ def test_the_page_has_every_recording() -> None:
     assert ERRORS["run"].tolist() == [folder.name for folder in FOLDERS]
 
 
+def test_disturbed_runs_are_as_the_page_says() -> None:
+    folders = accuracy_table.recordings(accuracy_table.DISTURBED)
+    assert DISTURBED["run"].tolist() == [folder.name for folder in folders]
+    now = accuracy_table.measure_disturbed(folders[::5])
+    kept = DISTURBED.iloc[::5].reset_index(drop=True)
+    pd.testing.assert_frame_equal(now, kept, rtol=SAME, atol=SAME)
+
+
 @pytest.mark.parametrize("page", [DOCS / "accuracy.md", ROOT / "README.md"], ids=lambda p: p.name)
 def test_a_pages_tables_are_those_of_the_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert accuracy_pages.filled(text, ERRORS, BY_CONTEXT) == text
+    assert accuracy_pages.filled(text, FOUND) == text
     assert text.count("<!-- end of ") >= 1
 
 
