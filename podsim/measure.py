@@ -303,7 +303,7 @@ class Bench:
     def _ops(self, job: Job) -> list[Timed]:
         layer, point = self._layer, job.point
         if job.kind == "launch":
-            return [Timed("launch", _launches(job.num_tokens))]
+            return [Timed("launch", launches(job.num_tokens))]
         if job.kind == "linear":
             return self._linear(job)
         if job.kind == "once":
@@ -346,7 +346,7 @@ class Bench:
         return self._around[1:]
 
 
-def _launches(count: int) -> Launch:
+def launches(count: int) -> Launch:
     """An empty kernel, so many times."""
 
     def run() -> None:

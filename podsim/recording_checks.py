@@ -58,9 +58,16 @@ def check_engine(source: Path, engine: Mapping[str, Any]) -> None:
         raise InputError(f"{source}: host_time is {host_time!r}, expected its parts")
     for name in ("fixed", "per_request", "with_prefill"):
         value: Any = host_time.get(name, 0.0 if name == "with_prefill" else None)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and 0 <= value < math.inf):
+        if not _is_seconds(value):
             raise InputError(f"{source}: host_time {name} is {value!r}, expected seconds")
+    starts = engine.get("kernel_starts", [0.0, 0.0])  # which the first recordings lack
+    if not (isinstance(starts, list) and len(starts) == 2 and all(map(_is_seconds, starts))):
+        raise InputError(f"{source}: kernel_starts is {starts!r}, expected two times in seconds")
+
+
+def _is_seconds(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf  # type: ignore[operator]
 
 
 def check_options(source: Path, options: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from podsim.engine import Clock, Engine, Recording, WallClock
 from podsim.errors import InputError
 from podsim.gpu_sampler import Sample, gpu_samples
 from podsim.hardware import gpu_named
+from podsim.kernel_starts import KernelStarts
 from podsim.kernels.plan import PAGE_SIZES
 from podsim.kv_cache import num_blocks_for, page_groups_for
 from podsim.llama import Llama
@@ -97,6 +98,8 @@ class Served:
     host_time: HostTime
     num_blocks: int
     machine: dict[str, object]
+    kernel_starts: tuple[float, float]
+    """Seconds from one small kernel of a graph to the next, before and after."""
 
     def engine(self, options: Mapping[str, object]) -> dict[str, object]:
         """What a recording says of the engine; `options` are those it was made with."""
@@ -107,6 +110,7 @@ class Served:
             "options": dict(options),
             "host_time": asdict(self.host_time),
             "num_blocks": self.num_blocks,
+            "kernel_starts": list(self.kernel_starts),
         }
 
 
@@ -143,6 +147,7 @@ class Server:
         self.llama = llama_of(deployment, max_len, self.num_blocks, group, caches)
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
+        self.kernel_starts = KernelStarts()
         self.host_time = self.measure_host_time(on_progress)
 
     def serve(
@@ -157,6 +162,7 @@ class Server:
         """
         clock = WallClock()
         engine = self._engine(step_time, seed, clock)
+        starts_before = self.kernel_starts.seconds()
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
@@ -170,7 +176,8 @@ class Server:
         machine = provenance(self.llama.model)
         if self.group is not None:
             machine |= self.group.provenance()
-        return Served(recording, samples, self.host_time, self.num_blocks, machine)
+        starts = starts_before, self.kernel_starts.seconds()
+        return Served(recording, samples, self.host_time, self.num_blocks, machine, starts)
 
     def _count_from_the_last_start(self, recording: Recording) -> None:
         """A GPU that starts first waits for the others: that is no work, and the host's fault."""

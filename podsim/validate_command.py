@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +40,9 @@ from podsim.validation import (
     compare,
     read_recording,
 )
+
+STEADY_STARTS = 0.05
+"""By how much kernels may begin closer together or further apart after a run than before it."""
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
@@ -242,6 +245,20 @@ def _profile_lines(comparison: Comparison) -> list[str]:
     return [f"Profile      {model.profile.source}{other}"]
 
 
+def _starts_lines(engine: Mapping[str, Any]) -> list[str]:
+    """Nothing of recordings from before it was measured."""
+    if "kernel_starts" not in engine:
+        return []
+    before, after = (seconds * 1e6 for seconds in engine["kernel_starts"])
+    if abs(after - before) <= STEADY_STARTS * before:
+        return []
+    return [
+        f"Note         small kernels began {before:.2f} us apart before the run and {after:.2f} "
+        "after it: another process began or ended on the machine's GPUs, which shortens steps "
+        "(docs/accuracy.md); serve again"
+    ]
+
+
 def _lines(comparison: Comparison) -> list[str]:
     engine = comparison.recorded.engine
     host, steps = engine["host_time"], comparison.recorded.steps
@@ -261,5 +278,6 @@ def _lines(comparison: Comparison) -> list[str]:
         f"{host['per_request'] * 1e6:.2f} us a request, "
         f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
         *waits,
+        *_starts_lines(engine),
         *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
     ]

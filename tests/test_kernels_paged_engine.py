@@ -356,6 +356,8 @@ def pretend(monkeypatch):
     monkeypatch.setattr(serving, "provenance", lambda model: machine)
     monkeypatch.setattr(serving, "gpu_samples", lambda now: nullcontext([]))
     monkeypatch.setattr(Llama, "capture", lambda self, told: None)
+    monkeypatch.setattr(serving, "KernelStarts", lambda: SimpleNamespace(seconds=starts.pop))
+    starts = [0.9e-6, 1.1e-6] * 10
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=4)
@@ -378,6 +380,7 @@ def test_a_server_over_blocks_records_what_the_simulator_takes(monkeypatch, tmp_
     assert (again.steps["table_seconds"] > 0).all()
     assert (again.steps["table_seconds"] < again.steps["duration"]).all()
     assert again.deployment.num_blocks == 5
+    assert again.engine["kernel_starts"] == [1.1e-6, 0.9e-6]
     assert [size for size, _ in served.host_time.rows] == [1, 2]
 
 

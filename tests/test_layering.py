@@ -64,7 +64,7 @@ LAYERS = [
         "measure_collectives",
     },
     {"llama_weights", "tensor_parallel", "step_buffers", "cuda_graphs", "llama"},
-    {"serving", "shared_server"},
+    {"kernel_starts", "serving", "shared_server"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"kernel_questions", "measure_questions", "questions_report", "questions_figures"},
     {"offloaded_layers", "check_offload", "check_mapping"},

@@ -52,6 +52,7 @@ class MadeUpSteps:
 
 class MadeUpServer:
     num_served = 0
+    kernel_starts = (1.1e-6, 1.12e-6)
 
     def __init__(self, deployment, max_len, on_progress) -> None:
         serving.require_servable(deployment)
@@ -75,7 +76,8 @@ class MadeUpServer:
         )
         samples = [(0.0, 1900.0, 500.0)]
         recording = engine.serve(requests_of(trace))
-        return serving.Served(recording, samples, HOST_TIME, num_blocks, MACHINE)
+        starts = self.kernel_starts
+        return serving.Served(recording, samples, HOST_TIME, num_blocks, MACHINE, starts)
 
     def close(self) -> None:
         pass
@@ -117,6 +119,20 @@ def test_requests_are_let_in_by_priority_and_simulated_so(podsim):
     requests.drop(columns="priority").to_csv("run/requests.csv", index=False)
     line = "podsim: run/requests.csv: no column 'priority'\n"
     assert podsim("--from", "run") == (2, "", line)
+
+
+def test_kernels_that_begin_closer_together_after_a_run_are_told_of(podsim, monkeypatch):
+    trace = write_trace("0,400,9", "0.001,400,2")
+    _, out, _ = podsim(trace)
+    assert "small kernels" not in out
+    monkeypatch.setattr(MadeUpServer, "kernel_starts", (1.1e-6, 0.9e-6))
+    _, out, _ = podsim(trace, "--out", "run")
+    note = (
+        "Note         small kernels began 1.10 us apart before the run and 0.90 after it: another"
+    )
+    assert note in out
+    assert json.loads(Path("run/engine.json").read_text())["kernel_starts"] == [1.1e-6, 9e-7]
+    assert note in podsim("--from", "run")[1]
 
 
 @pytest.mark.parametrize(

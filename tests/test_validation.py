@@ -330,6 +330,7 @@ def test_a_recording_that_was_cut_anywhere(whole, tmp_path, file):
         ({"host_time": 3}, "host_time is 3, expected its parts"),
         ({"host_time": {"fixed": 1e-4}}, "host_time per_request is None, expected seconds"),
         ({"host_time": {"fixed": -1}}, "host_time fixed is -1, expected seconds"),
+        ({"kernel_starts": [1e-6]}, "kernel_starts is [1e-06], expected two times in seconds"),
         ({"driver": None}, "driver is None, expected text"),
         ({"name": 7}, "name is 7, expected text"),
     ],
