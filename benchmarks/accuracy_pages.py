@@ -149,6 +149,30 @@ def overload_table(errors: pd.DataFrame) -> str:
     return table(["run", *(f"{METRICS[name]} (s)" for name in TTFTS)], rows)
 
 
+def error_bars_table(errors: pd.DataFrame) -> str:
+    """Of each metric: in how many runs the measured value lies within the error bar."""
+    rows = []
+    for name, label in METRICS.items():
+        cells = [label]
+        for runs in (errors, *by_load(errors)):
+            measured, low, high = (runs[f"{name}_{part}"] for part in ("measured", "low", "high"))
+            inside = (low <= measured) & (measured <= high)
+            cells.append(f"{inside.sum()} of {len(runs)}")
+        simulated = errors[f"{name}_simulated"]
+        below, above = (
+            (errors[f"{name}_{end}"] / simulated - 1).median() for end in ("low", "high")
+        )
+        rows.append([*cells, f"{percent(below)} to {percent(above)}"])
+    columns = ["", "runs", f"to {MOST_BELOW}", "above", "offline", "median bar"]
+    return table(columns, rows)
+
+
+def by_load(errors: pd.DataFrame) -> list[pd.DataFrame]:
+    """Online runs to MOST_BELOW, those above, and offline ones."""
+    load = errors["load"]
+    return [errors[load <= MOST_BELOW], errors[load > MOST_BELOW], errors[load.isna()]]
+
+
 def contexts_table(by_context: pd.DataFrame) -> str:
     """Errors of steps against the longest context, all runs of a strategy together."""
     rows = []
@@ -244,6 +268,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "steps on the gpu": lambda found: gpu_table(found.errors),
     "budgets": lambda found: budgets_table(found.errors),
     "overload": lambda found: overload_table(found.errors),
+    "error bars": lambda found: error_bars_table(found.errors),
     "contexts": lambda found: contexts_table(found.by_context),
     "offline gains": lambda found: offline_table(found.errors),
     "online gains": lambda found: online_table(found.errors),

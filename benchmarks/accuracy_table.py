@@ -27,10 +27,8 @@ from accuracy_pages import (
     DISTURBED_FILE,
     ERRORS_FILE,
     METRICS,
-    MOST_BELOW,
     OWN_HOST,
     SHIPPED,
-    TTFTS,
     bars_table,
     filled,
     read_tables,
@@ -106,7 +104,7 @@ def errors_and_more(comparison: Comparison) -> dict[str, object]:
             for name in METRICS
             for column in ("measured", "simulated")
         },
-        **{f"{name}_{end}": headline.loc[name, end] for name in TTFTS for end in ("low", "high")},
+        **{f"{name}_{end}": headline.loc[name, end] for name in METRICS for end in ("low", "high")},
         "host_share": host.sum() / (host.sum() + gpu.sum()),
         "sm_clock_mhz": recorded.gpu["sm_clock_mhz"].mean(),
         "power_w": recorded.gpu["power_w"].mean(),
@@ -221,11 +219,6 @@ def contexts(comparison: Comparison) -> Iterator[dict[str, object]]:
         }
 
 
-def compared(recorded: Recorded) -> Comparison:
-    """With error bars, which only the runs above the first bars' loads need."""
-    return compare(recorded, error_bars=(recorded.engine["options"]["load"] or 0.0) > MOST_BELOW)
-
-
 def with_own_host(recorded: Recorded) -> Recorded:
     """The same, as if the host's time had been measured in this run and not before it.
 
@@ -261,7 +254,7 @@ def measure(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of all runs, and of their contexts."""
     rows, by_context = [], []
     for folder in folders:
-        comparison = compared(read_recording(folder))
+        comparison = compare(read_recording(folder))
         model = comparison.simulated.latency_model
         assert isinstance(model, ProfiledLatency)
         shipped = model.profile.source.startswith("profiles/")

@@ -16,7 +16,7 @@ import pytest
 import record_runs
 
 from podsim.latency import ProfiledLatency
-from podsim.validation import Comparison, read_recording
+from podsim.validation import Comparison, compare, read_recording
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -37,7 +37,7 @@ ERRORS, BY_CONTEXT, DISTURBED = FOUND
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
 def comparison(request: pytest.FixtureRequest) -> Comparison:
-    return accuracy_table.compared(read_recording(request.param))
+    return compare(read_recording(request.param))
 
 
 def test_every_recording_is_whole_and_compared_with_its_own_kernels(
