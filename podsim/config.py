@@ -203,7 +203,9 @@ class Deployment:
         if (offloads or swaps) and self.prefix_caching:
             raise InputError("prefix_caching keeps its blocks on the GPU: no kv_offload, no swap")
         if (offloads or swaps) and not self.host_memory:
-            raise InputError("host_memory is 0: kv_offload and preemption 'swap' need some (GB)")
+            raise InputError(
+                "host_memory is 0: kv_offload and preemption 'swap' need some: --host-memory GB"
+            )
         if offloads and swaps:
             raise InputError("preemption 'swap' and kv_offload both use host_memory: take one")
         if self.kv_on_host and not offloads:

@@ -275,12 +275,13 @@ def _paged(rows: pd.DataFrame) -> dict[str, object]:
     """Ratios of the kernels' times, and the host's seconds of a table (op "table", in paged_us)."""
     found: dict[str, object] = {}
     for size, of_size in rows.groupby("block_size"):
-        kernels = {}
+        kernels: dict[str, object] = {}
         for op in ("prefill", "decode"):
             mine = of_size[of_size["op"] == op]
             if mine.empty:
                 raise InputError(f"paged.csv: no rows of '{op}' with blocks of {size} tokens")
             kernels[op] = float((mine["paged_us"] / mine["contiguous_us"]).median())
+            kernels["heads"] = ", ".join(sorted({text.split()[0] for text in mine["workload"]}))
         table = of_size[of_size["op"] == "table"]
         if len(table) < 3:
             raise InputError(f"paged.csv: under 3 rows of 'table' with blocks of {size} tokens")

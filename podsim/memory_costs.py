@@ -137,6 +137,8 @@ class PagedCosts:
     """for each of its requests,"""
     table_block: float
     """and for each of their blocks."""
+    heads: str = ""
+    """Query and KV heads that the kernels were timed with, as 32/8; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,8 +175,8 @@ class MemoryCosts:
         if gpu_state not in by_state:
             have = ", ".join(f"{int(size) // 1024} KB" for size in self.mapping) or "none"
             raise InputError(
-                f"{self.source}: no times of mapping page-groups of {page_group // 1024} KB on a "
-                f"{gpu_state} GPU (there are: {have}); {self._how('mapping')}"
+                f"{self.source}: no times of mapping page-groups of {page_group // 1024} KB, GPU "
+                f"{gpu_state} (there are: {have}); {self._how('mapping')}"
             )
         lines = by_state[gpu_state]
         growth = self.growth.get(str(page_group), {}).get(gpu_state)
@@ -210,8 +212,9 @@ class MemoryCosts:
                 f"(there are: {', '.join(self.paged) or 'none'}); {self._how('paged')}, or leave "
                 "the overhead out with --kv ideal"
             )
-        values = {name: float(value) for name, value in self.paged[str(block_size)].items()}
-        return PagedCosts(**values)
+        values = dict(self.paged[str(block_size)])
+        heads = str(values.pop("heads", ""))
+        return PagedCosts(**{name: float(value) for name, value in values.items()}, heads=heads)
 
     def _how(self, part: str) -> str:
         return f"measure them with `podsim profile-memory {part} --gpu {self.gpu} --out FOLDER`"

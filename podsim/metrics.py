@@ -258,6 +258,7 @@ def summarize(result: Result) -> dict[str, object]:
         **({"intervals": result.intervals} if result.intervals else {}),
         "outside_measured_share": result.outside_measured_share,
         **({"uncalibrated": result.uncalibrated} if result.uncalibrated else {}),
+        "notes": result.notes,
         "refused": dict(totals.refused.most_common()),
         "trace": _provenance(result),
     }

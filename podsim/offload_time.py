@@ -163,4 +163,4 @@ class OffloadTime:
 
     def summary(self) -> Mapping[str, float]:
         share = self._split_tokens / self._loaded_tokens if self._loaded_tokens else 0.0
-        return {**self._totals, "recomputed_share_max": share}
+        return {**self._totals, "recomputed_share": share}

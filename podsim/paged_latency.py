@@ -34,6 +34,7 @@ class PagedLatency(ProfiledLatency):
         super().__init__(profile, model, strategy, **options)
         self.paged = paged
         self.block_size = block_size
+        self.heads = f"{model.num_q_heads}/{model.num_kv_heads}"
 
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         attention, layers, once, collectives = super()._parts(shape)
@@ -64,6 +65,16 @@ class PagedLatency(ProfiledLatency):
         prefill = self.attention.seconds(self.strategy, chunks)
         decode = self.attention.seconds(self.strategy, decodes)
         return (prefill * self.paged.prefill + decode * self.paged.decode) / (prefill + decode)
+
+    def notes(self) -> Sequence[str]:
+        measured = self.paged.heads
+        if measured in ("", self.heads):
+            return super().notes()
+        return [
+            *super().notes(),
+            f"what attention takes longer from blocks was measured with {measured} query and KV "
+            f"heads, and is taken for {self.heads}",
+        ]
 
     def step_times(self, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
         return np.array([self.step_time(shape) for shape in shapes])

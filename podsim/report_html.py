@@ -23,7 +23,6 @@ from podsim.terminal import (
     format_difference,
     format_metric,
     format_seconds,
-    latency_notes,
     own_part,
     unclear_differences,
 )
@@ -203,7 +202,7 @@ def _notes(runs: Sequence[Run]) -> str:
     """What a reader must know; what does not hold for every run names its run."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        notes = [*run.result.trace.notes, *latency_notes(run.result)]
+        notes = [*run.result.trace.notes, *run.result.notes]
         notes += [f"dropped {n}: {reason}" for reason, n in run.result.trace.dropped.items() if n]
         refused = own_part(run.summary)["refused"]
         assert isinstance(refused, dict)

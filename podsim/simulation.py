@@ -95,6 +95,16 @@ class Result:
         """Of the simulated step time: predicted beyond what was measured."""
         return float(getattr(self.latency_model, "outside_share", 0.0))
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results should know of the costs."""
+        return [*getattr(self.latency_model, "notes", list)(), *self.memory_notes]
+
+    @property
+    def memory_notes(self) -> list[str]:
+        """Of the memory systems of all replicas, each once."""
+        return list(dict.fromkeys(note for memory in self.memory for note in memory.notes()))
+
     def summary(self) -> dict[str, object]:
         """The headline numbers, under the keys of `vllm bench serve` and podsim's own."""
         return metrics.summarize(self)

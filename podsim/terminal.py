@@ -112,7 +112,7 @@ def summary_lines(result: Result) -> list[str]:
     lines += [f"Refused      {count}: {reason}" for reason, count in refused.items()]
     lines += [f"Dropped      {n}: {reason}" for reason, n in result.trace.dropped.items() if n]
     lines += [f"Note         {note}" for note in result.trace.notes]
-    return lines + [f"Note         {note}" for note in latency_notes(result)]
+    return lines + [f"Note         {note}" for note in result.notes]
 
 
 def _span(result: Result) -> str:
@@ -142,7 +142,7 @@ def memory_lines(memory: object) -> list[str]:
             f"Host memory  {m['offloaded_steps']:,.0f} steps took "
             f"{format_seconds(m['added_time'])} longer for KV cache there; "
             f"{m['h2d_bytes_moved'] / 1e9:,.1f} GB to the GPU, "
-            f"{m['recomputed_share_max']:.1%} of its tokens recomputed"
+            f"{m['recomputed_share']:.1%} of its tokens recomputed"
         ]
     lines = []
     if "swapped_requests" in m:
@@ -162,11 +162,6 @@ def memory_lines(memory: object) -> list[str]:
         ]
     waited = f"{m['stalled_steps']:,.0f} steps waited {format_seconds(m['stall_time'])} in all"
     return [*lines, f"Waits        {waited}"]
-
-
-def latency_notes(result: Result) -> list[str]:
-    models = (result.latency_model, *result.memory[:1])
-    return [note for model in models for note in getattr(model, "notes", list)()]
 
 
 def uncalibrated_lines(results: Mapping[str, Result]) -> list[str]:
@@ -226,7 +221,7 @@ def memory_comparison(results: Mapping[str, Result]) -> list[str]:
     """Why variants of KV cache differ: the batch, attention and memory work of each."""
     if all(result.deployment.kv == "ideal" and not result.memory for result in results.values()):
         return []
-    lines = []
+    lines: list[str] = []
     for name, result in results.items():
         own = own_part(result.summary())
         memory = own.get("memory", {})
@@ -238,6 +233,7 @@ def memory_comparison(results: Mapping[str, Result]) -> list[str]:
             text += f", attention {format_seconds(seconds)}"
         held_up = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
         lines.append(f"{text}, steps held up by memory work {format_seconds(held_up)}")
+        lines += [f"{name}: {note}" for note in result.memory_notes]
     return lines
 
 

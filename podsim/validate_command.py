@@ -279,5 +279,5 @@ def _lines(comparison: Comparison) -> list[str]:
         f"{host.get('with_prefill', 0.0) * 1e6:.0f} us more with prefill",
         *waits,
         *_starts_lines(engine),
-        *(f"Note         {note}" for note in terminal.latency_notes(comparison.simulated)),
+        *(f"Note         {note}" for note in comparison.simulated.notes),
     ]

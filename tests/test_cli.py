@@ -273,3 +273,21 @@ def test_profile_without_a_gpu_is_one_line(tmp_path: Path) -> None:
     complaint = refusal("profile", "--out", tmp_path / "profile")
     assert "no CUDA GPU on this machine" in complaint
     assert not (tmp_path / "profile").exists()
+
+
+def test_compare_says_why_kvpr_recomputes_nothing(trace: Path) -> None:
+    offload = ("--kv-offload", "full,kvpr", "--kv-on-host", "--host-memory", "100")
+    note = "KVPR recomputes nothing (l = 0)"
+    printed = podsim("compare", trace, *offload, "--no-error-bars").stdout
+    assert f"kvpr: {note}" in printed
+    assert f"full: {note}" not in printed
+    summaries = json.loads(podsim("compare", trace, *offload, "--json").stdout)
+    notes = {name: "".join(summary["podsim"]["notes"]) for name, summary in summaries.items()}
+    assert note in notes["kvpr"]
+    assert note not in notes["full"]
+
+
+def test_a_block_table_of_other_heads_than_were_timed_is_told_of(trace: Path) -> None:
+    note = "was measured with 32/8 query and KV heads, and is taken for 32/4"
+    assert note in podsim("simulate", trace, "--kv", "paged", "--model", "yi-6b").stdout
+    assert "query and KV heads" not in podsim("simulate", trace, "--kv", "paged").stdout

@@ -301,11 +301,11 @@ def test_the_predicted_split_is_of_each_request(costs: MemoryCosts) -> None:
 
 def paged_rows() -> str:
     """Prefill 1.1 and decode 1.02 as long; a table takes 20 us, 0.5 a request and 0.01 a block."""
-    lines = ["op,block_size,requests,blocks,contiguous_us,paged_us"]
-    lines += ["prefill,16,1,64,100,110", "prefill,16,1,256,1000,1100"]
-    lines += ["decode,16,8,512,50,51", "decode,16,64,8192,400,408"]
+    lines = ["op,block_size,requests,blocks,contiguous_us,paged_us,workload"]
+    lines += ["prefill,16,1,64,100,110,32/8 a", "prefill,16,1,256,1000,1100,32/8 b"]
+    lines += ["decode,16,8,512,50,51,32/8 a", "decode,16,64,8192,400,408,32/8 b"]
     for requests, blocks in ((1, 8), (8, 4096), (64, 512), (256, 65536)):
-        lines.append(f"table,16,{requests},{blocks},,{20 + 0.5 * requests + 0.01 * blocks}")
+        lines.append(f"table,16,{requests},{blocks},,{20 + 0.5 * requests + 0.01 * blocks},")
     return "\n".join(lines) + "\n"
 
 
@@ -314,6 +314,7 @@ def test_paged_rows_become_costs_of_steps(tmp_path: Path) -> None:
     fit_folder(tmp_path, "h200", {})
     paged = find_memory_costs("h200", tmp_path).paged_costs(16)
     assert (paged.prefill, paged.decode) == pytest.approx((1.1, 1.02))
+    assert paged.heads == "32/8"
     found = (paged.table_step, paged.table_request, paged.table_block)
     assert found == pytest.approx((20e-6, 0.5e-6, 0.01e-6))
 
