@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 
 from podsim.batch import BatchShape
 from podsim.config import Deployment
@@ -142,18 +143,38 @@ def errors_table(costs: MemoryCosts) -> str:
     return markdown(["line", "points", "median error", "P90", "worst", "bias"], lines)
 
 
-LayerSeconds = Callable[[int, int], float]
-"""Of computing a layer, by batch and context."""
+LayerSeconds = Callable[[str, int, int], float]
+"""Of computing a layer, by model, batch and context."""
 
 
 def simulated_layer(model: str) -> LayerSeconds:
     """What a simulation has for it: from the model's shipped profile, of podsim's own kernels."""
     latency = latency_model_for(Deployment(model=model, gpu=GPU), MODELS[model])
 
-    def seconds(batch: int, context: int) -> float:
+    def seconds(model: str, batch: int, context: int) -> float:
         keys = context + 1
         step = latency.breakdown(BatchShape.of_decodes(batch, batch * keys, keys))
         return (step.attention + step.layers) / latency.num_layers
+
+    return seconds
+
+
+def layer_of_other_points(rows: pd.DataFrame) -> LayerSeconds:
+    """What a model's other points say: so much a layer, a token in the cache, and a request.
+
+    Non-negative least squares of relative errors over the chains without offloading.
+    """
+    resident = rows[rows["split"] == RESIDENT].groupby(POINT)["time_us"].median().reset_index()
+
+    def seconds(model: str, batch: int, context: int) -> float:
+        mine = resident[resident["model"] == model]
+        others = mine[(mine["batch"] != batch) | (mine["context"] != context)]
+        assert len(others) == len(mine) - 1
+        timed = (others["time_us"] / others["layers"]).to_numpy(float) * 1e-6
+        requests, tokens = others["batch"].to_numpy(float), (others["batch"] * others["context"])
+        features = np.column_stack([np.ones(len(others)), tokens, requests])
+        found, _ = nnls(features / timed[:, None], np.ones(len(others)))
+        return float(found @ (1.0, batch * context, batch))
 
     return seconds
 
@@ -174,7 +195,7 @@ def judged(
         seconds = group.groupby("split")["time_us"].median() * 1e-6
         timed = seconds.drop(RESIDENT)
         tokens, resident = batch * context, seconds[RESIDENT] / layers
-        compute = layer_seconds(batch, context) if layer_seconds else resident
+        compute = layer_seconds(model, batch, context) if layer_seconds else resident
         layer = predicted_layer(costs, SHAPES[model], tokens, compute, schedule)
         errors = {n: layer.seconds(layers, n * batch, schedule) / timed[n] - 1 for n in timed.index}
         of_kvpr = [error for split, error in errors.items() if split]
@@ -315,6 +336,8 @@ def tables(folder: Path) -> dict[str, str]:
     rows = {part: pd.read_csv(folder / f"{part}.csv") for part in ("mapping", "growth", "transfer")}
     chains = [pd.read_csv(folder / f"{part}.csv") for part in ("layers", "layers-column")]
     points = judged(costs, pd.concat(chains))
+    blind = pd.concat(judged(costs, rows, layer_of_other_points(rows)) for rows in chains)
+    blind["schedule"] += ", computing by other points"
     own = chains[0][chains[0]["model"] == OWN_MODEL]
     simulated = judged(costs, own, simulated_layer(OWN_MODEL))
     return {
@@ -324,7 +347,7 @@ def tables(folder: Path) -> dict[str, str]:
         "paged": paged_table(costs),
         "errors": errors_table(costs),
         "layers": layers_table(points[points["schedule"] == "row"]),
-        "schedules": layers_summary(points),
+        "schedules": layers_summary(pd.concat([points, blind])),
         "own layers": own_layers_table(judged(costs, own), simulated),
     }
 

@@ -13,6 +13,7 @@ from memory_table import (
     calls_table,
     filled,
     judged,
+    layer_of_other_points,
     layers_summary,
     mapping_table,
     served_tables,
@@ -169,6 +170,23 @@ def test_the_page_names_where_layers_miss() -> None:
     assert few["split"]["opt-13b", 1, 303] == 94
     named = {*off[many]["point"], ("llama-2-7b", 2, 797), ("opt-13b", 1, 303)}
     assert off[~off["point"].isin(named)]["error"].abs().max() < 0.0235
+
+
+def test_layers_hold_their_bars_with_computing_that_other_points_tell() -> None:
+    """A prediction then knows nothing of the chains that judge it."""
+    costs = find_memory_costs("h200")
+    for part, full, kvpr in (("layers", 0.017, 0.041), ("layers-column", 0.002, 0.011)):
+        rows = pd.read_csv(ROOT / "profiles" / "h200" / "memory" / f"{part}.csv")
+        seconds = layer_of_other_points(rows)
+        points = judged(costs, rows, seconds)
+        assert len(points) == 21
+        worst = points[["full_error", "kvpr_error", "split_error", "regret"]].abs().max()
+        assert (round(worst["full_error"], 3), round(worst["kvpr_error"], 3)) == (full, kvpr)
+        assert worst["split_error"] <= 0.1
+        assert worst["regret"] <= 0.03
+        known = judged(costs, rows)["compute"]
+        assert (points["compute"] != known).all()
+        assert (points["compute"] / known - 1).abs().median() < 0.1
 
 
 def test_the_page_names_what_podsims_own_layers_give() -> None:
