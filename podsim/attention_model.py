@@ -35,6 +35,7 @@ from podsim.batch import BatchShape
 from podsim.kernels.config import balance, config_for, is_decode_heavy, sm_shares
 from podsim.model import Model
 from podsim.overlap import BUSY, WAVES, Overlap, Place, place
+from podsim.scaling import AttentionTime
 from podsim.unified_features import (
     DecodeTiles,
     decode_tile_blocks,
@@ -118,21 +119,22 @@ class AttentionModel:
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
         """Of a batch under a strategy; a batch of one side runs that side's own kernel."""
-        return self.seconds_and_hidden(strategy, shape)[0]
+        return self.time(strategy, shape).seconds
 
-    def seconds_and_hidden(self, strategy: str, shape: BatchShape) -> tuple[float, float]:
-        """Of a batch under a strategy, and how many seconds of its two sides overlap hides."""
+    def time(self, strategy: str, shape: BatchShape) -> AttentionTime:
+        """Of a batch under a strategy."""
         prefills, num_prefill_tokens, n, keys, longest, _ = shape
         if not prefills:
-            return self.decode_seconds(n, keys, longest), 0.0
+            return AttentionTime(self.decode_seconds(n, keys, longest))
         if strategy == "unified" and n:
-            return self._unified_seconds(shape), 0.0
+            return self._unified_time(shape)
         sms = self._sms_beside_decode(strategy, shape) if n else 0
         tiles = row_tiles(prefills, self.geometry)
         side = self._prefill_side(tiles, sms)
         _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
         if not n:
-            return alone + sustained(num_prefill_tokens, alone, self.geometry) * loaded, 0.0
+            load = sustained(num_prefill_tokens, alone, self.geometry)
+            return AttentionTime(alone + load * loaded)
         coefficients = self.coefficients["decode"]
         decode, items = decode_seconds(coefficients, n, keys, longest, self.geometry)
         load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
@@ -144,11 +146,11 @@ class AttentionModel:
         seconds = launch + item * items + wave * waves + paid * both
         seconds += pair * min(items, waves) + key * prefill_keys
         if strategy == "serial":
-            return seconds, 0.0
+            return AttentionTime(seconds)
         if strategy == "streams":  # whose prefill is that on a part of the SMs
             side = self._prefill_side(tiles, 0)
             both = side.seconds + load * side.loaded_seconds + decode
-        return seconds, max(both - seconds, 0.0)
+        return AttentionTime(seconds, max(both - seconds, 0.0))
 
     def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
@@ -162,7 +164,7 @@ class AttentionModel:
         _, _, n, keys, longest, _ = shape
         return decode_seconds(self.coefficients["decode"], n, keys, longest, self.geometry)
 
-    def _unified_seconds(self, shape: BatchShape) -> float:
+    def _unified_time(self, shape: BatchShape) -> AttentionTime:
         """Of a mixed batch: at the high clock, and what the load adds."""
         geometry, coefficients = self.geometry, self.coefficients["unified"]
         work = self._unified_work(
@@ -171,7 +173,9 @@ class AttentionModel:
         )
         high = dot(coefficients, unified_features(shape, work, geometry, 0.0))
         load = drawn(shape.num_tokens, high, work, geometry)
-        return high + coefficients[DRAWN] * work.makespan * load
+        seconds = high + coefficients[DRAWN] * work.makespan * load
+        busy = work.blocks / (work.makespan * work.num_sms)
+        return AttentionTime(seconds, drawing=work.decode_share * busy * seconds)
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))

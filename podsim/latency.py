@@ -17,7 +17,7 @@ from podsim.graph_sizes import graph_size
 from podsim.heat import Heats, Warming
 from podsim.model import Model
 from podsim.profile import Profile
-from podsim.scaling import Attention, ScaledAttention
+from podsim.scaling import Attention, AttentionTime, ScaledAttention
 
 LAYER_OPS = {
     "rmsnorm": 2,
@@ -290,22 +290,23 @@ class ProfiledLatency:
     def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
         num_tokens = num_prefill_tokens + num_decodes
-        attention, hidden = self.attention.seconds_and_hidden(self.strategy, shape)
-        attention, hidden = self.num_layers * attention, self.num_layers * hidden
+        attention, hidden, drawing = self.attention_time(shape)
         layers, once, collectives = self._beside_attention(
             num_tokens, num_sampled, num_decodes + len(prefills)
         )
         if prefills:
             once += self.host_with_prefill
-        share = self.matrix_share(num_tokens, attention + layers)
+        share = self.matrix_share(num_tokens, attention + layers, drawing)
         slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
         if hidden:
             slower += self._overlap_loss * share * hidden / (attention + layers)
         return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
 
-    def hidden_seconds(self, shape: BatchShape) -> float:
-        """Of a mixed step's attention: what overlap hides."""
-        return self.num_layers * self.attention.seconds_and_hidden(self.strategy, shape)[1]
+    def attention_time(self, shape: BatchShape) -> AttentionTime:
+        """Of all layers together, as each is timed alone."""
+        seconds, hidden, drawing = self.attention.time(self.strategy, shape)
+        n = self.num_layers
+        return AttentionTime(n * seconds, n * hidden, n * drawing)
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -322,8 +323,8 @@ class ProfiledLatency:
             collectives,
         )
 
-    def matrix_share(self, num_tokens: int, seconds: T) -> T:
-        """The matrix products' share of the layers' seconds.
+    def matrix_share(self, num_tokens: int, seconds: T, drawing: float = 0.0) -> T:
+        """The share of the layers' seconds in matrix products, and in attention that draws as much.
 
         Whole steps take longer than their parts, timed with pauses between them. Matrix work
         without a pause lowers the clock further: what that adds is in proportion to the square of
@@ -331,7 +332,7 @@ class ProfiledLatency:
         with the square of the rest. Overlap does the same work in less time, at more power: under
         the power limit a lower clock takes a part of what it hides back, in proportion to this.
         """
-        return self._matrix_seconds_per_token * num_tokens / seconds
+        return (self._matrix_seconds_per_token * num_tokens + drawing) / seconds
 
     def step_times(self, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
         """`step_time` of many batches, to the last bit; those of as many decodes at once.

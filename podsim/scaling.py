@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,12 +93,23 @@ class Scaling:
         return seconds[0] / seconds[1]
 
 
+class AttentionTime(NamedTuple):
+    """Of a batch's attention in a layer, in seconds."""
+
+    seconds: float
+    hidden: float = 0.0
+    """Of its two sides, what overlap hides."""
+    drawing: float = 0.0
+    """Of it, what draws power as matrix products do: decodes as prefill tiles (unified), whose rows
+    are mostly padding, as far as they keep the SMs busy."""
+
+
 class Attention(Protocol):
     """What `podsim.attention_model.AttentionModel` tells."""
 
     def seconds(self, strategy: str, shape: BatchShape) -> float: ...
 
-    def seconds_and_hidden(self, strategy: str, shape: BatchShape) -> tuple[float, float]: ...
+    def time(self, strategy: str, shape: BatchShape) -> AttentionTime: ...
 
     def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float: ...
 
@@ -120,14 +131,14 @@ class ScaledAttention:
         self._decode_ratio = scaling.attention_ratio(BatchShape.of((), (1024,)))
 
     def seconds(self, strategy: str, shape: BatchShape) -> float:
-        return self.seconds_and_hidden(strategy, shape)[0]
+        return self.time(strategy, shape).seconds
 
-    def seconds_and_hidden(self, strategy: str, shape: BatchShape) -> tuple[float, float]:
-        seconds, hidden = self._attention.seconds_and_hidden(strategy, shape)
+    def time(self, strategy: str, shape: BatchShape) -> AttentionTime:
+        time = self._attention.time(strategy, shape)
         if not shape.prefills:
-            return seconds * self._decode_ratio, 0.0
+            return AttentionTime(time.seconds * self._decode_ratio)
         ratio = self._scaling.attention_ratio(shape)
-        return seconds * ratio, hidden * ratio
+        return AttentionTime(*(seconds * ratio for seconds in time))
 
     def decode_seconds(self, num_decodes: int, context_sum: int, context_max: int) -> float:
         seconds = self._attention.decode_seconds(num_decodes, context_sum, context_max)

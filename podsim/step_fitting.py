@@ -84,13 +84,14 @@ def _steps(profile: Profile, model: Model, grid: pd.DataFrame) -> list[Step]:
                 serial[shape] = len(found)
             parts = latency.breakdown(shape)
             layers = parts.attention + parts.layers
+            time = latency.attention_time(shape)
             found.append(
                 Step(
                     bool(shape.prefills),
-                    latency.matrix_share(shape.num_tokens, layers),
+                    latency.matrix_share(shape.num_tokens, layers, time.drawing),
                     layers,
                     seconds - parts.once - layers,
-                    latency.hidden_seconds(shape),
+                    time.hidden,
                     serial.get(shape, -1),
                 )
             )

@@ -448,7 +448,7 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
         share = latency.matrix_share(shape.num_tokens, layers)
-        more = 0.2 * share**2 * layers + 0.3 * share * latency.hidden_seconds(shape)
+        more = 0.2 * share**2 * layers + 0.3 * share * latency.attention_time(shape).hidden
         gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
         table.loc[index, "time_us"] = (layers + more + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
@@ -474,13 +474,14 @@ def test_overlap_hides_seconds_under_the_strategies_that_overlap() -> None:
     mixed = BatchShape.of([(512, 4096)], [4096] * 64)
     sides = [BatchShape.of([(512, 4096)]), BatchShape.of([], [4096] * 64)]
     hidden = {
-        name: ProfiledLatency(PROFILE, LLAMA, name).hidden_seconds(mixed) for name in STRATEGIES
+        name: ProfiledLatency(PROFILE, LLAMA, name).attention_time(mixed).hidden
+        for name in STRATEGIES
     }
     assert hidden["serial"] == hidden["unified"] == 0.0
     serial = ProfiledLatency(PROFILE, LLAMA, "serial").breakdown(mixed).attention
     for name in ("streams", "pod"):
         latency = ProfiledLatency(PROFILE, LLAMA, name)
-        assert all(latency.hidden_seconds(side) == 0.0 for side in sides)
+        assert all(latency.attention_time(side).hidden == 0.0 for side in sides)
         saved = serial - latency.breakdown(mixed).attention
         assert hidden[name] == pytest.approx(saved, rel=0.35)
 
