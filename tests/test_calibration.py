@@ -438,8 +438,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
     # Every other batch to fit on, each taking what its parts take, 20 % times the square of the
-    # matrix products' share more, 30 % times that share of what overlap hides, and 5 us a layer
-    # times the square of the rest.
+    # share of matrix products (and of what draws as much) more, 30 % times that share of what
+    # overlap hides, and 5 us a layer times the square of the rest.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
     to_fit_on = set(batches[::2])
     for index, row in table[table["op"] == "step"].iterrows():
@@ -447,8 +447,9 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         latency = ProfiledLatency(without, LLAMA, row["strategy"])
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
-        share = latency.matrix_share(shape.num_tokens, layers)
-        more = 0.2 * share**2 * layers + 0.3 * share * latency.attention_time(shape).hidden
+        time = latency.attention_time(shape)
+        share = latency.matrix_share(shape.num_tokens, layers, time.drawing)
+        more = 0.2 * share**2 * layers + 0.3 * share * time.hidden
         gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
         table.loc[index, "time_us"] = (layers + more + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
@@ -690,6 +691,26 @@ def test_the_clock_share_of_decodes_is_found_after_bursts() -> None:
     assert fit_clock_share(runs, warming) == pytest.approx(0.12, rel=0.1)
     assert fit_clock_share(runs[1:], warming) == 0.0
     assert fit_clock_share([*runs[:1], replace(runs[1], batch="another")], warming) == 0.0
+
+
+def test_unified_decodes_count_as_matrix_products_in_whole_steps() -> None:
+    """As far as they keep the SMs busy; the other strategies read their keys without padding."""
+    long = BatchShape.of([(256, 512)], [8192] * 64)
+    few = BatchShape.of([(256, 512)], [8192])
+    times = {name: ProfiledLatency(PROFILE, LLAMA, name).attention_time for name in STRATEGIES}
+    drawing = {name: time(long).drawing / time(long).seconds for name, time in times.items()}
+    assert drawing.pop("unified") > 0.6
+    assert set(drawing.values()) == {0.0}
+    assert times["unified"](few).drawing < 0.2 * times["unified"](few).seconds
+    sustained = {**PROFILE.sustained, "slowdown": 0.1, "layer_gap": 0.0, "overlap_loss": 0.0}
+    latency = ProfiledLatency(replace(PROFILE, sustained=sustained), LLAMA, "unified")
+    none = replace(PROFILE, sustained={**sustained, "slowdown": 0.0})
+    parts, time = ProfiledLatency(none, LLAMA, "unified").breakdown(long), times["unified"](long)
+    layers = parts.attention + parts.layers
+    share = (latency.matrix_seconds(320) + time.drawing) / layers
+    assert 0.6 < share < 1.0
+    slower = latency.breakdown(long)
+    assert slower.attention + slower.layers == pytest.approx(layers * (1 + 0.1 * share**2))
 
 
 def test_a_step_of_decodes_feels_the_clock_by_its_share() -> None:
