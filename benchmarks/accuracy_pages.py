@@ -130,7 +130,8 @@ def gpu_table(errors: pd.DataFrame) -> str:
 
 def budgets_table(errors: pd.DataFrame) -> str:
     """Chat at one load under several budgets."""
-    chosen = errors[(errors["workload"] == "chat") & (errors["load"] == BUDGETS_LOAD)]
+    chosen = errors[errors["run"].isin(run_names("chat", "budgets"))]
+    chosen = chosen[chosen["load"] == BUDGETS_LOAD]
     chosen = chosen[chosen["attention"].isin(["serial", "pod"])]
     return runs_table(chosen.sort_values(["attention", "token_budget"]))
 
@@ -221,12 +222,17 @@ def gains_table(errors: pd.DataFrame, names: list[str]) -> str:
     return table(["run", "of", "measured", "simulated", "points between", ""], rows)
 
 
+def run_names(*groups: str) -> list[str]:
+    """Of all runs that groups of record_runs.py plan."""
+    return [name for setup in SETUPS if setup.group in groups for name in setup.run_names]
+
+
 def missing_table(errors: pd.DataFrame) -> str:
     """Of each group of record_runs.py: how many runs are recorded, by the kernels they ran."""
     kernels = sorted({*errors["kernels"], "hopper"})
     rows = []
     for group in dict.fromkeys(setup.group for setup in SETUPS):
-        names = [name for setup in SETUPS if setup.group == group for name in setup.run_names]
+        names = run_names(group)
         mine = errors[errors["run"].isin(names)]
         counts = [str(int((mine["kernels"] == kind).sum())) for kind in kernels]
         rows.append([group, str(len(names)), *counts])
@@ -235,7 +241,8 @@ def missing_table(errors: pd.DataFrame) -> str:
 
 def readme_table(errors: pd.DataFrame) -> str:
     """Some runs of POD."""
-    chosen = errors[(errors["attention"] == "pod") & errors["load"].isin(README_LOADS)]
+    chosen = errors[errors["run"].isin(run_names("chat", "code", "summary", "budgets"))]
+    chosen = chosen[(chosen["attention"] == "pod") & chosen["load"].isin(README_LOADS)]
     return runs_table(chosen)
 
 

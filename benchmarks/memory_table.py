@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 
 from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.layer_predictions import RESIDENT, as_good, predicted_layer, split_error
+from podsim.memory_calibration import non_negative
 from podsim.memory_costs import ADDRESS_APIS, APIS, DIRECTIONS, MemoryCosts, read_memory_costs
 from podsim.model import MODELS
 from podsim.offloaded_shapes import SHAPES
@@ -147,16 +147,12 @@ LayerSeconds = Callable[[str, int, int], float]
 """Of computing a layer, by model, batch and context."""
 
 
-def simulated_layer(model: str) -> LayerSeconds:
+def simulated_layer(model: str, batch: int, context: int) -> float:
     """What a simulation has for it: from the model's shipped profile, of podsim's own kernels."""
     latency = latency_model_for(Deployment(model=model, gpu=GPU), MODELS[model])
-
-    def seconds(model: str, batch: int, context: int) -> float:
-        keys = context + 1
-        step = latency.breakdown(BatchShape.of_decodes(batch, batch * keys, keys))
-        return (step.attention + step.layers) / latency.num_layers
-
-    return seconds
+    keys = context + 1
+    step = latency.breakdown(BatchShape.of_decodes(batch, batch * keys, keys))
+    return (step.attention + step.layers) / latency.num_layers
 
 
 def layer_of_other_points(rows: pd.DataFrame) -> LayerSeconds:
@@ -173,7 +169,7 @@ def layer_of_other_points(rows: pd.DataFrame) -> LayerSeconds:
         timed = (others["time_us"] / others["layers"]).to_numpy(float) * 1e-6
         requests, tokens = others["batch"].to_numpy(float), (others["batch"] * others["context"])
         features = np.column_stack([np.ones(len(others)), tokens, requests])
-        found, _ = nnls(features / timed[:, None], np.ones(len(others)))
+        found = non_negative(features / timed[:, None])
         return float(found @ (1.0, batch * context, batch))
 
     return seconds
@@ -339,7 +335,7 @@ def tables(folder: Path) -> dict[str, str]:
     blind = pd.concat(judged(costs, rows, layer_of_other_points(rows)) for rows in chains)
     blind["schedule"] += ", computing by other points"
     own = chains[0][chains[0]["model"] == OWN_MODEL]
-    simulated = judged(costs, own, simulated_layer(OWN_MODEL))
+    simulated = judged(costs, own, simulated_layer)
     return {
         "mapping": mapping_table(rows["mapping"], PAGE_GROUP),
         "growth": growth_table(rows["growth"]),

@@ -252,12 +252,13 @@ def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
 
 
 def missing_runs(setups: Sequence[Setup], out: Path) -> list[tuple[Setup, Run, float]]:
-    """The runs that are not there yet, and the seconds that each takes."""
+    """The runs that are not there yet, of no card, and the seconds that each takes."""
+    there = {path.parent.name for path in out.rglob(ENGINE_FILE)}
     return [
         (setup, run, seconds(setup, run.trace))
         for setup in setups
         for run in setup.runs()
-        if not (out / run.name).exists()
+        if run.name not in there
     ]
 
 

@@ -193,8 +193,7 @@ def compare_command(
     for line in terminal.error_lines(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     notes = [
-        *terminal.uncalibrated_lines(results),
-        *terminal.outside_lines(results),
+        *terminal.note_lines(results),
         *terminal.memory_comparison(results),
         *notes,
     ]

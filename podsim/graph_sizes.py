@@ -1,8 +1,7 @@
 """Sizes of CUDA graphs: the numbers of tokens that an engine pads its steps to.
 
 A captured graph has one size, so an engine captures some and pads each step to the next: multiples
-of 8 up to 256, then of 1/32 to 1/16 of the number itself. Multiples of 8 also run the faster matrix
-kernels.
+of 8 up to 256, then of 1/32 to 1/16 of the number itself.
 """
 
 from __future__ import annotations

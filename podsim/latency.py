@@ -49,7 +49,8 @@ class StepOfAttention(Protocol):
 
 
 ALIGNED = 16
-"""Tokens. Of the powers of two, the one by which the rows to fit on predict each other best."""
+"""Tokens. Of the powers of two, the one by which matrix rows to fit on predict each other with the
+least error, in the median, the mean and at P90 (`benchmarks/alignment.py`)."""
 
 WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
@@ -341,13 +342,19 @@ class ProfiledLatency:
         """
         times = np.empty(len(shapes))
         alike: dict[int, list[int]] = {}
-        for index, shape in enumerate(shapes):
-            if shape.prefills:
-                times[index] = self.step_time(shape)
+        single = []
+        for index, (prefills, _, n, _, _, num_sampled) in enumerate(shapes):
+            if prefills or num_sampled != n:
+                single.append(index)
             else:
-                alike.setdefault(shape.num_decodes, []).append(index)
+                alike.setdefault(n, []).append(index)
         for n, where in alike.items():
-            times[where] = self._times_of_decodes(n, [shapes[index] for index in where])
+            if len(where) < WORTH_AN_ARRAY:
+                single += where
+            else:
+                times[where] = self._times_of_decodes(n, [shapes[index] for index in where])
+        for index in single:
+            times[index] = self.step_time(shapes[index])
         return times
 
     def _times_of_decodes(self, n: int, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:

@@ -25,7 +25,9 @@ COLUMNS = {
     "recompute": ("hidden", "outputs", "rotated", "tokens", "split", "pass", "time_us"),
     "layers": LAYER_COLUMNS,
     "layers-column": LAYER_COLUMNS,
-    "paged": ("op", "block_size", "requests", "blocks", "contiguous_us", "paged_us"),
+    "paged": (
+        *("op", "block_size", "requests", "blocks", "contiguous_us", "paged_us", "workload"),
+    ),
 }
 """Of the file of each part, `PART.csv`; there may be more."""
 STATES = {"idle": ("idle", "main"), "busy": ("busy", "background")}
@@ -134,11 +136,11 @@ def read_rows(folder: Path, part: str) -> pd.DataFrame:
 def fit_line(units: Floats, seconds: Floats) -> Line:
     """Neither part negative, with the least squares of the relative error."""
     features = np.column_stack([1 / seconds, units / seconds])
-    fixed, per_unit = _non_negative(features)
+    fixed, per_unit = non_negative(features)
     return Line(float(fixed), float(per_unit))
 
 
-def _non_negative(features: Floats) -> Floats:
+def non_negative(features: Floats) -> Floats:
     """Coefficients >= 0 whose products with the features are all as near to 1 as can be."""
     from scipy.optimize import nnls  # takes half a second to load, and only fits need it
 
@@ -275,20 +277,20 @@ def _paged(rows: pd.DataFrame) -> dict[str, object]:
     """Ratios of the kernels' times, and the host's seconds of a table (op "table", in paged_us)."""
     found: dict[str, object] = {}
     for size, of_size in rows.groupby("block_size"):
-        kernels: dict[str, object] = {}
+        timed = of_size.loc[of_size["op"] != "table", "workload"]
+        kernels: dict[str, object] = {"heads": ", ".join(sorted({w.split()[0] for w in timed}))}
         for op in ("prefill", "decode"):
             mine = of_size[of_size["op"] == op]
             if mine.empty:
                 raise InputError(f"paged.csv: no rows of '{op}' with blocks of {size} tokens")
             kernels[op] = float((mine["paged_us"] / mine["contiguous_us"]).median())
-            kernels["heads"] = ", ".join(sorted({text.split()[0] for text in mine["workload"]}))
         table = of_size[of_size["op"] == "table"]
         if len(table) < 3:
             raise InputError(f"paged.csv: under 3 rows of 'table' with blocks of {size} tokens")
         seconds = table["paged_us"].to_numpy(float) * 1e-6
         counts = [np.ones(len(table)), *(table[n].to_numpy(float) for n in ("requests", "blocks"))]
         features = np.column_stack(counts) / seconds[:, None]
-        parts = _non_negative(features)
+        parts = non_negative(features)
         names = ("table_step", "table_request", "table_block")
         found[str(size)] = kernels | dict(zip(names, map(float, parts), strict=True))
     return found

@@ -138,7 +138,7 @@ class PagedCosts:
     table_block: float
     """and for each of their blocks."""
     heads: str = ""
-    """Query and KV heads that the kernels were timed with, as 32/8; empty: not known."""
+    """Query and KV heads that the kernels were timed with, as "32/8, 32/4"; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -306,7 +306,7 @@ def _memory(result: Result) -> dict[str, object]:
 
 def is_total(name: str) -> bool:
     """Whether a number of a memory system's summary adds up over replicas."""
-    return name.endswith(("_steps", "_time", "_blocks", "_moved", "_requests"))
+    return name.endswith(("_steps", "_time", "_blocks", "_moved", "_requests", "_tokens"))
 
 
 def _provenance(result: Result) -> dict[str, object]:

@@ -162,5 +162,5 @@ class OffloadTime:
         ]
 
     def summary(self) -> Mapping[str, float]:
-        share = self._split_tokens / self._loaded_tokens if self._loaded_tokens else 0.0
-        return {**self._totals, "recomputed_share": share}
+        tokens = {"recomputed_tokens": self._split_tokens, "loaded_tokens": self._loaded_tokens}
+        return {**self._totals, **tokens}

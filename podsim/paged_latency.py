@@ -68,7 +68,7 @@ class PagedLatency(ProfiledLatency):
 
     def notes(self) -> Sequence[str]:
         measured = self.paged.heads
-        if measured in ("", self.heads):
+        if not measured or self.heads in measured.split(", "):
             return super().notes()
         return [
             *super().notes(),

@@ -253,8 +253,9 @@ def _lognormal(
 def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str]]:
     """Numbers of tokens for the linear layers: both sides of the edges where tiles quantize.
 
-    Multiples of 8 and others run different kernels, so each edge has both on both sides. Few rows
-    run kernels of their own, and the sampling of one row more than the SMs hold takes a turn more.
+    Whole tiles and others run different kernels, so each edge is timed with both sides of it. Few
+    rows run kernels of their own, and the sampling of one row more than the SMs hold takes a turn
+    more.
     """
     small = [*range(1, 19), *(n for m in range(24, 65, 8) for n in (m - 3, m, m + 1))]
     small += [*range(80, 513, 32), *(n + 1 for n in range(80, 513, 32))]

@@ -28,7 +28,6 @@ def reopen(
     profile = read_profile(folder, str(folder))
     identity = identity_of(plan, model, gpu_name, provenance)
     _require_same(profile, identity)
-    identity = {**identity, "card": profile.provenance.get("card")}
     try:
         with (folder / MEASUREMENTS_FILE).open(encoding="utf-8", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
@@ -37,13 +36,16 @@ def reopen(
     scratch = folder / f"{JOURNAL_FILE}.new"
     try:
         with Journal(scratch, identity, plan) as journal:
-            _fill(journal, plan, rows, _seconds_each(profile, plan, len(rows)))
+            card = str(profile.provenance.get("card", ""))
+            _fill(journal, plan, rows, _seconds_each(profile, plan, len(rows)), card)
         scratch.replace(folder / JOURNAL_FILE)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _fill(journal: Journal, plan: Plan, rows: list[Row], seconds: Mapping[str, float]) -> None:
+def _fill(
+    journal: Journal, plan: Plan, rows: list[Row], seconds: Mapping[str, float], card: str
+) -> None:
     first = 0
     for job, number in plan.turns:
         mine = rows[first : first + len(job.keys)]
@@ -56,7 +58,7 @@ def _fill(journal: Journal, plan: Plan, rows: list[Row], seconds: Mapping[str, f
                 )
         if len(mine) < len(job.keys):
             break
-        journal.append(mine, seconds[job.kind])
+        journal.append(mine, seconds[job.kind], card)
         first += len(mine)
     if first < len(rows):
         raise InputError(
@@ -81,7 +83,7 @@ def _require_same(profile: Profile, identity: Mapping[str, object]) -> None:
     found = {**profile.provenance, "model": profile.model, "gpu": profile.gpu}
     found["shape"] = profile.shape
     for name, now in identity.items():
-        if name not in ("plan_sha256", "card") and found.get(name) != now:
+        if name != "plan_sha256" and found.get(name) != now:
             raise InputError(
                 f"{profile.source}: {name} is {found.get(name)!r} there, {now!r} now: measure it "
                 "anew"

@@ -25,7 +25,9 @@ ROW_COLUMNS = (
 """Of measurements.csv; docs/profile-format.md says what each holds."""
 _WALL = "wall_s"
 """Seconds that the whole sequence of a row took, in its first row; only in the journal."""
-_COLUMNS = (*ROW_COLUMNS, _WALL)
+_CARD = "card"
+"""That timed it, in the same row."""
+_COLUMNS = (*ROW_COLUMNS, _WALL, _CARD)
 _START = "# podsim profile "
 SYNC_SECONDS = 1.0
 """At most so much is lost when the machine, not only the process, goes down."""
@@ -38,7 +40,7 @@ class Journal:
 
     What a killed process left half-written is cut off. Only one process may have it open. Raises
     InputError if the file is of another measurement: another plan, GPU, driver, kernels, versions.
-    `card` of the identity may be another.
+    The card may be another.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object], plan: Plan) -> None:
@@ -52,8 +54,8 @@ class Journal:
         """Of each kind of sequence: the wall time of each."""
         self._plan = plan
         self._identity = {str(key): value for key, value in identity.items()}
-        self.first_card = identity.get("card")
-        """Of the GPU on which the measurement began; None if it is not known."""
+        self.cards: list[tuple[int, str]] = []
+        """From which sequence on which card measured; nothing where it is not known."""
         self._file = path.open("a+b", buffering=0)
         self._synced = time.monotonic()
         try:
@@ -75,10 +77,10 @@ class Journal:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def append(self, rows: Sequence[Row], wall_seconds: float) -> None:
+    def append(self, rows: Sequence[Row], wall_seconds: float, card: str) -> None:
         """Keep the rows of the plan's next sequence, in the order of its keys."""
-        timed = [{**row, _WALL: ""} for row in rows]
-        timed[0][_WALL] = f"{wall_seconds:.3f}"
+        timed = [{**row, _WALL: "", _CARD: ""} for row in rows]
+        timed[0] |= {_WALL: f"{wall_seconds:.3f}", _CARD: card}
         self._write(_lines(timed))
         self._note(timed)
         if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -128,6 +130,8 @@ class Journal:
     def _note(self, rows: Sequence[Row]) -> None:
         job = self._plan.turns[self.num_done].job
         self.seconds.setdefault(job.kind, []).append(float(rows[0][_WALL]))
+        if not self.cards or self.cards[-1][1] != rows[0][_CARD]:
+            self.cards.append((self.num_done, rows[0][_CARD]))
         for row in rows:
             self.rows.append({name: row[name] for name in ROW_COLUMNS})
             self.first_passes.setdefault(key_of(row), self.rows[-1])
@@ -136,10 +140,9 @@ class Journal:
     def _require_same(self, first: bytes) -> None:
         try:
             found = json.loads(first.decode().removeprefix(_START))
-            self.first_card = found.get("card")
             differing = [
                 f"{name} is {found.get(name)!r} there, {self._identity.get(name)!r} now"
-                for name in sorted({*found, *self._identity} - {"card"})
+                for name in sorted({*found, *self._identity})
                 if found.get(name) != self._identity.get(name)
             ]
         except (ValueError, AttributeError):

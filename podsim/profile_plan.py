@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from podsim.config import STRATEGIES
 from podsim.hardware import Gpu
-from podsim.latency import LAYER_OPS
+from podsim.latency import ALIGNED, LAYER_OPS
 from podsim.model import Model
 from podsim.points import (
     NUM_STEPS,
@@ -247,7 +247,7 @@ def _few_linear(rng: Generator, points: Sequence[tuple[int, str]]) -> list[tuple
     kept: set[tuple[int, str]] = set()
     for split in ("grid", "held_out"):
         for aligned in (True, False):
-            some = [p for p in points if p[1] == split and (p[0] % 8 == 0) is aligned]
+            some = [p for p in points if p[1] == split and (p[0] % ALIGNED == 0) is aligned]
             ends = {some[0], some[-1]} if split == "grid" else set()
             kept |= {some[index] for index in _few(rng, len(some))} | ends
     return [point for point in points if point in kept]

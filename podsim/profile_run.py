@@ -90,16 +90,16 @@ def run_profile(
         folder.mkdir(parents=True, exist_ok=True)
         with Journal(folder / JOURNAL_FILE, identity, plan) as journal:
             start = time.perf_counter() - started
-            cards = _cards(journal, plan, provenance)
+            card = str(provenance.get("card", ""))
             for index in range(journal.num_done, len(plan.turns)):
                 on_progress(index, len(plan.turns))
                 job, number = plan.turns[index]
                 started = time.perf_counter()
                 check = _checks(journal, model, gpu)
                 rows = _measured(job, number, prepare, check)
-                journal.append(rows, time.perf_counter() - started)
+                journal.append(rows, time.perf_counter() - started, card)
             on_progress(len(plan.turns), len(plan.turns))
-            origin = {**provenance, **cards, "command": command}
+            origin = {**provenance, **_cards(journal), "command": command}
             profile = _finish(folder, plan, model, gpu, origin, journal, start)
         (folder / JOURNAL_FILE).unlink()
     except OSError as error:
@@ -110,9 +110,10 @@ def run_profile(
 def identity_of(
     plan: Plan, model: Model, gpu_name: str, provenance: Mapping[str, object]
 ) -> dict[str, object]:
-    """What must be the same where a measurement goes on; but `card` may be another of the kind."""
+    """What must be the same where a measurement goes on: another card of the same kind may."""
+    machine = {name: value for name, value in provenance.items() if name != "card"}
     return {
-        **provenance,
+        **machine,
         "kernels_sha256": kernels_hash(),
         "model": model.name,
         "shape": model.shape,
@@ -122,14 +123,13 @@ def identity_of(
     }
 
 
-def _cards(journal: Journal, plan: Plan, provenance: Mapping[str, object]) -> dict[str, str]:
-    """Which card a profile is of, and from which sequence on it is of another."""
-    now, first = provenance.get("card"), journal.first_card or "unknown"
-    if now is None:
+def _cards(journal: Journal) -> dict[str, str]:
+    """Which card a profile is of, and from which sequences on it is of others."""
+    (_, first), *others = journal.cards
+    if not first and not others:
         return {}
-    if now == first or journal.num_done == len(plan.turns):
-        return {"card": str(first)}
-    return {"card": f"{first}, from sequence {journal.num_done} on {now}"}
+    texts = [first or "unknown", *(f"from sequence {n} on {card}" for n, card in others)]
+    return {"card": ", ".join(texts)}
 
 
 def require_place(folder: Path) -> None:

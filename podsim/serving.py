@@ -99,7 +99,8 @@ class Served:
     num_blocks: int
     machine: dict[str, object]
     kernel_starts: tuple[float, float]
-    """Seconds from one small kernel of a graph to the next, before and after."""
+    """Seconds from one small kernel of a graph to the next, when the engine's graphs were captured
+    and after the run."""
 
     def engine(self, options: Mapping[str, object]) -> dict[str, object]:
         """What a recording says of the engine; `options` are those it was made with."""
@@ -148,6 +149,7 @@ class Server:
         with self._first_block_mapped():
             self.llama.capture(lambda done, total: on_progress("capturing graphs", done, total))
         self.kernel_starts = KernelStarts()
+        self._starts_at_first = self.kernel_starts.seconds()
         self.host_time = self.measure_host_time(on_progress)
 
     def serve(
@@ -162,7 +164,6 @@ class Server:
         """
         clock = WallClock()
         engine = self._engine(step_time, seed, clock)
-        starts_before = self.kernel_starts.seconds()
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
@@ -176,7 +177,7 @@ class Server:
         machine = provenance(self.llama.model)
         if self.group is not None:
             machine |= self.group.provenance()
-        starts = starts_before, self.kernel_starts.seconds()
+        starts = self._starts_at_first, self.kernel_starts.seconds()
         return Served(recording, samples, self.host_time, self.num_blocks, machine, starts)
 
     def _count_from_the_last_start(self, recording: Recording) -> None:

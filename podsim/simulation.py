@@ -97,13 +97,10 @@ class Result:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the results should know of the costs."""
-        return [*getattr(self.latency_model, "notes", list)(), *self.memory_notes]
-
-    @property
-    def memory_notes(self) -> list[str]:
-        """Of the memory systems of all replicas, each once."""
-        return list(dict.fromkeys(note for memory in self.memory for note in memory.notes()))
+        """What a reader of the results should know of the costs, each once."""
+        told: Sequence[str] = getattr(self.latency_model, "notes", list)()
+        of_memory = (note for memory in self.memory for note in memory.notes())
+        return list(dict.fromkeys([*told, *of_memory]))
 
     def summary(self) -> dict[str, object]:
         """The headline numbers, under the keys of `vllm bench serve` and podsim's own."""

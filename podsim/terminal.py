@@ -98,7 +98,8 @@ def summary_lines(result: Result) -> list[str]:
         f"{own['batch_size_max']} max, KV cache {own['kv_used_mean']:.1%} mean "
         f"{own['kv_used_max']:.1%} max of {own['num_blocks']:,} blocks",
         f"Mixed steps  {own['mixed_step_share']:.1%} of the busy time had prefill and decode",
-        f"Simulated    {own['num_steps']:,} steps in {result.wall_time:.1f} s",
+        f"Simulated    {own['num_steps']:,} steps in {result.wall_time:.1f} s"
+        f"{', and twice more for the error bars' if result.intervals else ''}",
     ]
     if "prefix_hit_rate" in own:
         lines.append(
@@ -123,16 +124,6 @@ def _span(result: Result) -> str:
     return f" ({low:.2f} to {high:.2f})"
 
 
-def outside_lines(results: Mapping[str, Result]) -> list[str]:
-    """Of which variants how much was predicted beyond what was measured."""
-    return [
-        f"{name}: {result.outside_measured_share:.1%} of the simulated step time was predicted "
-        "beyond what was measured"
-        for name, result in results.items()
-        if result.outside_measured_share
-    ]
-
-
 def memory_lines(memory: object) -> list[str]:
     """What the memory system of a run did."""
     assert isinstance(memory, dict)
@@ -142,7 +133,7 @@ def memory_lines(memory: object) -> list[str]:
             f"Host memory  {m['offloaded_steps']:,.0f} steps took "
             f"{format_seconds(m['added_time'])} longer for KV cache there; "
             f"{m['h2d_bytes_moved'] / 1e9:,.1f} GB to the GPU, "
-            f"{m['recomputed_share']:.1%} of its tokens recomputed"
+            f"{m['recomputed_tokens'] / max(m['loaded_tokens'], 1):.1%} of its tokens recomputed"
         ]
     lines = []
     if "swapped_requests" in m:
@@ -164,12 +155,12 @@ def memory_lines(memory: object) -> list[str]:
     return [*lines, f"Waits        {waited}"]
 
 
-def uncalibrated_lines(results: Mapping[str, Result]) -> list[str]:
-    """What must be said of variants whose costs nobody measured."""
+def note_lines(results: Mapping[str, Result]) -> list[str]:
+    """What a reader should know of the costs, with the variants that it is about."""
     notes: dict[str, list[str]] = {}
     for name, result in results.items():
-        if result.uncalibrated:
-            notes.setdefault(result.uncalibrated, []).append(name)
+        for note in result.notes:
+            notes.setdefault(note, []).append(name)
     return [
         note if len(names) == len(results) else f"{', '.join(names)}: {note}"
         for note, names in notes.items()
@@ -233,7 +224,6 @@ def memory_comparison(results: Mapping[str, Result]) -> list[str]:
             text += f", attention {format_seconds(seconds)}"
         held_up = memory.get("stall_time", 0.0) + memory.get("added_time", 0.0)
         lines.append(f"{text}, steps held up by memory work {format_seconds(held_up)}")
-        lines += [f"{name}: {note}" for note in result.memory_notes]
     return lines
 
 

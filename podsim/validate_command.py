@@ -252,10 +252,14 @@ def _starts_lines(engine: Mapping[str, Any]) -> list[str]:
     before, after = (seconds * 1e6 for seconds in engine["kernel_starts"])
     if abs(after - before) <= STEADY_STARTS * before:
         return []
+    why = (
+        "another process began or ended on the machine's GPUs, which shortens steps"
+        if after < before
+        else "the GPU was not in one state"
+    )
     return [
-        f"Note         small kernels began {before:.2f} us apart before the run and {after:.2f} "
-        "after it: another process began or ended on the machine's GPUs, which shortens steps "
-        "(docs/accuracy.md); serve again"
+        f"Note         small kernels began {before:.2f} us apart when the engine's graphs were "
+        f"captured and {after:.2f} after the run: {why} (docs/accuracy.md); serve again"
     ]
 
 

@@ -291,3 +291,5 @@ def test_a_block_table_of_other_heads_than_were_timed_is_told_of(trace: Path) ->
     note = "was measured with 32/8 query and KV heads, and is taken for 32/4"
     assert note in podsim("simulate", trace, "--kv", "paged", "--model", "yi-6b").stdout
     assert "query and KV heads" not in podsim("simulate", trace, "--kv", "paged").stdout
+    printed = podsim("compare", trace, "--kv", "ideal,paged", "--model", "yi-6b").stdout
+    assert f"paged: what attention takes longer from blocks {note}" in printed

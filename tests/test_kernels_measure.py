@@ -6,6 +6,7 @@ operations and gives one time for each of its rows is what is tested.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -154,3 +155,25 @@ def test_the_clock_is_the_median_over_the_sms_that_were_seen() -> None:
     stamps[0, 200] = torch.tensor([7, 7])  # ran before the work, not after it
     assert mean_hertz(stamps) == pytest.approx(1.7e9)
     assert mean_hertz(torch.zeros_like(stamps)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its fakes are for machines without a GPU")
+def test_small_kernels_are_timed_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from podsim import kernel_starts
+
+    fake_cuda(monkeypatch)
+    monkeypatch.setattr(kernel_starts, "KERNELS", 4)
+    with OnCpu():
+        seconds = kernel_starts.KernelStarts().seconds()
+    assert seconds == pytest.approx(0.5e-3 / 4)  # a replay of the fakes takes half a millisecond
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_small_kernels_start_alike_after_a_rest() -> None:
+    from podsim.kernel_starts import KernelStarts
+    from podsim.validate_command import STEADY_STARTS
+
+    starts = KernelStarts()
+    first = starts.seconds()
+    time.sleep(1.0)
+    assert starts.seconds() == pytest.approx(first, rel=STEADY_STARTS)

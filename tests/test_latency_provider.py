@@ -60,6 +60,8 @@ def test_many_steps_at_once_are_those_of_one_after_another(gpu: str) -> None:
     for prefills in 5 * ([], [], [(512, 4096)], [(100, 100), (300, 20_000)]):
         decodes = rng.integers(1, 30_000, 40)[: rng.choice([0, 1, 7, 40]) or not prefills]
         batches.append(podsim.BatchShape.of(prefills, decodes.tolist()))
+    batches += [podsim.BatchShape.of([], [500 + i] * 7) for i in range(50)]
+    batches.append(podsim.BatchShape.of([], [100, 200, 300])._replace(num_sampled=1))
     batches.append(podsim.BatchShape.of([], [10**6]))
     table = provider.step_times(batches)
     assert list(table.columns) == ["seconds", "low", "high", "is_measured"]

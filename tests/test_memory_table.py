@@ -196,7 +196,7 @@ def test_the_page_names_what_podsims_own_layers_give() -> None:
     for part in ("layers", "layers-column"):
         rows = pd.read_csv(folder / f"{part}.csv")
         rows = rows[rows["model"] == "llama-2-7b"]
-        judgements[part] = judged(costs, rows, simulated_layer("llama-2-7b"))
+        judgements[part] = judged(costs, rows, simulated_layer)
     torchs = judged(costs, pd.read_csv(folder / "layers.csv")).set_index("point")["compute"]
     row = judgements["layers"].set_index("point")
     for layers, least, most in ((row["compute"], 139, 253), (torchs[row.index], 192, 301)):

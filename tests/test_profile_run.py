@@ -20,7 +20,7 @@ import pytest
 from podsim.errors import InputError
 from podsim.graph_sizes import graph_sizes
 from podsim.hardware import gpu_named
-from podsim.latency import LAYER_OPS
+from podsim.latency import ALIGNED, LAYER_OPS
 from podsim.model import model_named
 from podsim.points import sustained_points
 from podsim.profile import find_profile, read_profile
@@ -266,7 +266,35 @@ def test_another_card_of_the_kind_may_go_on(whole: Path, tmp_path: Path) -> None
     assert card == f"0a1b2c3d, from sequence {begun} on 4e5f6a7b"
     reopen(tmp_path, PLAN, MODEL, GPU.name, {**PROVENANCE, "card": "11111111"})
     measure(tmp_path, FakeGpu(), card="11111111")
-    assert read_profile(tmp_path, "").provenance["card"] == card
+    assert read_profile(tmp_path, "").provenance["card"] == card, "nothing was left to measure"
+
+
+def test_a_quick_plan_reaches_as_far_in_either_alignment_as_the_whole() -> None:
+    def grid(plan: Plan, is_aligned: bool) -> set[int]:
+        jobs = [turn.job for turn in plan.turns if turn.job.kind == "linear"]
+        return {
+            job.num_tokens
+            for job in jobs
+            if job.split == "grid" and (job.num_tokens % ALIGNED == 0) is is_aligned
+        }
+
+    whole = plan_profile(MODEL, GPU)
+    for is_aligned in (True, False):
+        few, all_of_them = grid(PLAN, is_aligned), grid(whole, is_aligned)
+        assert len(few) < len(all_of_them) / 4
+        assert (min(few), max(few)) == (min(all_of_them), max(all_of_them))
+
+
+def test_every_card_that_measured_is_told(tmp_path: Path) -> None:
+    for card, stop_at in (("a", 20), ("b", 30), ("b", 10)):
+        with pytest.raises(KeyboardInterrupt):
+            measure(tmp_path, FakeGpu(stop_at=stop_at), card=card)
+    measure(tmp_path, FakeGpu(), card="a")
+    card = str(read_profile(tmp_path, "").provenance["card"])
+    first, *others = card.split(", ")
+    assert (first, [text.split(" on ")[1] for text in others]) == ("a", ["b", "a"])
+    numbers = [int(text.split()[2]) for text in others]
+    assert 0 < numbers[0] < numbers[1] < len(PLAN.turns)
 
 
 def test_kernels_that_changed_in_between_are_named(

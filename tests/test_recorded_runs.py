@@ -16,7 +16,7 @@ import pytest
 import record_runs
 
 from podsim.latency import ProfiledLatency
-from podsim.validation import Comparison, compare, read_recording
+from podsim.validation import ENGINE_FILE, Comparison, compare, read_recording
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -163,6 +163,22 @@ def test_a_bar_is_passed_only_if_every_run_meets_it() -> None:
     assert "| above | TBT P50 | 5% | not recorded |  |  |  |  |" in lines
 
 
+def test_error_bars_are_counted_that_hold_what_was_measured() -> None:
+    parts = {"measured": 1.0, "simulated": 1.0, "low": [0.9, 1.1], "high": [1.3, 1.2]}
+    columns = {f"{name}_{part}": v for name in accuracy_pages.METRICS for part, v in parts.items()}
+    errors = runs(**columns)
+    errors["load"] = [0.5, float("nan")]
+    lines = accuracy_pages.error_bars_table(errors).splitlines()
+    assert "| TBT P99 | 1 of 2 | 1 of 1 | 0 of 0 | 0 of 1 | +0.0% to +25.0% |" in lines
+
+
+def test_disturbed_runs_show_how_decodes_moved() -> None:
+    row = {"card": "0a1b2c3d", "run": "a", "decodes_first": float("nan"), "decodes_last": 0.028}
+    row |= dict.fromkeys(("gpu_mixed_bias", "request_throughput", "tbt_p50", "ttft_p50"), -0.01)
+    *_, line = accuracy_pages.disturbed_table(pd.DataFrame([row])).splitlines()
+    assert line == "| 0a1b2c3d | a |  | +2.8% | -1.0% | -1.0% | -1.0% | -1.0% |"
+
+
 # --------------------------------------------------------------------------- what is recorded
 
 
@@ -196,7 +212,9 @@ def test_groups_are_recorded_in_the_order_they_are_asked_for(
     assert [run.name for run in single.runs()] == ["summary-pod-1024-0.50"]
     with pytest.raises(SystemExit, match="no group, set-up or run 'chats'; groups: chat, code"):
         record_runs.chosen(["chats"])
-    (tmp_path / "chat-serial-512-0.50").mkdir()
+    recorded = tmp_path / "0a1b2c3d" / "chat-serial-512-0.50"
+    recorded.mkdir(parents=True)
+    (recorded / ENGINE_FILE).write_text("{}")
     arguments = ["record_runs.py", "--dry-run", "--only", "chat-serial-512", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
     record_runs.main()

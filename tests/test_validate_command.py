@@ -128,11 +128,15 @@ def test_kernels_that_begin_closer_together_after_a_run_are_told_of(podsim, monk
     monkeypatch.setattr(MadeUpServer, "kernel_starts", (1.1e-6, 0.9e-6))
     _, out, _ = podsim(trace, "--out", "run")
     note = (
-        "Note         small kernels began 1.10 us apart before the run and 0.90 after it: another"
+        "Note         small kernels began 1.10 us apart when the engine's graphs were captured and "
+        "0.90 after the run: another process began or ended"
     )
     assert note in out
     assert json.loads(Path("run/engine.json").read_text())["kernel_starts"] == [1.1e-6, 9e-7]
     assert note in podsim("--from", "run")[1]
+    monkeypatch.setattr(MadeUpServer, "kernel_starts", (0.9e-6, 1.1e-6))
+    _, out, _ = podsim(trace)
+    assert "1.10 after the run: the GPU was not in one state" in out
 
 
 @pytest.mark.parametrize(
