@@ -311,7 +311,7 @@ def record(setups: Sequence[Setup], out: Path, deadline: float) -> Iterator[str]
             run.name,
             served.gpu_samples,
         )
-        with result_folder(out / run.name, made_by=ENGINE_FILE) as folder:
+        with result_folder(out / run.name) as folder:
             recorded.save(folder)
         yield f"{run.name}: {len(recorded.steps)} steps"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -167,7 +168,7 @@ def compare_command(
         raise InputError("nothing to compare: give an option a comma list: --attention serial,pod")
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
-        folder = stack.enter_context(report.result_folder(out, "compare.csv")) if out else None
+        folder = stack.enter_context(report.result_folder(out)) if out else None
         loaded = _loaded(workload)
         results = {
             name: _run(loaded, variant, workload, error_bars is not False, name)
@@ -187,7 +188,8 @@ def compare_command(
         return
     title = f"{loaded.name}: {len(loaded)} requests, {loaded.qps:.2f} req/s"
     unclear = terminal.unclear_differences(results)
-    console.print(terminal.comparison_table(compared, title, unclear))
+    for table in terminal.comparison_tables(compared, title, console, unclear):
+        console.print(table)
     if unclear:
         console.print("~ the error bars of the two overlap", highlight=False)
     for line in terminal.error_lines(results):
@@ -268,10 +270,17 @@ def _print_results(out: Path | None, notes: list[str]) -> None:
 def main() -> None:
     """Run the command line: user errors are one line on stderr and exit code 2."""
     try:
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"podsim: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # of stdout: of files there is an InputError
+        if not isinstance(error, BrokenPipeError):
+            print(f"podsim: cannot print: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(1)  # what is left in the buffer would fail again
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from podsim import collective_calibration, report, terminal
-from podsim.collectives import COLLECTIVES_FILE, FOLDER, Collectives
+from podsim.collectives import FOLDER, Collectives
 from podsim.command_options import JsonOption
 from podsim.errors import InputError
 from podsim.hardware import GPUS, Gpu, gpu_named
@@ -41,7 +41,7 @@ def profile_collectives_command(
         found = collective_calibration.refit(refit, GPUS)
     else:
         folder = out or Path("profiles") / gpu / FOLDER
-        with report.result_folder(folder, made_by=COLLECTIVES_FILE) as scratch:
+        with report.result_folder(folder) as scratch:
             found = _measured_collectives(gpu_named(gpu), gpus, scratch)
     if as_json:
         typer.echo(report.to_json(found.description()), nl=False)

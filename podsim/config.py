@@ -275,6 +275,10 @@ class Workload:
             raise InputError(
                 "no requests: name a trace, or make some up with --arrivals poisson --qps 8"
             )
+        for name in ("prompt_tokens", "output_tokens", "burstiness"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.arrivals is None and value != default:
+                raise InputError(f"{name} is {value!r}: of made-up requests; a trace has its own")
         if self.arrivals not in (None, "static") and self.qps is None:
             raise InputError(f"arrivals '{self.arrivals}' need a rate: give --qps")
 

@@ -92,14 +92,14 @@ def bench_command(
             raise InputError(f"{sources[0]}: has no rows of --workloads {workloads}")
         overhead = pd.concat(kernel_report.read_overhead(path / OVERHEAD_FILE) for path in sources)
         machine = kernel_report.one_machine([path / PROVENANCE_FILE for path in sources])
-        with report.result_folder(out, made_by=ROWS_FILE) as folder:
+        with report.result_folder(out) as folder:
             found = _leave_bench(folder, table, overhead, machine)
     else:
         measure = measuring()
         if flashinfer is None:
             flashinfer = importlib.util.find_spec("flashinfer") is not None
         names = ("serial", "pod") if sustained else ()
-        with report.result_folder(out, made_by=ROWS_FILE) as folder:
+        with report.result_folder(out) as folder:
             with progress_bar(chosen, "timing") as done:
                 rows = measure.bench(chosen, kernel_set(kernels), rounds, names, flashinfer, done)
             overhead = pd.DataFrame(measure.launch_overhead(kernel_set(kernels)))
@@ -139,7 +139,7 @@ def tune_command(
     measure = measuring()
     kernel_set("hopper")
     chosen = [*sweep_workloads(count, TUNE_SEED), *uneven_workloads(count // 4, TUNE_SEED)]
-    with report.result_folder(out, made_by=ROWS_FILE) as folder:
+    with report.result_folder(out) as folder:
         with progress_bar(chosen, "tuning") as done:
             rows = measure.tune(chosen, rounds, done)
         table = pd.DataFrame(rows)
@@ -164,7 +164,7 @@ def paging_command(
     """
     measure = measuring()
     chosen = reference_workloads()[:4]
-    with report.result_folder(out, made_by=ROWS_FILE) as folder:
+    with report.result_folder(out) as folder:
         with progress_bar(chosen, "timing") as done:
             rows = measure.paging(chosen, kernel_set(kernels), rounds, done)
         table = pd.DataFrame(rows)

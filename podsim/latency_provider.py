@@ -105,5 +105,11 @@ def _require_possible(batch: BatchShape) -> None:
             f"{batch.num_decodes} decodes with contexts of {batch.decode_context_sum} tokens in "
             f"all and {batch.decode_context_max} at most: expected at least 1 token each"
         )
+    rows = len(batch.prefills) + batch.num_decodes
+    if not 0 <= batch.num_sampled <= rows:
+        raise InputError(
+            f"num_sampled is {batch.num_sampled}: expected 0 to {rows}, at most one of each chunk "
+            "and decode"
+        )
     if not batch.num_tokens:
         raise InputError("the batch is empty: no chunks and no decodes")

@@ -162,16 +162,28 @@ _THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughp
 
 
 def intervals(summaries: Sequence[Mapping[str, object]]) -> Intervals:
-    """What each headline number spans over several runs; NaN where a run has no samples."""
+    """About each headline number of the first run, what it spans over all; NaN without samples.
+
+    Batches that happen to differ may move all other runs to one side: as far to the other then.
+    """
     found: Intervals = {}
     for latency in LATENCIES:
         for statistic in ("mean", *(f"p{p}" for p in PERCENTILES)):
             values = [_own_number(summary, latency, statistic) for summary in summaries]
-            found[f"{latency}_{statistic}"] = (min(values), max(values))
+            found[f"{latency}_{statistic}"] = _about(values)
     for name in _THROUGHPUTS:
         values = [float(summary[name]) for summary in summaries]  # type: ignore[arg-type]
-        found[name] = (min(values), max(values))
+        found[name] = _about(values)
     return found
+
+
+def _about(values: Sequence[float]) -> tuple[float, float]:
+    first, low, high = values[0], min(values), max(values)
+    if first == low:
+        low = max(2 * first - high, 0.0)
+    elif first == high:
+        high = 2 * first - low
+    return low, high
 
 
 def _own_number(summary: Mapping[str, object], latency: str, statistic: str) -> float:

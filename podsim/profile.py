@@ -8,7 +8,7 @@ import io
 import json
 import math
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -106,6 +106,7 @@ def find_profile(gpu: str, model: Model, folder: Path | None = None) -> Profile:
         _check_device(profile)
         _check_shape(profile, model)
         _check_features(profile, folder)
+        _check_numbers(profile)
         return profile
     shipped = _shipped_profiles(gpu)
     for profile in shipped:
@@ -178,6 +179,28 @@ def _check_features(profile: Profile, folder: Path) -> None:
                 f"{profile.source}: attention '{name}' was fitted by another version of podsim; "
                 f"repeat the fit with `podsim profile --refit {folder}`"
             )
+
+
+def _check_numbers(profile: Profile) -> None:
+    """Whatever times are computed from is a number of at least 0."""
+    attention = {part: profile.attention[part] for part in ("geometry", "coefficients", "overlap")}
+    parts = {"launch": profile.launch, "ops": profile.ops, "sustained": profile.sustained}
+    for name, value in _leaves({**parts, "attention": attention, "hull": profile.hull}, ""):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 <= value < math.inf):  # type: ignore[operator]
+            raise InputError(f"{profile.source}: {name} is {value!r}, expected a number, 0 or more")
+
+
+def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """What nested tables and lists hold, by the names on the way there."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{name}[{index}]")
+    else:
+        yield name, value
 
 
 def read_profile(folder: Traversable, source: str) -> Profile:

@@ -136,7 +136,7 @@ def profile_export_command(
     """
     if to != "vidur":
         raise InputError(f"--to is '{to}', expected vidur")
-    with report.result_folder(out, made_by="mlp.csv") as scratch:
+    with report.result_folder(out) as scratch:
         counts = export_vidur(folder, scratch)
     if as_json:
         typer.echo(report.to_json({"out": str(out), **counts}), nl=False)

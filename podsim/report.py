@@ -55,15 +55,19 @@ class Outputs:
             raise InputError(f"--{asked[0].replace('_', '-')} needs a folder: give --out FOLDER")
 
 
+FILES_FILE = ".podsim-files"
+"""In a result folder: the files that podsim wrote there, and may replace."""
+
+
 @contextmanager
-def result_folder(directory: Path, made_by: str = "config.toml") -> Iterator[Path]:
+def result_folder(directory: Path) -> Iterator[Path]:
     """A folder to write results into, which takes its name only when all is written.
 
-    A folder of earlier results, known by the file `made_by`, is replaced. Raises InputError,
-    before any work is done, if it cannot be written or holds something else.
+    A folder of earlier results is replaced. Raises InputError, before any work is done, if it
+    cannot be written or holds anything else.
     """
-    if directory.exists() and not _may_replace(directory, made_by):
-        raise InputError(f"{directory}: not empty, and no podsim result; name another --out")
+    directory = directory.resolve()
+    _require_replaceable(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -72,19 +76,52 @@ def result_folder(directory: Path, made_by: str = "config.toml") -> Iterator[Pat
     try:
         yield scratch
         scratch.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(scratch, directory)
+        (scratch / FILES_FILE).write_text("".join(f"{name}\n" for name in _files_of(scratch)))
+        _require_replaceable(directory)
+        _replace(directory, scratch)
     except OSError as error:
         raise InputError(f"{directory}: cannot write results: {error.strerror}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _may_replace(directory: Path, made_by: str) -> bool:
+def _replace(directory: Path, scratch: Path) -> None:
+    """Put the new folder in the place of the old one, which stays if that fails."""
+    if not directory.exists():
+        os.replace(scratch, directory)
+        return
+    old = scratch.with_name(f"{scratch.name}.old")
+    os.replace(directory, old)
+    try:
+        os.replace(scratch, directory)
+    except OSError:
+        os.replace(old, directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_replaceable(directory: Path) -> None:
+    if not directory.exists():
+        return
     if not directory.is_dir():
-        return False
-    return not any(directory.iterdir()) or (directory / made_by).exists()
+        raise InputError(f"{directory}: is no folder; name another --out")
+    if directory.is_mount():
+        raise InputError(f"{directory}: is a mount point; name a folder in it")
+    listed = directory / FILES_FILE
+    own = set(listed.read_text().splitlines()) if listed.is_file() else set()
+    foreign = [name for name in _files_of(directory) if name not in own]
+    if foreign:
+        raise InputError(
+            f"{directory}: {foreign[0]} is of no result of this podsim; remove it or name another "
+            "--out"
+        )
+
+
+def _files_of(directory: Path) -> list[str]:
+    """Of a folder and those in it, by name from there; empty folders too."""
+    entries = [path for path in directory.rglob("*") if path.name != FILES_FILE]
+    leaves = (path for path in entries if not path.is_dir() or not any(path.iterdir()))
+    return sorted(path.relative_to(directory).as_posix() for path in leaves)
 
 
 def save(
@@ -226,6 +263,8 @@ def _with_units(table: pd.DataFrame) -> pd.DataFrame:
 def _without_nan(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
     if isinstance(value, float) and math.isnan(value):
         return None
     return value

@@ -106,8 +106,7 @@ def capacity_command(
     console = Console(quiet=True) if as_json else _console()
     name = Path(workload.trace).name if workload.trace else "synthetic requests"
     with ExitStack() as stack:
-        made_by = "capacity.csv"
-        folder = stack.enter_context(report.result_folder(out, made_by)) if out else None
+        folder = stack.enter_context(report.result_folder(out)) if out else None
         if at is not None:
             loads = _loads(at)
             total = num_searches * len(loads)

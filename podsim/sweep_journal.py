@@ -79,7 +79,13 @@ class Journal:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                index, error, _ = json.loads(line)
+                try:
+                    index, error, _ = json.loads(line)
+                except ValueError:
+                    raise InputError(
+                        f"{self.path}: byte {place}: not a row of a sweep; remove the file to "
+                        "start anew"
+                    ) from None
                 if not error.startswith(WORKER_DIED):
                     self._note(index, place)
                 place += len(line)

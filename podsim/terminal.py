@@ -244,6 +244,24 @@ def _headline(result: Result) -> dict[str, float]:
     return values
 
 
+def comparison_tables(
+    compared: pd.DataFrame, title: str, console: Console, unclear: Unclear = frozenset()
+) -> Iterator[Table]:
+    """Variants side by side, as many beside the first as the console is wide, in several tables."""
+    first, *others = map(str, compared.columns)
+    while others:
+        count = len(others)
+        while count > 1 and width_of(compared[[first, *others[:count]]], unclear) > console.width:
+            count -= 1
+        yield comparison_table(compared[[first, *others[:count]]], title, unclear)
+        others = others[count:]
+
+
+def width_of(compared: pd.DataFrame, unclear: Unclear) -> int:
+    """Of a comparison's table where nothing limits it."""
+    return Console(width=10_000).measure(comparison_table(compared, "", unclear)).maximum
+
+
 def comparison_table(compared: pd.DataFrame, title: str, unclear: Unclear = frozenset()) -> Table:
     """Variants side by side, with differences from the first in per cent.
 
@@ -252,9 +270,9 @@ def comparison_table(compared: pd.DataFrame, title: str, unclear: Unclear = froz
     table = _table(title)
     table.add_column("", no_wrap=True)
     first, *others = compared.columns
-    table.add_column(str(first), justify="right", no_wrap=True)
+    table.add_column(str(first).replace(",", ",\n"), justify="right", no_wrap=True)
     for variant in others:
-        table.add_column(str(variant), justify="right", no_wrap=True)
+        table.add_column(str(variant).replace(",", ",\n"), justify="right", no_wrap=True)
         table.add_column("", justify="right", style="dim", no_wrap=True)
     for key, (label, unit) in COMPARED.items():
         base, *values = compared.loc[[key]].to_numpy(dtype=float)[0].tolist()

@@ -31,7 +31,6 @@ from podsim.memory_system import require_memory_costs
 from podsim.model import model_named
 from podsim.simulation import latency_model_for, require_arrivals, workload_trace
 from podsim.validation import (
-    ENGINE_FILE,
     LATENCIES,
     MAPPING_COLUMNS,
     TABLE_COLUMN,
@@ -96,7 +95,7 @@ def validate_command(
 
 
 def _folder(out: Path | None) -> AbstractContextManager[Path | None]:
-    return nullcontext() if out is None else report.result_folder(out, made_by=ENGINE_FILE)
+    return nullcontext() if out is None else report.result_folder(out)
 
 
 def save(comparison: Comparison, folder: Path) -> None:
@@ -242,7 +241,11 @@ def _profile_lines(comparison: Comparison) -> list[str]:
         "kernels_sha256"
     )
     other = "" if same else ", of other kernels than the engine's"
-    return [f"Profile      {model.profile.source}{other}"]
+    cards = comparison.recorded.engine.get("card"), model.profile.provenance.get("card")
+    card = f", of card {cards[1]}; recorded on {cards[0]}" if None not in cards else ""
+    if cards[0] == cards[1]:
+        card = ""
+    return [f"Profile      {model.profile.source}{other}{card}"]
 
 
 def _starts_lines(engine: Mapping[str, Any]) -> list[str]:

@@ -227,10 +227,10 @@ def _read_deployment(folder: Path, engine: Mapping[str, Any]) -> Deployment:
         model_named(deployment.model), gpu_named(deployment.gpu)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    beside = folder.absolute().parent / "profile"
+    beside = folder.resolve().parent / "profile"
     if deployment.profile is None and _same_kernels(beside, engine):
         deployment = replace(deployment, profile=str(beside))
-    beside = folder.absolute().parent / COLLECTIVES_FOLDER
+    beside = folder.resolve().parent / COLLECTIVES_FOLDER
     if deployment.collectives is None and (beside / COLLECTIVES_FILE).exists():
         deployment = replace(deployment, collectives=str(beside))
     return deployment

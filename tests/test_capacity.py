@@ -248,7 +248,7 @@ def test_the_command_leaves_a_table_and_a_plot(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for word in ("Requests/s", "95% interval", "serial", "pod", "ttft:p90:0.2", "Student's t"):
         assert word in run.stdout
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.glob("[!.]*")}
     assert names == {"capacity.csv", "capacity.png", "compare.csv", "report.html"}
     table = pd.read_csv(out / "capacity.csv")
     assert set(table["variant"]) == {"serial", "pod"}

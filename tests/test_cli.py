@@ -49,7 +49,7 @@ def test_simulate_prints_a_table_and_leaves_a_folder(trace: Path, tmp_path: Path
     assert run.returncode == 0, run.stderr
     for word in ("TTFT", "TBT", "TPOT", "End-to-end latency", "Queue time", "P99", "3 completed"):
         assert word in run.stdout
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.glob("[!.]*")}
     assert names == {"summary.json", "requests.csv", "steps.csv", "config.toml", "report.html"}
     summary = json.loads((out / "summary.json").read_text())
     requests = pd.read_csv(out / "requests.csv")
@@ -68,7 +68,11 @@ def test_a_streamed_run_gives_the_same_numbers(trace: Path, tmp_path: Path) -> N
     run = podsim("simulate", trace, "--stream", "--out", streamed)
     assert run.returncode == 0, run.stderr
     assert "in order of leaving" in run.stdout
-    assert {p.name for p in streamed.iterdir()} == {"summary.json", "requests.csv", "config.toml"}
+    assert {p.name for p in streamed.glob("[!.]*")} == {
+        "summary.json",
+        "requests.csv",
+        "config.toml",
+    }
     full, brief = (json.loads((f / "summary.json").read_text()) for f in (kept, streamed))
     for name in ("max_output_tokens_per_s", "max_concurrent_requests"):
         assert brief[name] is None
@@ -124,7 +128,11 @@ def test_results_replace_results_and_nothing_else(trace: Path, tmp_path: Path) -
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("do not lose")
-    assert refusal("simulate", trace, "--out", precious).startswith(f"{precious}: not empty")
+    complaint = refusal("simulate", trace, "--out", precious)
+    assert (
+        complaint
+        == f"{precious}: thesis.tex is of no result of this podsim; remove it or name another --out"
+    )
     assert (precious / "thesis.tex").exists()
     leftovers = {path.name for path in tmp_path.iterdir()}
     assert leftovers == {"trace.csv", "out", "precious"}
@@ -293,3 +301,77 @@ def test_a_block_table_of_other_heads_than_were_timed_is_told_of(trace: Path) ->
     assert "query and KV heads" not in podsim("simulate", trace, "--kv", "paged").stdout
     printed = podsim("compare", trace, "--kv", "ideal,paged", "--model", "yi-6b").stdout
     assert f"paged: what attention takes longer from blocks {note}" in printed
+
+
+def test_out_replaces_its_own_results_and_nothing_else(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert podsim("simulate", trace, "--out", out, "--parquet").returncode == 0
+    assert podsim("simulate", trace, "--out", out).returncode == 0
+    assert not (out / "requests.parquet").exists()
+    before = (out / "summary.json").read_bytes()
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    complaint = refusal("simulate", trace, "--out", out)
+    assert f"{out}: notes/mine.txt is of no result of this podsim" in complaint
+    assert (out / "notes" / "mine.txt").read_text() == "mine"
+    assert (out / "summary.json").read_bytes() == before
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.toml").write_text("a = 1\n")
+    assert "config.toml is of no result of this podsim" in refusal(
+        "compare", trace, "--out", project, "--attention", "serial,pod"
+    )
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "target")
+    assert podsim("simulate", trace, "--out", link).returncode == 0
+    assert (tmp_path / "target" / "summary.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_metrics_without_samples_are_null_in_intervals_too(tmp_path: Path) -> None:
+    single = tmp_path / "single.csv"
+    single.write_text("arrival_time,num_prompt_tokens,num_output_tokens\n0,100,1\n1,50,1\n")
+    printed = podsim("simulate", single, "--json").stdout
+    assert "NaN" not in printed
+    assert json.loads(printed)["podsim"]["intervals"]["tbt_p99"] == [None, None]
+
+
+def test_many_variants_are_shown_in_as_many_tables_as_it_takes(trace: Path) -> None:
+    budgets = ",".join(str(256 * n) for n in range(1, 9))
+    options = ("--attention", "serial,pod", "--token-budget", budgets, "--no-error-bars")
+    printed = podsim("compare", trace, *options).stdout
+    assert "…" not in printed
+    assert printed.count("TTFT P50") > 2
+    for budget in budgets.split(","):
+        assert f"token_budget={budget}" in printed
+
+
+def test_a_damaged_profile_names_the_number(trace: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b" / "profile.json"
+    for part, name, value in (
+        ("sustained", "headroom", -5),
+        ("sustained", "slowdown", float("nan")),
+        ("launch", "graph", "abc"),
+    ):
+        content = json.loads(shipped.read_text())
+        content[part][name] = value
+        (tmp_path / "profile.json").write_text(json.dumps(content))
+        complaint = refusal("simulate", trace, "--profile", tmp_path)
+        assert f"{part}.{name} is {value!r}, expected a number, 0 or more" in complaint
+
+
+def test_lengths_of_made_up_requests_are_refused_with_a_trace(trace: Path) -> None:
+    assert "prompt_tokens is '100': of made-up" in refusal(
+        "simulate", trace, "--prompt-tokens", "100"
+    )
+
+
+def test_a_full_disk_behind_stdout_is_one_line(trace: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "podsim", "simulate", str(trace), "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (run.returncode, run.stderr) == (1, "podsim: cannot print: No space left on device\n")

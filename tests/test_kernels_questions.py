@@ -319,7 +319,7 @@ def test_rows_that_are_not_what_was_written(
     text = (folder / "sweep.csv").read_text()
     (folder / "sweep.csv").write_text(text.replace(*change))
     assert said in podsim("--from", folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["sweep.csv", "sweep.json"]
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["sweep.csv", "sweep.json"]
 
 
 def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_an_interrupted_run_keeps_the_parts_that_are_done(
     assert podsim(*asked, "--only", "policies") == "the power is gone"
     assert not out.exists()
     assert podsim(*asked, "--only", "sweep,policies") == "the power is gone"
-    assert sorted(path.name for path in out.iterdir()) == ["sweep.csv", "sweep.json"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["sweep.csv", "sweep.json"]
 
     monkeypatch.setattr(questions_command, "provenance", lambda _: MACHINE | {"driver": "1.3"})
     assert "sweep.json: driver was 1.2, and is 1.3: name another --out" in podsim(*asked)

@@ -218,7 +218,7 @@ def test_a_comparison_shows_error_bars_and_what_they_leave_unclear(tmp_path: Pat
         assert result.intervals is not None
         low, high = (format_seconds(seconds) for seconds in result.intervals["ttft_p50"])
         assert f"<small>{low} to {high}</small>" in row[1]
-    assert " ~</small>" in row[1]
+    assert " ~</small>" in text
     assert "the error bars of the two overlap" in text
 
 

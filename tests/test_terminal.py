@@ -46,11 +46,11 @@ def test_further_files_are_left_where_asked(tmp_path: Path) -> None:
     further = ("--parquet", "--aiperf", "--trace-events", 500)
     printed = run("compare", *TRACE, "--attention", "serial,pod", *further, "--out", tmp_path / "o")
     assert printed.exit_code == 0, printed.output
-    assert {path.name for path in (tmp_path / "o" / "pod").iterdir()} == {
+    assert {path.name for path in (tmp_path / "o" / "pod").glob("[!.]*")} == {
         *("summary.json", "requests.csv", "steps.csv", "config.toml", "report.html"),
         *("requests.parquet", "steps.parquet", "profile_export.jsonl", "trace.json"),
     }
-    assert {path.name for path in (tmp_path / "o").iterdir()} == {
+    assert {path.name for path in (tmp_path / "o").glob("[!.]*")} == {
         *("compare.csv", "report.html", "serial", "pod")
     }
     assert "pod/trace.json holds the first" in printed.stdout
