@@ -277,9 +277,10 @@ def main() -> None:
     except InputError as error:
         print(f"podsim: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # of stdout: of files there is an InputError
+    except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"podsim: cannot print: {error.strerror}", file=sys.stderr, flush=True)
+            where = error.filename or "cannot print"  # what is printed has no file's name
+            print(f"podsim: {where}: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(1)  # what is left in the buffer would fail again
     except KeyboardInterrupt:
         sys.exit(130)
