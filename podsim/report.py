@@ -76,7 +76,8 @@ def result_folder(directory: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
-        (scratch / FILES_FILE).write_text("".join(f"{name}\n" for name in _files_of(scratch)))
+        listed = "".join(f"{name}\n" for name in _files_of(scratch))
+        (scratch / FILES_FILE).write_text(listed, encoding="utf-8")
         _require_replaceable(directory)
         _replace(directory, scratch)
     except OSError as error:
@@ -108,7 +109,7 @@ def _require_replaceable(directory: Path) -> None:
     if directory.is_mount():
         raise InputError(f"{directory}: is a mount point; name a folder in it")
     listed = directory / FILES_FILE
-    own = set(listed.read_text().splitlines()) if listed.is_file() else set()
+    own = set(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else set()
     foreign = [name for name in _files_of(directory) if name not in own]
     if foreign:
         raise InputError(
