@@ -122,12 +122,12 @@ def chance(values: pd.Series, percentile: int) -> float:
 
 
 def share_of_capacity(recorded: Recorded) -> float:
-    """Requests/s that arrived over what the workload reaches offline, simulated; NaN if offline.
-
-    The load in a run's name is that of the Poisson process; what it drew is some per cent more.
-    """
-    options = recorded.engine["options"]
-    return math.nan if options["load"] is None else options["qps"] / capacity(options["workload"])
+    """Requests/s that arrived over what these requests reach offline, simulated; NaN if offline."""
+    options, requests = recorded.engine["options"], recorded.requests
+    if options["load"] is None:
+        return math.nan
+    columns = requests["num_prompt_tokens"].tolist(), requests["num_output_tokens"].tolist()
+    return float(options["qps"] / capacity(options["workload"], tuple(zip(*columns, strict=True))))
 
 
 def gpu_errors(recorded: Recorded) -> dict[str, float]:

@@ -9,9 +9,10 @@ where there is none, with the shipped one.
 
 Each run serves one workload at one load under one deployment with real forward passes, and leaves
 a folder as `podsim validate` does, as soon as it ends. A run whose folder is there is not made
-again. Loads are shares of the requests/s that the workload reaches offline, simulated with serial
-attention: every strategy is given the same arrivals. `--only` names groups, or how set-ups' names
-begin, or single runs, and their order; `--within` leaves out what would not end in so many seconds.
+again. Loads are shares of the requests/s that a run's own requests reach offline, simulated with
+serial attention: every strategy is given the same arrivals. `--only` names groups, or how set-ups'
+names begin, or single runs, and their order; `--within` leaves out what would not end in so many
+seconds.
 """
 
 from __future__ import annotations
@@ -134,9 +135,9 @@ class Setup:
             for ratio, num_requests in OFFLINE_REQUESTS.items():
                 yield Run(f"{self.name}-pd{ratio}", None, offline(ratio, num_requests))
         for load in self.loads:
-            served = WORKLOADS[self.workload]
-            trace = drawn(self.workload, load * capacity(self.workload), served.num_requests)
-            yield Run(f"{self.name}-{load:.2f}", load, trace)
+            trace = drawn(self.workload, 1.0, WORKLOADS[self.workload].num_requests)
+            most = capacity(self.workload, lengths_of(trace))
+            yield Run(f"{self.name}-{load:.2f}", load, trace.at_rate(load * most))
 
 
 LOADS = (0.85, 0.5, 1.2, 0.7, 0.95, 0.3)
@@ -186,11 +187,26 @@ def warm_up_trace(setup: Setup) -> Trace:
     return offline(17, 4) if setup.workload == "offline" else drawn(setup.workload, None, 100)
 
 
+Lengths = tuple[tuple[int, int], ...]
+"""Prompt and output tokens of requests."""
+
+
+def lengths_of(trace: Trace) -> Lengths:
+    """In order."""
+    return tuple(
+        zip(trace.num_prompt_tokens.tolist(), trace.num_output_tokens.tolist(), strict=True)
+    )
+
+
 @cache
-def capacity(workload: str) -> float:
-    """Requests/s, offline, simulated with serial attention and the profile that is shipped."""
+def capacity(workload: str, lengths: Lengths) -> float:
+    """Requests/s of these requests, offline, simulated with serial attention and the profile that
+    is shipped: served several times over, so that their end, of small batches, counts little.
+    """
     setup = Setup("", workload, "serial", WORKLOADS[workload].token_budget)
-    return CAPACITY_REQUESTS / seconds(setup, drawn(workload, None, CAPACITY_REQUESTS))
+    served = lengths * -(-CAPACITY_REQUESTS // len(lengths))
+    trace = Trace.of(*[(0.0, *length) for length in served], name="offline")
+    return len(served) / seconds(setup, trace)
 
 
 def seconds(setup: Setup, trace: Trace) -> float:

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +39,7 @@ from podsim.validate_command import validate_command
 from podsim.variants import variants_of
 from podsim.workload import Trace
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="What TTFT, TBT and throughput will this model, GPU and traffic give?",
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(trace_app, name="trace")
 app.add_typer(kernels_app, name="kernels")
 kernels_app.command("questions")(questions_command)
@@ -55,6 +52,9 @@ app.command("profile-collectives")(profile_collectives_command)
 app.command("profile-memory")(profile_memory_command)
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
+
+UsageError: Any = typer.BadParameter.__base__
+"""Of a command line that cannot be parsed. Some versions of typer have a click of their own."""
 
 FILES = "Further files in the folder of --out"
 
@@ -103,6 +103,22 @@ SaveDetailed = Annotated[
         rich_help_panel=FILES,
     ),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"podsim {version_of('podsim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def podsim_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """What TTFT, TBT and throughput will this model, GPU and traffic give?"""
 
 
 @app.command("simulate")
@@ -271,11 +287,18 @@ def main() -> None:
     """Run the command line: user errors are one line on stderr and exit code 2."""
     try:
         try:
-            app(standalone_mode=True)
+            code = app(prog_name="podsim", standalone_mode=False)
         finally:
             sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
         print(f"podsim: {error}", file=sys.stderr)
+        sys.exit(2)
+    except UsageError as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if message:  # none where a command without arguments has shown its help
+            path = error.ctx.command_path if error.ctx else "podsim"
+            print(f"podsim: {message} (see {path} --help)", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):

@@ -296,6 +296,11 @@ def points_between(
     return [(n, "grid") for n in numbers if n not in measured]
 
 
+def budget_points() -> list[tuple[int, str]]:
+    """Numbers of tokens that are usual budgets of a step."""
+    return [(n, "grid") for n in (256, 512, 1024, 2048, 4096)]
+
+
 def graph_points(points: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
     """The sizes of CUDA graphs that are not among points of linear layers.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from podsim.points import (
     NUM_STEPS,
     AttentionPoint,
     attention_points,
+    budget_points,
     burst_points,
     duty_points,
     graph_points,
@@ -31,6 +32,9 @@ from podsim.points import (
 PASSES = 2
 """Times the whole list of points is gone through, each time in another order, because what a
 point takes drifts with what ran before it."""
+BUDGET_PASSES = 6
+"""Times that matrix products of a usual token budget are timed in all: under load nearly every step
+has that many tokens, so the chance of one row is in all of them."""
 MOST_LAYERS_TWICE = 64
 """Whole steps of a model of more layers are long, and timed in the first pass alone."""
 MAX_SAMPLED = 512
@@ -170,8 +174,8 @@ class Plan:
 def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     """The ceilings, then every point in each pass, in an order that mixes small and large.
 
-    The sizes of CUDA graphs that no other point has come after all that, then the duties. With
-    `quick`, one point in ten of each kind, and not those.
+    The sizes of CUDA graphs that no other point has come after all that, then the duties, and the
+    usual token budgets again. With `quick`, one point in ten of each kind, and not those.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)
@@ -199,6 +203,7 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         turns += _mixed(rng, points_between(linear, model, [2]))
         turns += [_duty(point) for point in burst_points()]
         turns += _mixed(rng, points_between(linear, model, [1, 3]))
+        turns += _mixed(rng, budget_points(), range(PASSES, BUDGET_PASSES))
     return Plan(tuple(turns), quick)
 
 
@@ -208,10 +213,12 @@ def _duty(point: AttentionPoint) -> Turn:
     return Turn(Job("duty", *rows, mixed_steps=mixed, decode_steps=of_all - mixed), 0)
 
 
-def _mixed(rng: Generator, points: Sequence[tuple[int, str]]) -> list[Turn]:
+def _mixed(
+    rng: Generator, points: Sequence[tuple[int, str]], passes: Iterable[int] = range(PASSES)
+) -> list[Turn]:
     """Linear layers in every pass, small and large mixed."""
     jobs = [_linear_jobs(num_tokens, split) for num_tokens, split in points]
-    orders = [(number, rng.permutation(len(jobs))) for number in range(PASSES)]
+    orders = [(number, rng.permutation(len(jobs))) for number in passes]
     return [Turn(job, number) for number, order in orders for i in order for job in jobs[i]]
 
 

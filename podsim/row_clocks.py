@@ -166,8 +166,8 @@ def _brought(
 
 
 def _pairs(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """[points to fit on, columns x two passes], without those that were timed once."""
-    grid = rows[rows["split"] == "grid"]
+    """[points to fit on, columns x the first two passes], without those that were timed once."""
+    grid = rows[(rows["split"] == "grid") & (rows["pass"] < 2)]
     if grid["pass"].nunique() < 2:
         return grid[:0]
     return grid.pivot_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -238,6 +239,22 @@ def test_unknown_names_are_one_line(trace: Path, tmp_path: Path) -> None:
     assert "unknown model 'gpt-9'" in refusal("simulate", trace, "--model", "gpt-9")
     assert "unknown GPU 'abacus'" in refusal("simulate", trace, "--gpu", "abacus")
     assert "attention is 'magic'" in refusal("simulate", trace, "--attention", "magic")
+
+
+def test_a_command_line_that_cannot_be_parsed_is_one_line(trace: Path) -> None:
+    assert refusal("simulate", trace, "--atention", "pod").startswith("No such option: --atention")
+    assert "'--token-budget'" in refusal("simulate", trace, "--token-budget", "many")
+    assert refusal("simulate", trace, trace).endswith("(see podsim simulate --help)")
+    assert "Did you mean 'simulate'?" in refusal("simulat", trace)
+    assert (
+        refusal("profile", "--check") == "Option '--check' requires an argument (see podsim --help)"
+    )
+
+
+def test_the_version_is_shown() -> None:
+    run = podsim("--version")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert re.fullmatch(r"podsim \d+\.\d+\.\d+\n", run.stdout)
 
 
 def test_a_profile_of_another_model_is_refused(trace: Path) -> None:

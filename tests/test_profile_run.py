@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile, pairwise
@@ -363,6 +364,16 @@ def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
     late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
     first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
     assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once", "duty"}
+
+
+def test_usual_token_budgets_are_timed_oftener() -> None:
+    plan = plan_profile(MODEL, GPU)
+    passes = Counter(turn.job.num_tokens for turn in plan.turns if turn.job.kind == "linear")
+    often = {num_tokens for num_tokens, count in passes.items() if count > 2}
+    assert often == {256, 512, 1024, 2048, 4096}
+    assert {passes[num_tokens] for num_tokens in often} == {6}
+    rows = [*plan.rows()]
+    assert len(rows) == len(set(rows)), "no two rows of a name"
 
 
 def test_narrow_products_are_timed_between_graph_sizes_too() -> None:

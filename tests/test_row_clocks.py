@@ -103,6 +103,14 @@ def test_what_chance_adds_to_the_clocks_goes_from_the_times() -> None:
     assert apart(rows, seconds).mean() < apart(rows, rows["seconds"]).mean() / 3
 
 
+def test_points_that_are_timed_oftener_leave_the_pairs_of_the_others() -> None:
+    rows = passes(chance=0.03)
+    again = rows[(rows["num_tokens"] == rows["num_tokens"].iloc[-1]) & (rows["pass"] == 0)]
+    often = pd.concat([rows, again.assign(**{"pass": 2})], ignore_index=True)
+    _, follows = products_at_usual_clock(often, LLAMA)
+    assert follows["products"].high == pytest.approx(1.0, abs=0.02)
+
+
 def test_what_is_a_points_own_stays() -> None:
     rows = passes(chance=0.002, own=0.03)
     seconds, _ = products_at_usual_clock(rows, LLAMA)
