@@ -13,6 +13,7 @@ from record_runs import SETUPS
 
 ERRORS_FILE, CONTEXTS_FILE = "accuracy.csv", "accuracy-contexts.csv"
 DISTURBED_FILE = "accuracy-disturbed.csv"
+AGAIN_FILE, PREEMPTED_FILE = "accuracy-again.csv", "accuracy-preempted.csv"
 METRICS = {
     "request_throughput": "req/s",
     "tbt_p50": "TBT P50",
@@ -42,7 +43,7 @@ BARS = {
 }
 BARS_ABOVE = {"request_throughput": 0.03, "tbt_p50": 0.05, "tbt_p90": 0.05, "tbt_p99": 0.05}
 BAR_OF_GAINS = 0.03
-README_LOADS = (0.3, 0.85, 1.2)
+README_LOADS = (0.3, 0.85, 0.89, 1.2, 1.26)
 BUDGETS_LOAD = 0.85
 
 
@@ -241,9 +242,7 @@ def missing_table(errors: pd.DataFrame) -> str:
 
 def readme_table(errors: pd.DataFrame) -> str:
     """Some runs of POD."""
-    chosen = errors[errors["run"].isin(run_names("chat", "code", "summary", "budgets"))]
-    chosen = chosen[(chosen["attention"] == "pod") & chosen["load"].isin(README_LOADS)]
-    return runs_table(chosen)
+    return runs_table(errors[(errors["attention"] == "pod") & errors["load"].isin(README_LOADS)])
 
 
 def disturbed_table(disturbed: pd.DataFrame) -> str:
@@ -258,6 +257,22 @@ def disturbed_table(disturbed: pd.DataFrame) -> str:
     return table(["card", "run", *names], rows)
 
 
+def again_table(again: pd.DataFrame) -> str:
+    """How far the engine is from itself."""
+    rows = [[run["run"], *(percent(run[name]) for name in METRICS)] for _, run in again.iterrows()]
+    return table(["run", *METRICS.values()], rows)
+
+
+def preempted_table(preempted: pd.DataFrame) -> str:
+    """Each metric measured, and simulated with two times of the host."""
+    rows = []
+    for _, row in preempted.iterrows():
+        text = "{:.0f}" if row["metric"] == "preemptions" else "{:.4g}"
+        numbers = (text.format(row[name]) for name in ("measured", "simulated", "own_simulated"))
+        rows.append([row["run"], METRICS.get(row["metric"], row["metric"]), *numbers])
+    return table(["run", "", "measured", VARIANTS[""], VARIANTS[OWN_HOST]], rows)
+
+
 class Found(NamedTuple):
     """What the tables are made of."""
 
@@ -266,6 +281,10 @@ class Found(NamedTuple):
     by_context: pd.DataFrame
     disturbed: pd.DataFrame
     """Of runs that are not judged."""
+    again: pd.DataFrame
+    """Of runs made twice."""
+    preempted: pd.DataFrame
+    """Of runs with little KV cache."""
 
 
 TABLES: dict[str, Callable[[Found], str]] = {
@@ -280,6 +299,8 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "offline gains": lambda found: offline_table(found.errors),
     "online gains": lambda found: online_table(found.errors),
     "disturbed": lambda found: disturbed_table(found.disturbed),
+    "again": lambda found: again_table(found.again),
+    "preempted": lambda found: preempted_table(found.preempted),
     "what is missing": lambda found: missing_table(found.errors),
     "some runs": lambda found: readme_table(found.errors),
 }
@@ -287,7 +308,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
 
 def read_tables(docs: Path) -> Found:
     """What accuracy_table.py found when the pages were written last."""
-    names = ERRORS_FILE, CONTEXTS_FILE, DISTURBED_FILE
+    names = ERRORS_FILE, CONTEXTS_FILE, DISTURBED_FILE, AGAIN_FILE, PREEMPTED_FILE
     return Found(*(pd.read_csv(docs / name, dtype={"card": str}) for name in names))
 
 

@@ -4,7 +4,7 @@
     python benchmarks/accuracy_table.py --sizes
 
 Reads the recordings that `benchmarks/record_runs.py` made, simulates each again, leaves
-accuracy.csv, accuracy-contexts.csv, accuracy-disturbed.csv and accuracy.png, and writes the tables
+accuracy.csv, others beside it for runs that are not judged, and accuracy.png, and writes the tables
 between the markers `<!-- NAME -->` and `<!-- end of NAME -->` of both pages. The tables depend on
 the files alone.
 """
@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from accuracy_pages import (
+    AGAIN_FILE,
     BESIDE,
     CONTEXTS,
     CONTEXTS_FILE,
@@ -28,6 +29,7 @@ from accuracy_pages import (
     ERRORS_FILE,
     METRICS,
     OWN_HOST,
+    PREEMPTED_FILE,
     SHIPPED,
     bars_table,
     filled,
@@ -51,6 +53,10 @@ RESAMPLED = 400
 RUNS = Path(__file__).parent.parent / "validation" / "h200"
 DISTURBED = RUNS.with_name("h200-disturbed")
 """Runs of engines beside which processes began and ended on other GPUs: told of, not judged."""
+AGAIN = RUNS.with_name("h200-again")
+"""Runs that were made a second time, by the same engine on the same card."""
+PREEMPTED = RUNS.with_name("h200-preempted")
+"""Runs with so little KV cache that requests are preempted: what the load is of is not known."""
 
 # --------------------------------------------------------------------------- what is measured
 
@@ -283,6 +289,42 @@ def measure_disturbed(folders: list[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def measure_again(folders: list[Path], runs: list[Path]) -> pd.DataFrame:
+    """Of runs made twice: what the second measured over the first, minus 1."""
+    first = {run.name: run for run in runs}
+    rows = []
+    for folder in folders:
+        pair = [
+            compare(read_recording(run), error_bars=False).headline()["measured"]
+            for run in (first[folder.name], folder)
+        ]
+        apart = pair[1] / pair[0] - 1
+        rows.append({"run": folder.name, **{name: apart[name] for name in METRICS}})
+    return pd.DataFrame(rows)
+
+
+def measure_preempted(folders: list[Path]) -> pd.DataFrame:
+    """Of each run what was measured, simulated, and simulated with the host's time of the run."""
+    rows = []
+    for folder in folders:
+        recorded = read_recording(folder)
+        before, own = (
+            compare(each, error_bars=False).headline()
+            for each in (recorded, with_own_host(recorded))
+        )
+        rows += [
+            {
+                "run": recorded.name,
+                "metric": name,
+                "measured": before.loc[name, "measured"],
+                "simulated": before.loc[name, "simulated"],
+                "own_simulated": own.loc[name, "simulated"],
+            }
+            for name in (*METRICS, "preemptions")
+        ]
+    return pd.DataFrame(rows)
+
+
 # ---------------------------------------------------------------------------------- the figure
 
 
@@ -327,6 +369,10 @@ def main() -> None:
     by_context.to_csv(arguments.docs / CONTEXTS_FILE, index=False, float_format="%.5f")
     disturbed = measure_disturbed(recordings(DISTURBED))
     disturbed.to_csv(arguments.docs / DISTURBED_FILE, index=False, float_format="%.5f")
+    again = measure_again(recordings(AGAIN), folders)
+    again.to_csv(arguments.docs / AGAIN_FILE, index=False, float_format="%.5f")
+    preempted = measure_preempted(recordings(PREEMPTED))
+    preempted.to_csv(arguments.docs / PREEMPTED_FILE, index=False, float_format="%.6f")
     kept = read_tables(arguments.docs)
     plot(kept.errors, arguments.docs / "accuracy.png")
     for page in (arguments.docs / "accuracy.md", arguments.readme):

@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from podsim.batch import BatchShape, PrefillShape
 from podsim.model import Model
 
-PREFILL_FEATURES = ("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan")
+PREFILL_FEATURES = (
+    *("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan"),
+    "paired",
+)
 DECODE_FEATURES = (
     *("launch", "keys", "items", "turns", "item_keys", "bottleneck"),
     *("has_combine", "combine_rounds", "combines"),
@@ -211,7 +214,11 @@ def tile_work(
 
 
 def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
-    """`load` is the share of the layer's time that its matrix products take: see `sustained`."""
+    """`load` is the share of the layer's time that its matrix products take: see `sustained`.
+
+    `paired`: SMs come in pairs that share a way to the memory. While tiles are fewer than pairs,
+    each has one for itself when all load their first blocks.
+    """
     return (
         1.0,
         work.makespan,
@@ -219,6 +226,7 @@ def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[f
         work.tiles / geometry.num_sms,
         work.blocks / work.num_sms,
         work.makespan * load,
+        max(0.0, min(2 * work.tiles / work.num_sms, 2.0) - 1.0),
     )
 
 

@@ -309,6 +309,12 @@ def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, fl
     }
 
 
+def sustained_runs(folder: Path, model: Model) -> list[SustainedRun]:
+    """Steps one after another from rest that a profile has timed, with what it predicts."""
+    profile = read_profile(folder, str(folder))
+    return [*_sustained_runs(profile, model, _measured(folder, profile.gpu, model).rows)]
+
+
 def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator[SustainedRun]:
     latency = ProfiledLatency(profile, model, "serial")
     rows = rows[rows["op"].isin(["sustained", "duty"])]
@@ -325,6 +331,7 @@ def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Itera
         alone = decodes["seconds"].tolist()
         yield SustainedRun(
             batch=f"{op} {prefills} {decoded}",
+            expected=parts.attention + parts.layers,
             load=load,
             drive=load * latency.clock_fall(shape.num_tokens),
             ends=[float(text.split()[-2]) for text in mixed["strategy"]],

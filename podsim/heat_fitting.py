@@ -43,6 +43,8 @@ class SustainedRun:
     """Mean step of decodes alone of each window, if there are any."""
     products: float = 0.0
     """Seconds of the matrix products of such a step."""
+    expected: float = 0.0
+    """A step with prefill as operations are timed, after some 0.1 s of their own work."""
 
     def share(self, cells: Floats) -> Floats:
         """Of cells of CELL seconds from the run's start, how much steps with prefill take."""

@@ -21,6 +21,8 @@ NUM_STEPS = 24
 """Batches that are timed as whole forward passes to fit on, and as many to judge by."""
 MORE_HELD_OUT = ("prefill",) * 30 + ("decode",) * 20 + ("decode, heavy",) * 20 + ("heavy",) * 30
 """Batches that a random draw has too few of to tell their error."""
+NUM_SEVERAL_CHUNKS = 60
+"""Batches of several chunks and no decodes that come to them, to tell the mean of their error."""
 POOL_BYTES = 37_000_000_000
 """Of the keys, and of the values, of one layer in the KV pool of a measurement."""
 
@@ -130,6 +132,21 @@ def attention_points(
         if sum(point.decode_contexts) <= most
         and point.num_slots * point.max_context <= pool_tokens(model)
     ]
+
+
+def more_held_out(rng: Generator, points: Sequence[AttentionPoint]) -> list[AttentionPoint]:
+    """Batches of several chunks to judge by, of other lengths than `points`.
+
+    The error of one is some 4 per cent: the mean of all is told to half a per cent with so many.
+    """
+    known = {(point.prefills, point.decode_contexts) for point in points}
+    found: list[AttentionPoint] = []
+    while len(found) < NUM_SEVERAL_CHUNKS:
+        chunks = _random_chunks(rng, int(rng.choice([2, 3, 4])))
+        if (chunks, ()) not in known:
+            known.add((chunks, ()))
+            found.append(AttentionPoint(chunks, (), "held_out"))
+    return found
 
 
 def step_points(points: Sequence[AttentionPoint], each: int = NUM_STEPS) -> list[AttentionPoint]:
@@ -260,14 +277,11 @@ def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str
     small = [*range(1, 19), *(n for m in range(24, 65, 8) for n in (m - 3, m, m + 1))]
     small += [*range(80, 513, 32), *(n + 1 for n in range(80, 513, 32))]
     small += [n + i for n in range(132, 529, 132) for i in (0, 1)]
-    edges = [
-        *range(64, 1024, 64),
-        *range(1024, 2048, 128),
-        *range(2048, 4096, 256),
-        *range(4096, 8193, 512),
-    ]
     around = [
-        n for edge in edges for n in (edge - 1, edge, edge + 1, edge + 8) if n <= MOST_LINEAR_TOKENS
+        n
+        for edge in _edges()
+        for n in (edge - 1, edge, edge + 1, edge + 8)
+        if n <= MOST_LINEAR_TOKENS
     ]
     grid = sorted({*small, *around})
     free = np.setdiff1d(np.arange(1, MOST_LINEAR_TOKENS), grid)
@@ -276,6 +290,16 @@ def linear_points(rng: Generator, num_held_out: int = 48) -> list[tuple[int, str
     )
     held_out = rng.choice(np.intersect1d(drawn, free), size=num_held_out, replace=False)
     return [(n, "grid") for n in grid] + [(int(n), "held_out") for n in sorted(held_out)]
+
+
+def _edges() -> list[int]:
+    """Numbers of tokens at which a product's tiles are full."""
+    return [
+        *range(64, 1024, 64),
+        *range(1024, 2048, 128),
+        *range(2048, 4096, 256),
+        *range(4096, 8193, 512),
+    ]
 
 
 def points_between(
@@ -294,6 +318,18 @@ def points_between(
     places = [low + gap * quarter // 4 for low, gap in between for quarter in quarters]
     numbers = [n + 3 if n % 8 == 0 else n for n in places]
     return [(n, "grid") for n in numbers if n not in measured]
+
+
+def points_behind_edges(points: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first multiples of 16 behind the edges of tiles that are 64 tokens apart or more.
+
+    A token budget and some decodes are there, and a product takes a row of tiles more than at the
+    edge: on a line from the edge to the next point whole steps come out some per cent short.
+    """
+    measured = {num_tokens for num_tokens, _ in points}
+    edges = [edge for edge in _edges() if edge >= 512]
+    return [(edge + 16, "grid") for edge in edges if edge + 16 <= MOST_LINEAR_TOKENS
+            and edge + 16 not in measured]  # fmt: skip
 
 
 def budget_points() -> list[tuple[int, str]]:

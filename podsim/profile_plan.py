@@ -24,6 +24,8 @@ from podsim.points import (
     duty_points,
     graph_points,
     linear_points,
+    more_held_out,
+    points_behind_edges,
     points_between,
     step_points,
     sustained_points,
@@ -40,8 +42,11 @@ MOST_LAYERS_TWICE = 64
 MAX_SAMPLED = 512
 LAUNCH_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Empty kernels in a graph: what a launch and what an event costs."""
-QUICK_SHARE = 10
+QUICK_SHARE = 12
 """--quick measures one point in so many."""
+QUICK_SLOWER = 1.8
+"""Times as long as a sequence of a whole plan takes one of --quick, as measured: more of them are
+the first to run their kernels, which are compiled then."""
 
 CEILINGS = (
     *("read_bandwidth", "matvec_bandwidth", "decode_bandwidth", "copy_bandwidth"),
@@ -164,9 +169,9 @@ class Plan:
 
     def seconds(self, per_sequence: Mapping[str, float] | None = None) -> dict[str, float]:
         """Of each kind of job: how long it will take, from measured seconds a sequence."""
-        each = per_sequence or {}
+        each, slower = per_sequence or {}, QUICK_SLOWER if self.quick else 1.0
         return {
-            kind: count["sequences"] * each.get(kind, SECONDS_PER_SEQUENCE)
+            kind: slower * count["sequences"] * each.get(kind, SECONDS_PER_SEQUENCE)
             for kind, count in self.counts().items()
         }
 
@@ -174,8 +179,9 @@ class Plan:
 def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     """The ceilings, then every point in each pass, in an order that mixes small and large.
 
-    The sizes of CUDA graphs that no other point has come after all that, then the duties, and the
-    usual token budgets again. With `quick`, one point in ten of each kind, and not those.
+    The sizes of CUDA graphs that no other point has come after all that, then the duties, the usual
+    token budgets again, more batches of several chunks, and the numbers behind edges of tiles. With
+    `quick`, one point in twelve of each kind, and not those.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)
@@ -204,6 +210,8 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         turns += [_duty(point) for point in burst_points()]
         turns += _mixed(rng, points_between(linear, model, [1, 3]))
         turns += _mixed(rng, budget_points(), range(PASSES, BUDGET_PASSES))
+        turns += _in_passes(rng, [_jobs_of("attention", p) for p in more_held_out(rng, batches)])
+        turns += _mixed(rng, points_behind_edges([*linear, *graph_points(linear)]))
     return Plan(tuple(turns), quick)
 
 
@@ -217,7 +225,12 @@ def _mixed(
     rng: Generator, points: Sequence[tuple[int, str]], passes: Iterable[int] = range(PASSES)
 ) -> list[Turn]:
     """Linear layers in every pass, small and large mixed."""
-    jobs = [_linear_jobs(num_tokens, split) for num_tokens, split in points]
+    return _in_passes(rng, [_linear_jobs(*point) for point in points], passes)
+
+
+def _in_passes(
+    rng: Generator, jobs: Sequence[tuple[Job, ...]], passes: Iterable[int] = range(PASSES)
+) -> list[Turn]:
     orders = [(number, rng.permutation(len(jobs))) for number in passes]
     return [Turn(job, number) for number, order in orders for i in order for job in jobs[i]]
 

@@ -157,14 +157,13 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
         num += 1
     assert num == len(CEILINGS) + len(sustained_points())
     duties = [turn.job for turn in plan.turns if turn.job.kind == "duty"]
-    assert [turn.job for turn in plan.turns[-len(duties) :]] == duties
     counts = {job.split: (job.mixed_steps, job.decode_steps) for job in duties}
     assert counts["1 in 1"] == (1, 0)
     assert counts["1 in 8"] == (1, 7)
     assert counts["8 in 16"] == (8, 8)
     assert set(counts) == {"1 in 1", "1 in 2", "1 in 4", "1 in 8", "8 in 16", "1 in 32"}
     first, second = (
-        [turn.job for turn in plan.turns[num : -len(duties)] if turn.number == number]
+        [turn.job for turn in plan.turns[num:] if turn.number == number and turn.job not in duties]
         for number in (0, 1)
     )
     assert first != second
@@ -363,7 +362,19 @@ def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
     assert set(graph_sizes(8192)) <= planned
     late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
     first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
-    assert {turn.job.kind for turn in late[first_late:]} == {"linear", "once", "duty"}
+    kinds = {turn.job.kind for turn in late[first_late:]}
+    assert kinds == {"linear", "once", "duty", "attention"}
+
+
+def test_more_batches_of_several_chunks_are_judged_by() -> None:
+    plan = plan_profile(MODEL, GPU)
+    points = list(dict.fromkeys(t.job.point for t in plan.turns if t.job.kind == "attention"))
+    lengths = Counter((point.prefills, point.decode_contexts) for point in points if point)
+    assert set(lengths.values()) == {1}, "none is both fitted on and judged by"
+    last = [turn for turn in plan.turns if turn.job.kind == "attention"][-2 * 60 :]
+    assert {turn.job.split for turn in last} == {"held_out"}
+    assert {len(turn.job.point.prefills) for turn in last if turn.job.point} == {2, 3, 4}
+    assert Counter(turn.number for turn in last) == {0: 60, 1: 60}
 
 
 def test_usual_token_budgets_are_timed_oftener() -> None:

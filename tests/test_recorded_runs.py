@@ -32,7 +32,7 @@ WORST = {
 SAME = 5e-4
 """Errors that differ by no more are the same: machines add in other orders."""
 FOUND = accuracy_pages.read_tables(DOCS)
-ERRORS, BY_CONTEXT, DISTURBED = FOUND
+ERRORS, BY_CONTEXT, DISTURBED, AGAIN, PREEMPTED = FOUND
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
@@ -94,6 +94,16 @@ def test_disturbed_runs_are_as_the_page_says() -> None:
     now = accuracy_table.measure_disturbed(folders[::5])
     kept = DISTURBED.iloc[::5].reset_index(drop=True)
     pd.testing.assert_frame_equal(now, kept, rtol=SAME, atol=SAME)
+
+
+def test_runs_made_twice_and_those_with_preemptions_are_as_the_page_says() -> None:
+    again = accuracy_table.measure_again(accuracy_table.recordings(accuracy_table.AGAIN), FOLDERS)
+    pd.testing.assert_frame_equal(again, AGAIN, rtol=SAME, atol=SAME)
+    folders = accuracy_table.recordings(accuracy_table.PREEMPTED)
+    preempted = accuracy_table.measure_preempted(folders)
+    pd.testing.assert_frame_equal(preempted, PREEMPTED, rtol=SAME, atol=SAME)
+    counts = preempted[preempted["metric"] == "preemptions"]
+    assert (counts[["measured", "simulated"]] > 0).all(axis=None)
 
 
 @pytest.mark.parametrize("page", [DOCS / "accuracy.md", ROOT / "README.md"], ids=lambda p: p.name)
