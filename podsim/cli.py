@@ -290,7 +290,7 @@ def main() -> None:
             code = app(prog_name="podsim", standalone_mode=False)
         finally:
             sys.stdout.flush()
-        sys.exit(code)
+        sys.exit(code or 0)
     except InputError as error:
         print(f"podsim: {error}", file=sys.stderr)
         sys.exit(2)

@@ -53,7 +53,7 @@ def profile_command(
     ] = 1,
     gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
     out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Time one point in twelve.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Time one point in ten.")] = False,
     dry_run: Annotated[
         bool,
         typer.Option(

@@ -42,7 +42,7 @@ MOST_LAYERS_TWICE = 64
 MAX_SAMPLED = 512
 LAUNCH_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Empty kernels in a graph: what a launch and what an event costs."""
-QUICK_SHARE = 12
+QUICK_SHARE = 10
 """--quick measures one point in so many."""
 QUICK_SLOWER = 1.8
 """Times as long as a sequence of a whole plan takes one of --quick, as measured: more of them are
@@ -181,7 +181,7 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
 
     The sizes of CUDA graphs that no other point has come after all that, then the duties, the usual
     token budgets again, more batches of several chunks, and the numbers behind edges of tiles. With
-    `quick`, one point in twelve of each kind, and not those.
+    `quick`, one point in ten of each kind, whole steps once, and not those.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)
@@ -200,9 +200,10 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     turns += [
         Turn(Job("sustained", point.split, point.num_tokens, point), 0) for point in sustained
     ]
+    steps = 1 if quick or model.num_layers > MOST_LAYERS_TWICE else PASSES
     for number in range(PASSES):
         for index in rng.permutation(len(groups)):
-            turns += [Turn(job, number) for job in groups[index] if number < _passes(job, model)]
+            turns += [Turn(job, number) for job in groups[index] if number < _passes(job, steps)]
     if not quick:  # last, so that profiles from before they were planned can be extended by them
         turns += _mixed(rng, graph_points(linear))
         turns += [_duty(point) for point in duty_points()]
@@ -235,8 +236,8 @@ def _in_passes(
     return [Turn(job, number) for number, order in orders for i in order for job in jobs[i]]
 
 
-def _passes(job: Job, model: Model) -> int:
-    return 1 if job.kind == "step" and model.num_layers > MOST_LAYERS_TWICE else PASSES
+def _passes(job: Job, of_steps: int) -> int:
+    return of_steps if job.kind == "step" else PASSES
 
 
 def rows_sha256(rows: Iterator[tuple[Key, int]]) -> str:
