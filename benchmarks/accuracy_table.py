@@ -54,7 +54,7 @@ RUNS = Path(__file__).parent.parent / "validation" / "h200"
 DISTURBED = RUNS.with_name("h200-disturbed")
 """Runs of engines beside which processes began and ended on other GPUs: told of, not judged."""
 AGAIN = RUNS.with_name("h200-again")
-"""Runs that were made a second time, by the same engine on the same card."""
+"""Runs that were made a second time, by an engine set up anew on the same card."""
 PREEMPTED = RUNS.with_name("h200-preempted")
 """Runs with so little KV cache that requests are preempted: what the load is of is not known."""
 

@@ -29,7 +29,11 @@ def main() -> None:
         settled = run.expected / (1 + warming.heating * run.load * run.drive)
         errors = settled * slowdowns(run, warming) / np.asarray(run.seconds) - 1
         ends = zip(run.ends, errors, strict=True)
-        print(f"{run.batch:48}", *(f"{end:g} s {error:+.1%}" for end, error in ends), sep="  ")
+        print(
+            f"{run.batch:40}{run.split:10}",
+            *(f"{end:g} s {error:+.1%}" for end, error in ends),
+            sep="  ",
+        )
 
 
 if __name__ == "__main__":

@@ -331,6 +331,7 @@ def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Itera
         alone = decodes["seconds"].tolist()
         yield SustainedRun(
             batch=f"{op} {prefills} {decoded}",
+            split=split,
             expected=parts.attention + parts.layers,
             load=load,
             drive=load * latency.clock_fall(shape.num_tokens),

@@ -43,6 +43,8 @@ class SustainedRun:
     """Mean step of decodes alone of each window, if there are any."""
     products: float = 0.0
     """Seconds of the matrix products of such a step."""
+    split: str = ""
+    """Of a duty, such as "1 in 4": one step in so many has prefill."""
     expected: float = 0.0
     """A step with prefill as operations are timed, after some 0.1 s of their own work."""
 
