@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from contextlib import ExitStack
@@ -283,6 +284,13 @@ def _print_results(out: Path | None, notes: list[str]) -> None:
         console.print(f"Results      {out}", highlight=False, soft_wrap=True)
 
 
+def _command_of(arguments: list[str]) -> str:
+    """The command that arguments begin with."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    depth = 2 if words and words[0] in ("trace", "kernels") else 1
+    return " ".join(["podsim", *words[:depth]])
+
+
 def main() -> None:
     """Run the command line: user errors are one line on stderr and exit code 2."""
     try:
@@ -297,7 +305,7 @@ def main() -> None:
     except UsageError as error:
         message = " ".join(error.format_message().split()).rstrip(".")
         if message:  # none where a command without arguments has shown its help
-            path = error.ctx.command_path if error.ctx else "podsim"
+            path = error.ctx.command_path if error.ctx else _command_of(sys.argv[1:])
             print(f"podsim: {message} (see {path} --help)", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

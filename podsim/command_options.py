@@ -85,7 +85,7 @@ def _with_values(args: Sequence[str]) -> list[str]:
     kinds = config.option_types(Deployment)
     flags = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind is bool}
     done: list[str] = []
-    for arg, following in zip(args, (*args[1:], ""), strict=True):
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
         flag = arg.replace("--no-", "--", 1)
         values = {value.strip() for value in following.lower().split(",")}
         if flag not in flags or (arg == flag and values <= {"true", "false"}):

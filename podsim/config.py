@@ -7,6 +7,7 @@ import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -166,7 +167,7 @@ class Deployment:
         _check(0 < utilization <= 1, "gpu_memory_utilization", utilization, "over 0, at most 1")
         for name in ("", "_per_request", "_with_prefill"):
             name = f"host_overhead{name}"
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            _check(0 <= getattr(self, name) < inf, name, getattr(self, name), "at least 0, finite")
         _check(self.router_seed >= 0, "router_seed", self.router_seed, "at least 0")
         target = self.tbt_target
         _check(target is None or target > 0, "tbt_target", target, "over 0")
@@ -356,7 +357,7 @@ def read_toml(path: Path) -> dict[str, object]:
 def load_toml(path: Path) -> dict[str, object]:
     """What a TOML file holds. Raises InputError if it is missing or broken."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

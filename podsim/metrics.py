@@ -100,7 +100,8 @@ def max_output_tokens_per_s(steps: pd.DataFrame, requests: pd.DataFrame) -> floa
     if served.empty or steps.empty:
         return 0.0
     end = (steps["start"] + steps["duration"]).to_numpy() - served["arrival_time"].min()
-    return float(np.bincount(end.astype(np.int64), tokens_out(steps, requests)).max())
+    _, second = np.unique(end.astype(np.int64), return_inverse=True)
+    return float(np.bincount(second, tokens_out(steps, requests)).max())
 
 
 def max_concurrent_requests(requests: pd.DataFrame) -> int:

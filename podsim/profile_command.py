@@ -37,11 +37,15 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
 
+MODEL, GPU = "llama-3-8b", "h200"
+"""Where none is named."""
+
+
 def profile_command(
     model: Annotated[
         str,
         typer.Option(help="Model whose layers are timed: a name, or a Hugging Face config.json."),
-    ] = "llama-3-8b",
+    ] = MODEL,
     tensor_parallel_size: Annotated[
         int,
         typer.Option(
@@ -51,7 +55,7 @@ def profile_command(
             help="GPUs that share the model: times the share of one, on one GPU.",
         ),
     ] = 1,
-    gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = "h200",
+    gpu: Annotated[str, typer.Option(help="The GPU of this machine.")] = GPU,
     out: Annotated[Path | None, typer.Option(help="Folder to leave the profile in.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Time one point in ten.")] = False,
     dry_run: Annotated[
@@ -82,7 +86,17 @@ def profile_command(
     error on held-out points, and what they were measured on). Needs torch and triton. Interrupted,
     the same command goes on where it was.
     """
-    _require_one(quick=quick, dry_run=dry_run, extend=extend, check=check, refit=refit, out=out)
+    _require_one(
+        quick=quick,
+        dry_run=dry_run,
+        extend=extend,
+        check=check,
+        refit=refit,
+        out=out,
+        model=model != MODEL,
+        gpu=gpu != GPU,
+        tp=tensor_parallel_size > 1,
+    )
     if check is not None:
         _check(check, as_json)
         return
@@ -106,7 +120,10 @@ def _require_one(**given: object) -> None:
     for alone in ("check", "refit"):
         others = [name for name, value in given.items() if value and name != alone]
         if given[alone] is not None and others:
-            raise InputError(f"--{alone} works on a folder alone: leave out --{others[0]}")
+            other = others[0].replace("_", "-")
+            raise InputError(f"--{alone} works on a folder alone: leave out --{other}")
+    if given["dry_run"] and given["extend"]:
+        raise InputError("--dry-run tells of whole plans: leave out --extend")
 
 
 def _fitted(folder: Path, profile: Profile, as_json: bool) -> None:
@@ -242,10 +259,14 @@ def _show_plan(plan: Plan, model: Model, gpu: Gpu, as_json: bool) -> None:
 def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float], str]:
     """Seconds a sequence of each kind, and of start and fit if known; where they were measured."""
     first = f"the first H200 profile: {SECONDS_PER_SEQUENCE * 1000:.0f} ms a timed sequence"
+    of_another = ""
     try:
         profile = find_profile(gpu.name, model)
     except InputError:
-        return {}, first
+        try:
+            profile, of_another = find_profile(gpu.name, model_named(MODEL)), ", of another model"
+        except InputError:
+            return {}, first
     wall = profile.provenance.get("wall_seconds")
     if not isinstance(wall, dict):
         return {}, first
@@ -254,7 +275,10 @@ def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float], str]
         return {}, first
     each = {kind: wall[kind] / timed[kind] for kind in timed if kind in wall}
     each |= {name: wall[name] for name in ENDS if name in wall}
-    return each, f"{profile.source}, measured {profile.provenance.get('date', 'at some time')}"
+    return (
+        each,
+        f"{profile.source}, measured {profile.provenance.get('date', 'at some time')}{of_another}",
+    )
 
 
 # ---------------------------------------------------------------------------------------- check

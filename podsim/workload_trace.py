@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from podsim.errors import InputError
 from podsim.workload_arrivals import arrival_times, generator, positive
 
+MOST_SECONDS = 2.0**62 / 1e9
+"""From the first arrival to the last: traces are written in nanoseconds."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
@@ -83,6 +86,9 @@ class Trace:
             if column is not None:
                 assert len(column) == len(self)
                 column.flags.writeable = False
+        if self.arrival_time[-1] >= MOST_SECONDS:
+            last = f"{self.arrival_time[-1]:.3g}"
+            raise InputError(f"{self.name}: last arrival at {last} s, expected below 146 years")
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens)

@@ -246,9 +246,29 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line(trace: Path) -> None:
     assert "'--token-budget'" in refusal("simulate", trace, "--token-budget", "many")
     assert refusal("simulate", trace, trace).endswith("(see podsim simulate --help)")
     assert "Did you mean 'simulate'?" in refusal("simulat", trace)
-    assert (
-        refusal("profile", "--check") == "Option '--check' requires an argument (see podsim --help)"
-    )
+    missing = "Option '--check' requires an argument (see podsim profile --help)"
+    assert refusal("profile", "--check") == missing
+    for command in ("simulate", "compare"):
+        assert refusal(command).startswith("no requests: name a trace")
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    assert refusal("profile", "--check", ".", "--model", "yi-6b").endswith("leave out --model")
+    assert refusal("profile", "--refit", ".", "--dry-run").endswith("leave out --dry-run")
+    assert refusal("profile", "--dry-run", "--extend").endswith("leave out --extend")
+
+
+def test_long_spans_are_simulated_or_refused(tmp_path: Path) -> None:
+    few = ("--requests", "3", "--prompt-tokens", "8", "--output-tokens", "2")
+    run = podsim("simulate", "--arrivals", "poisson", "--qps", "1e-7", *few, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["max_output_tokens_per_s"] == 2.0
+    out = tmp_path / "trace.csv"
+    rare = ("--arrivals", "poisson", "--qps", "1e-10", *few)
+    assert refusal("trace", "generate", *rare, "--out", out).endswith("expected below 146 years")
+    assert not out.exists()
+    said = refusal("simulate", "azure-conv-like", "--host-overhead", "inf")
+    assert said.startswith("host_overhead is inf")
 
 
 def test_the_version_is_shown() -> None:
