@@ -287,7 +287,7 @@ def _print_results(out: Path | None, notes: list[str]) -> None:
 def _command_of(arguments: list[str]) -> str:
     """The command that arguments begin with."""
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    depth = 2 if words and words[0] in ("trace", "kernels") else 1
+    depth = 2 if words[:1] in [[group.name] for group in app.registered_groups] else 1
     return " ".join(["podsim", *words[:depth]])
 
 

@@ -259,14 +259,10 @@ def _show_plan(plan: Plan, model: Model, gpu: Gpu, as_json: bool) -> None:
 def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float], str]:
     """Seconds a sequence of each kind, and of start and fit if known; where they were measured."""
     first = f"the first H200 profile: {SECONDS_PER_SEQUENCE * 1000:.0f} ms a timed sequence"
-    of_another = ""
     try:
-        profile = find_profile(gpu.name, model)
+        profile, whose = find_profile(gpu.name, model), ""
     except InputError:
-        try:
-            profile, of_another = find_profile(gpu.name, model_named(MODEL)), ", of another model"
-        except InputError:
-            return {}, first
+        profile, whose = find_profile(gpu.name, model_named(MODEL)), ", of another model"
     wall = profile.provenance.get("wall_seconds")
     if not isinstance(wall, dict):
         return {}, first
@@ -275,10 +271,8 @@ def _measured_seconds(model: Model, gpu: Gpu) -> tuple[Mapping[str, float], str]
         return {}, first
     each = {kind: wall[kind] / timed[kind] for kind in timed if kind in wall}
     each |= {name: wall[name] for name in ENDS if name in wall}
-    return (
-        each,
-        f"{profile.source}, measured {profile.provenance.get('date', 'at some time')}{of_another}",
-    )
+    date = profile.provenance.get("date", "at some time")
+    return each, f"{profile.source}, measured {date}{whose}"
 
 
 # ---------------------------------------------------------------------------------------- check
