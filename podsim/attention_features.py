@@ -20,8 +20,8 @@ from podsim.batch import BatchShape, PrefillShape
 from podsim.model import Model
 
 PREFILL_FEATURES = (
-    *("launch", "makespan", "first_blocks", "tiles", "blocks", "loaded_makespan"),
-    "paired",
+    *("launch", "makespan", "first_blocks", "tiles"),
+    *("paired_makespan", "loaded_blocks"),
 )
 DECODE_FEATURES = (
     *("launch", "keys", "items", "turns", "item_keys", "bottleneck"),
@@ -141,6 +141,11 @@ class TileWork:
     decode_share: float
     """Of the blocks, those of decodes that are tiles of their own."""
 
+    @property
+    def busy(self) -> float:
+        """Share of the SMs' time that they work."""
+        return self.blocks / (self.makespan * self.num_sms)
+
 
 Tiles = tuple[tuple[tuple[int, int, int], ...], bool]
 """What of the chunks' lengths the kernel's work depends on. Of each: its row tiles for one KV head,
@@ -213,32 +218,37 @@ def tile_work(
     return TileWork(max(busy_until), total, blocks[0], len(order), num_sms, decode_share)
 
 
-def prefill_features(work: TileWork, geometry: Geometry, load: float) -> tuple[float, ...]:
-    """`load` is the share of the layer's time that its matrix products take: see `sustained`.
+def prefill_features(
+    work: TileWork, geometry: Geometry, load: float, beside_decode: bool = False
+) -> tuple[float, ...]:
+    """`load` is what the layer's matrix products slow a busy GPU down by: see `matrix_load`.
 
-    `paired`: from half as many tiles as SMs to as many, a launch takes up to 2 us more on an H200,
-    as if its SMs shared their way to the memory in pairs when all load their first blocks.
+    SMs come in pairs that share a way to the memory: beyond half as many tiles as SMs, tiles have a
+    neighbour (`paired_makespan`). And the more SMs work, the more the products before them have
+    lowered the clock (`loaded_blocks`). The forms of both by cross-validation on rows to fit on.
     """
+    paired = 1.0 if beside_decode else max(0.0, min(2 * work.tiles / work.num_sms, 2.0) - 1.0)
     return (
         1.0,
         work.makespan,
         min(work.longest, FIRST_BLOCKS),
         work.tiles / geometry.num_sms,
-        work.blocks / work.num_sms,
-        work.makespan * load,
-        max(0.0, min(2 * work.tiles / work.num_sms, 2.0) - 1.0),
+        paired * paired * work.makespan,
+        work.busy * work.blocks / work.num_sms * load,
     )
 
 
-def sustained(num_tokens: int, attention: float, geometry: Geometry) -> float:
-    """How much the layer's matrix products slow its attention down, from 0 to 1.
+def matrix_load(num_tokens: int, geometry: Geometry) -> float:
+    """How much the layer's matrix products lower the clock of its attention, from 0 to 1.
 
-    They draw the power that the GPU's limit allows, and the clock of all that runs in turn with
-    them falls: in proportion to the square of their share of the layer's time, which is what
-    cross-validation prefers to the share itself. `attention` in seconds, without load.
+    They draw the power that the GPU's limit allows, the more, the larger their share of what the
+    layer does beside attention: in proportion to the square of that share, which cross-validation
+    prefers to the share itself.
     """
     linear = geometry.linear_token_seconds * num_tokens
-    share = linear / (linear + attention)
+    if not linear:
+        return 0.0
+    share = linear / (linear + geometry.quiet_layer_seconds)
     return share * share
 
 

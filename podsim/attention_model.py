@@ -5,7 +5,7 @@ described by the two times that its sides would take alone, of which a share is 
 where the prefill leaves SMs free or waits for the busiest (`podsim.overlap`). Under `streams` the
 prefill is that on the SMs that it gets beside the decode, and `pod` has a table for each of its two
 sets of tiles. `unified` runs decodes as prefill tiles of one token. The matrix products of the
-layer slow its prefill down, as they draw the power of the GPU (`attention_features.sustained`).
+layer slow its prefill down, as they draw the power of the GPU (`attention_features.matrix_load`).
 
 All coefficients are seconds a unit of their feature, and none is negative.
 """
@@ -26,9 +26,9 @@ from podsim.attention_features import (
     TileWork,
     decode_seconds,
     decode_seconds_of_run,
+    matrix_load,
     prefill_features,
     row_tiles,
-    sustained,
     tile_work,
 )
 from podsim.batch import BatchShape
@@ -46,7 +46,7 @@ from podsim.unified_features import (
 
 Coefficients = dict[str, list[float]]
 
-LOADED = FEATURES["prefill"].index("loaded_makespan")
+LOADED = FEATURES["prefill"].index("loaded_blocks")
 DRAWN = FEATURES["unified"].index("drawn_makespan")
 
 STREAMS = config_for("streams", num_q_heads=1, num_kv_heads=1, head_dim=128, kernels="hopper")
@@ -133,11 +133,10 @@ class AttentionModel:
         side = self._prefill_side(tiles, sms)
         _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
         if not n:
-            load = sustained(num_prefill_tokens, alone, self.geometry)
-            return AttentionTime(alone + load * loaded)
+            return AttentionTime(alone + matrix_load(num_prefill_tokens, self.geometry) * loaded)
         coefficients = self.coefficients["decode"]
         decode, items = decode_seconds(coefficients, n, keys, longest, self.geometry)
-        load = sustained(num_prefill_tokens + n, alone + decode, self.geometry)
+        load = matrix_load(num_prefill_tokens + n, self.geometry)
         prefill = alone + load * loaded
         both = prefill + decode
         name = DECODE_HEAVY if self.is_decode_heavy(strategy, shape) else strategy
@@ -156,7 +155,7 @@ class AttentionModel:
         """Of a mixed batch."""
         side = self._prefill(strategy, shape)
         decode, items = self._decode(shape)
-        load = sustained(shape.num_tokens, side.seconds + decode, self.geometry)
+        load = matrix_load(shape.num_tokens, self.geometry)
         return Sides(side.seconds + load * side.loaded_seconds, decode, items, load, side)
 
     def _decode(self, shape: BatchShape) -> tuple[float, float]:
@@ -174,8 +173,7 @@ class AttentionModel:
         high = dot(coefficients, unified_features(shape, work, geometry, 0.0))
         load = drawn(shape.num_tokens, high, work, geometry)
         seconds = high + coefficients[DRAWN] * work.makespan * load
-        busy = work.blocks / (work.makespan * work.num_sms)
-        return AttentionTime(seconds, drawing=work.decode_share * busy * seconds)
+        return AttentionTime(seconds, drawing=work.decode_share * work.busy * seconds)
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))
@@ -207,15 +205,17 @@ class AttentionModel:
         geometry = self.geometry
         work = _kept_tile_work(chunks, geometry, (), sms_beside_decode)
         keys = geometry.block_n * sum(blocks for _, _, blocks in chunks[0])
-        waves, busy = work.tiles / work.num_sms, work.blocks / (work.makespan * work.num_sms)
+        waves, busy = work.tiles / work.num_sms, work.busy
         coefficients = self.coefficients["prefill"]
+        beside = sms_beside_decode > 0
+        loaded = prefill_features(work, geometry, 1.0)[LOADED]
         return PrefillSide(
             work,
             waves,
             busy,
             keys * geometry.blocks_per_key,
-            dot(coefficients, prefill_features(work, self.geometry, 0.0)),
-            coefficients[LOADED] * work.makespan,
+            dot(coefficients, prefill_features(work, geometry, 0.0, beside)),
+            coefficients[LOADED] * loaded,
             place(BUSY, busy),
             place(WAVES, waves),
         )

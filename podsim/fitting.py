@@ -12,9 +12,9 @@ from podsim.attention_features import (
     FEATURES,
     Geometry,
     decode_features,
+    matrix_load,
     prefill_features,
     row_tiles,
-    sustained,
     tile_work,
 )
 from podsim.attention_model import DECODE_HEAVY, AttentionModel
@@ -79,43 +79,18 @@ def _fit_tile_overhead(timings: Mapping[str, Timings], geometry: Geometry) -> Ge
 
 def _fit_prefill(timings: Timings, geometry: Geometry) -> tuple[list[float], float]:
     """The coefficients, and the mean of the relative errors' size."""
-    return _fit_loaded(timings, _prefill_rows(timings.shapes, geometry))
-
-
-def _prefill_rows(
-    shapes: Sequence[BatchShape], geometry: Geometry
-) -> Callable[[Sequence[float] | None], Floats]:
-    """The features under the load that follows from the attention's seconds; None: no load."""
-    works = [tile_work(row_tiles(shape.prefills, geometry), geometry) for shape in shapes]
-
-    def rows(unloaded: Sequence[float] | None) -> Floats:
-        loads = (
-            [0.0] * len(shapes)
-            if unloaded is None
-            else [
-                sustained(shape.num_tokens, seconds, geometry)
-                for shape, seconds in zip(shapes, unloaded, strict=True)
-            ]
-        )
-        features = [
-            prefill_features(work, geometry, load) for work, load in zip(works, loads, strict=True)
+    features = np.array(
+        [
+            prefill_features(
+                tile_work(row_tiles(shape.prefills, geometry), geometry),
+                geometry,
+                matrix_load(shape.num_tokens, geometry),
+            )
+            for shape in timings.shapes
         ]
-        return np.array(features)
-
-    return rows
-
-
-def _fit_loaded(
-    timings: Timings, rows: Callable[[Sequence[float] | None], Floats]
-) -> tuple[list[float], float]:
-    """The load depends on what is fitted: a few rounds, the first from the times as measured."""
-    unloaded: Sequence[float] = timings.seconds.tolist()
-    for _ in range(4):
-        features = rows(unloaded)
-        solution = fit_non_negative(features, timings.seconds)
-        unloaded = (rows(None) @ solution).tolist()
-    relative = np.abs(rows(unloaded) @ solution / timings.seconds - 1)
-    return solution.tolist(), float(relative.mean())
+    )
+    solution = fit_non_negative(features, timings.seconds)
+    return solution.tolist(), _mean_error(features @ solution, timings)
 
 
 def _fit_decode(timings: Timings, geometry: Geometry) -> list[float]:
@@ -125,8 +100,21 @@ def _fit_decode(timings: Timings, geometry: Geometry) -> list[float]:
 
 
 def _fit_unified(timings: Timings, geometry: Geometry) -> tuple[list[float], float]:
-    """The coefficients, and the mean of the relative errors' size."""
-    return _fit_loaded(timings, _unified_rows(timings.shapes, geometry))
+    """The coefficients, and the mean of the relative errors' size.
+
+    The load depends on what is fitted: a few rounds, the first from the times as measured.
+    """
+    rows = _unified_rows(timings.shapes, geometry)
+    unloaded: Sequence[float] = timings.seconds.tolist()
+    for _ in range(4):
+        solution = fit_non_negative(rows(unloaded), timings.seconds)
+        unloaded = (rows(None) @ solution).tolist()
+    return solution.tolist(), _mean_error(rows(unloaded) @ solution, timings)
+
+
+def _mean_error(predicted: Floats, timings: Timings) -> float:
+    """The mean of the relative errors' size."""
+    return float(np.abs(predicted / timings.seconds - 1).mean())
 
 
 def _unified_rows(

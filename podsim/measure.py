@@ -296,7 +296,7 @@ class Bench:
             if job.decode_steps:
                 decodes = replace(job.point, prefills=())
                 steps += [Timed("step", self._layer.forward(decodes, "serial"))] * job.decode_steps
-            return SustainedSequence(job, steps, fault)
+            return SustainedSequence(job, steps, self._clock, fault)
         repeats = STEP_REPEATS if job.kind == "step" else REPEATS
         return GraphSequence(self._ops(job), self._clock, fault, repeats)
 

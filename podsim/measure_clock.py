@@ -13,6 +13,8 @@ import triton.language as tl
 
 SLOTS = tl.constexpr(1024)
 """%smid may exceed the number of SMs."""
+MARKS_AT_ONCE = 256
+"""That memory is taken for."""
 
 
 @triton.jit
@@ -33,16 +35,19 @@ def _stamp_kernel(stamps):  # type: ignore[no-untyped-def]
 
 
 class SmClock:
-    """Reads the mean SM clock between two places of the current stream."""
+    """Reads the mean SM clock between two places of the current stream, or from mark to mark."""
 
     def __init__(self, num_sms: int) -> None:
         self._stamps = torch.zeros((2, SLOTS.value, 2), dtype=torch.int64, device="cuda")
         self._num_ctas = 2 * num_sms  # so that every SM gets one
+        self.clear()
         self.start()  # compiles it
         torch.cuda.synchronize()
 
     def clear(self) -> None:
         self._stamps.zero_()
+        self._marks: list[torch.Tensor] = []
+        self._num_marks = 0
 
     def start(self) -> None:
         _stamp_kernel[(self._num_ctas,)](self._stamps[0], num_warps=1)
@@ -53,6 +58,19 @@ class SmClock:
     def mean_hertz(self) -> float | None:
         """Between start and stop, once the device is done; None if no SM ran both."""
         return mean_hertz(self._stamps.cpu())
+
+    def mark(self) -> None:
+        """One place of many."""
+        index = self._num_marks % MARKS_AT_ONCE
+        if index == 0:
+            self._marks.append(torch.zeros_like(self._stamps[0].expand(MARKS_AT_ONCE, -1, -1)))
+        _stamp_kernel[(self._num_ctas,)](self._marks[-1][index], num_warps=1)
+        self._num_marks += 1
+
+    def hertz_between_marks(self) -> list[float | None]:
+        """From each mark to the next, once the device is done."""
+        marks = torch.cat(self._marks)[: self._num_marks].cpu()
+        return [mean_hertz(marks[i : i + 2]) for i in range(self._num_marks - 1)]
 
 
 def mean_hertz(stamps: torch.Tensor) -> float | None:

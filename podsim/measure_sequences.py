@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from podsim.measure_clock import SmClock
 from podsim.profile_plan import DUTY_ENDS, SUSTAINED_ENDS, Job
@@ -137,56 +138,67 @@ class SustainedSequence:
 
     work: float | None = None
 
-    def __init__(self, job: Job, steps: Sequence[Timed], fault: Fault) -> None:
+    def __init__(self, job: Job, steps: Sequence[Timed], clock: SmClock, fault: Fault) -> None:
         self._job = job
         self._steps = steps
+        self._clock = clock
         self._fault = fault
 
     def round(self, first: bool) -> Round:
         """REST seconds without work, then the steps in turn until the last window has ended."""
+        self._clock.clear()
         torch.cuda.synchronize()
         time.sleep(REST)
         marks = [torch.cuda.Event(enable_timing=True)]
         marks[0].record()
+        self._clock.mark()
         started = time.perf_counter()
         each = len(self._steps)
         while time.perf_counter() - started < SUSTAINED_SECONDS or len(marks) <= each:
             self._steps[(len(marks) - 1) % each].graph.replay()
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
+            self._clock.mark()
             if len(marks) > MOST_QUEUED:  # the host is not to run away from the card
                 marks[-MOST_QUEUED].synchronize()
         torch.cuda.synchronize()
         ends = [marks[0].elapsed_time(mark) / 1000 for mark in marks]
+        steps = np.diff(ends)
+        clocks = np.array(self._clock.hertz_between_marks(), dtype=float)
         if self._job.kind == "sustained":
-            return Round(windows(ends, SUSTAINED_ENDS), None, self._fault())
-        seconds: dict[str, list[float]] = {}
-        mixed = self._job.mixed_steps
-        for name in self._job.duty_steps:
-            turns = range(mixed) if name == "mixed" else range(mixed, each)
-            found = windows(ends, DUTY_ENDS, turns, each)
-            seconds |= {f"{name} {window}": values for window, values in found.items()}
-        return Round(seconds, None, self._fault())
+            means = windows(steps, ends, SUSTAINED_ENDS)
+            hertz = windows(clocks, ends, SUSTAINED_ENDS)
+        else:
+            means, hertz = {}, {}
+            mixed = self._job.mixed_steps
+            for name in self._job.duty_steps:
+                turns = range(mixed) if name == "mixed" else range(mixed, each)
+                where = (ends, DUTY_ENDS, turns, each)
+                means |= {f"{name} {end}": mean for end, mean in windows(steps, *where).items()}
+                hertz |= {f"{name} {end}": mean for end, mean in windows(clocks, *where).items()}
+        seconds = {name: [mean, mean] for name, mean in means.items()}
+        known = {name: mean for name, mean in hertz.items() if math.isfinite(mean)}
+        return Round(seconds, None, self._fault(), known)
 
 
 def windows(
+    values: NDArray[np.float64],
     ends: Sequence[float],
     window_ends: Sequence[float],
     turns: Sequence[int] = (0,),
     every: int = 1,
-) -> dict[str, list[float]]:
-    """Of each window its mean step, from when steps ended: of those `turns` of `every` steps.
+) -> dict[str, float]:
+    """Of each window the mean of the values of its steps: of those `turns` of `every` steps.
 
-    The first number is when the first step began. A step counts in the window in which it ends; one
-    that no step ends in has the mean of the step across it.
+    `ends` are when steps ended, the first of them when the first step began. A step counts in the
+    window in which it ends; one that no step ends in has the mean of the step across it.
     """
-    mine = np.isin(np.arange(len(ends) - 1) % every, turns)
-    steps, ended = np.diff(ends)[mine], np.array(ends[1:])[mine]
+    mine = np.isin(np.arange(len(values)) % every, turns)
+    values, ended = values[mine], np.array(ends[1:])[mine]
     window = np.searchsorted(window_ends, ended, side="left")
     found = {}
     for i, end in enumerate(window_ends):
-        inside = steps[window == i]
-        across = min(int(np.searchsorted(ended, end)), len(steps) - 1)
-        mean = float(inside.mean()) if len(inside) else float(steps[across])
-        found[f"{end:g} s"] = [mean, mean]
+        inside = values[window == i]
+        across = min(int(np.searchsorted(ended, end)), len(values) - 1)
+        found[f"{end:g} s"] = float(inside.mean()) if len(inside) else float(values[across])
     return found

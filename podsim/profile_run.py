@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Protocol
@@ -48,6 +48,8 @@ class Round:
     """Mean over the repetitions, in Hz; None if the device does not tell."""
     fault: str = ""
     """Why they cannot be believed, if the device can tell."""
+    sm_clocks: Mapping[str, float] = field(default_factory=dict)
+    """By `Job.label`, in Hz, of rows that have clocks of their own."""
 
 
 class TimedSequence(Protocol):
@@ -175,12 +177,13 @@ def _timed(job: Job, number: int, sequence: TimedSequence) -> list[Row]:
     once = job.kind in ("ceiling", "sustained", "duty")
     while len(rounds) < MOST_ROUNDS and not once and not _is_close(rounds) and not _is_long(rounds):
         rounds.append(sequence.round(False))
-    clocks = [r.sm_clock for r in rounds if r.sm_clock is not None]
     fault = next((r.fault for r in rounds if r.fault), "")
     rows: list[Row] = []
     for key in job.keys:
         seconds = [s for r in rounds for s in r.seconds[job.label(key)]]
         low, *_, high = quantiles(seconds, n=10)
+        measured = [r.sm_clocks.get(job.label(key), r.sm_clock) for r in rounds]
+        clocks = [clock for clock in measured if clock is not None]
         middle = min(seconds) if job.kind == "ceiling" else median(seconds)
         rows.append(
             {

@@ -76,8 +76,7 @@ def drawn(num_tokens: int, attention: float, work: TileWork, geometry: Geometry)
     leave it high. `attention` in seconds, at the high clock.
     """
     linear = geometry.linear_token_seconds * num_tokens
-    busy = work.blocks / (work.makespan * work.num_sms)
-    share = (linear + busy * attention) / (linear + geometry.quiet_layer_seconds + attention)
+    share = (linear + work.busy * attention) / (linear + geometry.quiet_layer_seconds + attention)
     return share * share
 
 

@@ -65,6 +65,12 @@ class FakeClock:
     def stop(self) -> None:
         self.calls.append("stop")
 
+    def mark(self) -> None:
+        self.calls.append("mark")
+
+    def hertz_between_marks(self) -> list[float]:
+        return [1.6e9] * (self.calls.count("mark") - 1)
+
     def mean_hertz(self) -> float:
         assert self.calls == ["clear", "start", "stop"]
         return 1.7e9

@@ -20,12 +20,14 @@ from typer.testing import CliRunner
 from podsim import calibration
 from podsim.attention_features import (
     DECODE_FEATURES,
+    PREFILL_FEATURES,
     Geometry,
     TileWork,
     decode_seconds,
     decode_seconds_of_run,
+    matrix_load,
+    prefill_features,
     row_tiles,
-    sustained,
     tile_work,
 )
 from podsim.attention_model import AttentionModel
@@ -347,10 +349,27 @@ def test_many_batches_of_decodes_take_to_the_last_bit_what_each_takes(
 
 def test_matrix_products_slow_prefill_down_the_more_the_larger_their_share() -> None:
     geometry = AttentionModel.of(LLAMA, PROFILE.attention).geometry
-    assert sustained(0, 1.0, geometry) == 0.0
-    alone = geometry.linear_token_seconds * 100
-    assert sustained(100, alone, geometry) == pytest.approx(0.25)  # half of the time, squared
-    assert sustained(100, 0.0, geometry) == 1.0
+    quiet = replace(geometry, quiet_layer_seconds=geometry.linear_token_seconds * 100)
+    assert matrix_load(0, quiet) == 0.0
+    assert matrix_load(100, quiet) == pytest.approx(0.25)  # half of the time, squared
+    assert matrix_load(300, quiet) == pytest.approx(0.75**2)
+    assert matrix_load(300, replace(quiet, quiet_layer_seconds=0.0)) == 1.0
+
+
+def test_tiles_with_a_neighbour_and_busy_sms_slow_prefill_down() -> None:
+    geometry = replace(AttentionModel.of(LLAMA, PROFILE.attention).geometry, num_sms=8)
+    paired, loaded = map(PREFILL_FEATURES.index, ("paired_makespan", "loaded_blocks"))
+
+    def features(tiles: int, beside_decode: bool = False) -> tuple[float, ...]:
+        work = TileWork(10.0, 10.0 * tiles, 10.0, tiles, num_sms=8, decode_share=0.0)
+        return prefill_features(work, geometry, 0.5, beside_decode)
+
+    # Tiles of 10 blocks on 8 SMs: up to 4 of them each have a pair of SMs.
+    assert [features(n)[paired] for n in (1, 4, 6, 8)] == [0.0, 0.0, 2.5, 10.0]
+    # Beside decodes every SM has work.
+    assert features(1, beside_decode=True)[paired] == 10.0
+    # A quarter, half, all of the SMs busy for as long.
+    assert [features(n)[loaded] for n in (2, 4, 8)] == [0.3125, 1.25, 5.0]
 
 
 @given(st.floats(0.001, 0.999), st.floats(0, 1), st.floats(0, 20), st.integers(0, 2**32 - 1))
