@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from podsim.latency import MATRIX_OPS
+from podsim.op_tables import MATRIX_OPS
 
 PROFILES = Path(__file__).parent.parent / "profiles" / "h200"
 FEWEST = 64

@@ -12,8 +12,8 @@ from typing import Any
 
 from podsim.collectives import COLLECTIVES_FILE, read_collectives
 from podsim.config import STRATEGIES
-from podsim.latency import MATRIX_OPS
 from podsim.model import model_named
+from podsim.op_tables import MATRIX_OPS
 from podsim.profile import find_profile
 
 MODELS = {

@@ -19,15 +19,17 @@ from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu, gpu_named
 from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
-from podsim.latency import (
+from podsim.latency import ProfiledLatency
+from podsim.model import Model
+from podsim.op_tables import (
     LAYER_OPS,
     MATRIX_OPS,
     SAMPLED_OPS,
     TOKEN_OPS,
-    ProfiledLatency,
+    OpTable,
+    fit_roofline,
     op_seconds,
 )
-from podsim.model import Model
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
 from podsim.step_fitting import fit_steps
@@ -153,7 +155,7 @@ class Measured(NamedTuple):
     rows: pd.DataFrame
     """One a point, with its `seconds` at the usual clock, and `seconds_as_timed`."""
     launch: dict[str, float]
-    ops: dict[str, dict[str, list[float]]]
+    ops: dict[str, OpTable]
     layer: dict[str, float]
     """What `Geometry` is told of a layer beside attention."""
     follows: dict[str, Sensitivity]
@@ -170,7 +172,7 @@ def _measured(folder: Path, gpu: str, model: Model) -> Measured:
     passes["seconds"] = passes["seconds_as_timed"] = passes["time_us"] * 1e-6 - launches
     passes["seconds"], products = products_at_usual_clock(passes, model)
     grid = _one_row_a_point(passes[passes["split"] == "grid"])
-    ops = _op_tables(grid)
+    ops = _op_tables(grid, model, gpu_named(gpu))
     linear = _linear_token_seconds(ops)
     quiet = _quiet_layer_seconds(ops, linear)
     passes["seconds"], attention = attention_at_usual_clock(
@@ -227,8 +229,8 @@ def _launch_costs(rows: pd.DataFrame) -> dict[str, float]:
     return {"graph": float(np.median(time - kernel * count)), "kernel": float(kernel)}
 
 
-def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
-    tables = {}
+def _op_tables(grid: pd.DataFrame, model: Model, gpu: Gpu) -> dict[str, OpTable]:
+    tables: dict[str, OpTable] = {}
     for name in (*LAYER_OPS, *TOKEN_OPS, *SAMPLED_OPS):
         rows = grid[grid["op"] == name].sort_values("num_tokens")
         if len(rows) < 2:
@@ -239,6 +241,7 @@ def _op_tables(grid: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
         tables[name] = {
             "num_tokens": rows["num_tokens"].tolist(),
             "seconds": seconds.round(10).tolist(),
+            "roofline": fit_roofline(model, gpu, name, rows["num_tokens"].tolist(), seconds),
         }
     return tables
 
@@ -270,7 +273,7 @@ def _without_scatter(num_tokens: Floats, seconds: Floats) -> Floats:
     return smooth
 
 
-def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float:
+def _linear_token_seconds(ops: Mapping[str, OpTable]) -> float:
     """What a token adds to the matrix products of a layer, from a quarter of the most tokens on."""
     seconds = 0.0
     for name in MATRIX_OPS:
@@ -280,9 +283,7 @@ def _linear_token_seconds(ops: Mapping[str, Mapping[str, list[float]]]) -> float
     return seconds
 
 
-def _quiet_layer_seconds(
-    ops: Mapping[str, Mapping[str, list[float]]], linear_token_seconds: float
-) -> float:
+def _quiet_layer_seconds(ops: Mapping[str, OpTable], linear_token_seconds: float) -> float:
     """What a layer takes beside its tokens' matrix products: the median of what was measured."""
     num_tokens = np.array(ops["qkv"]["num_tokens"])
     layers = [count * op_seconds(ops[name], num_tokens) for name, count in LAYER_OPS.items()]

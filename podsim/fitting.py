@@ -20,15 +20,12 @@ from podsim.attention_features import (
 from podsim.attention_model import DECODE_HEAVY, AttentionModel
 from podsim.batch import BatchShape
 from podsim.errors import InputError
+from podsim.fit_non_negative import fit_non_negative
 from podsim.overlap import Overlap, longer_side, roughness, table_weights, tables
 from podsim.unified_features import drawn, unified_features, unified_work
 
 Floats = NDArray[np.float64]
 
-REWEIGHTINGS = 15
-"""Rounds of least squares, each with the weights that the errors of the last one ask for."""
-ERROR_OF_A_TIMING = 0.02
-"""Relative errors below it count as noise (their square is minimised), above it as they are."""
 ROUGHNESS = 0.6
 """Weight of the differences of neighbouring cells of a table; by cross-validation."""
 LIKENESS = 0.1
@@ -183,31 +180,3 @@ def _fit_mixed(name: str, timings: Timings, model: AttentionModel) -> None:
     model.overlaps[name] = Overlap.of(tables(parts[0]))
     if name == "pod":
         model.overlaps[DECODE_HEAVY] = Overlap.of(tables(parts[-1]))
-
-
-def fit_non_negative(features: Floats, seconds: Floats, penalties: Floats | None = None) -> Floats:
-    """Coefficients >= 0 with the least relative error: its size, or near zero its square.
-
-    `features` are [rows, features]; `penalties` [any, features] times the coefficients are to be
-    near zero too.
-    """
-    from scipy.optimize import nnls  # takes half a second to load, and only fits need it
-
-    relative = features / seconds[:, None]
-    # Columns of like size: the stopping rule of the solver is absolute.
-    scale = np.abs(relative).mean(axis=0) if penalties is None else np.ones(features.shape[1])
-    scale = np.where(scale > 0, scale, 1.0)
-    relative = relative / scale
-    extra = np.zeros((0, features.shape[1])) if penalties is None else penalties
-    weights = np.ones(len(seconds))
-    for _ in range(REWEIGHTINGS):
-        root = np.sqrt(weights)
-        solution, _ = nnls(
-            np.concatenate([relative * root[:, None], extra]),
-            np.concatenate([root, np.zeros(len(extra))]),
-            maxiter=50 * features.shape[1],
-        )
-        errors = np.abs(relative @ solution - 1)
-        weights = 1 / np.maximum(errors, ERROR_OF_A_TIMING)
-        weights /= weights.mean()
-    return np.asarray(solution / scale)

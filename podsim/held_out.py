@@ -13,8 +13,9 @@ from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
-from podsim.latency import ProfiledLatency, op_seconds
+from podsim.latency import ProfiledLatency
 from podsim.model import Model
+from podsim.op_tables import op_seconds
 from podsim.points import AttentionPoint
 from podsim.profile import Profile
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
@@ -16,27 +16,9 @@ from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
 from podsim.heat import Heats, Warming
 from podsim.model import Model
+from podsim.op_tables import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
 from podsim.profile import Profile
 from podsim.scaling import Attention, AttentionTime, ScaledAttention
-
-LAYER_OPS = {
-    "rmsnorm": 2,
-    "qkv": 1,
-    "rope_and_cache": 1,
-    "output": 1,
-    "gate_up": 1,
-    "silu_mul": 1,
-    "down": 1,
-}
-"""How often each operation but attention runs in a layer."""
-
-MATRIX_OPS = ("qkv", "output", "gate_up", "down")
-"""The matrix products among them."""
-
-TOKEN_OPS = ("embedding", "rmsnorm")
-SAMPLED_OPS = ("lm_head", "sampling")
-"""What a step runs once, over all its tokens and over those that come out."""
-
 
 T = TypeVar("T", float, NDArray[np.float64])
 
@@ -47,10 +29,6 @@ class StepOfAttention(Protocol):
     def __call__(self, attention: T) -> T:
         """Of one step, or of an array of steps."""
 
-
-ALIGNED = 16
-"""Tokens. Of the powers of two, the one by which matrix rows to fit on predict each other with the
-least error, in the median, the mean and at P90 (`benchmarks/alignment.py`)."""
 
 WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
@@ -472,19 +450,6 @@ def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
         num_tokens=min(hull.num_tokens, collectives.max_tokens),
         num_sampled=min(hull.num_sampled, collectives.max_sampled),
     )
-
-
-def op_seconds(table: Mapping[str, Sequence[float]], num_tokens: ArrayLike) -> NDArray[np.float64]:
-    """Of one operation of a profile: linear between the measured points of the same alignment.
-
-    Multiples of `ALIGNED` run other matrix kernels than their neighbours.
-    """
-    wanted = np.asarray(num_tokens, dtype=np.int64)
-    measured, seconds = np.array(table["num_tokens"]), np.array(table["seconds"])
-    aligned = measured % ALIGNED == 0
-    on = np.interp(wanted, measured[aligned], seconds[aligned])
-    off = np.interp(wanted, measured[~aligned], seconds[~aligned])
-    return np.where(wanted % ALIGNED == 0, on, off)
 
 
 def _clock_falls(profile: Profile, graph_padding: bool) -> list[float]:

@@ -16,8 +16,8 @@ import pandas as pd
 from podsim import calibration
 from podsim.errors import InputError
 from podsim.hardware import GPUS, Gpu
-from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS
 from podsim.model import Model
+from podsim.op_tables import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
 from podsim.profile_plan import Key, plan_profile, rows_sha256
 from podsim.row_checks import (

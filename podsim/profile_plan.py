@@ -13,8 +13,8 @@ from numpy.random import Generator
 
 from podsim.config import STRATEGIES
 from podsim.hardware import Gpu
-from podsim.latency import ALIGNED, LAYER_OPS
 from podsim.model import Model
+from podsim.op_tables import ALIGNED, LAYER_OPS
 from podsim.points import (
     NUM_STEPS,
     AttentionPoint,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from podsim.hardware import Gpu
-from podsim.latency import LAYER_OPS
 from podsim.model import Model
+from podsim.op_tables import LAYER_OPS
 from podsim.points import AttentionPoint
 from podsim.roofline import Ceilings, Work, attention_work, op_work, step_seconds
 

@@ -9,8 +9,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
-from podsim.latency import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, ProfiledLatency, op_seconds
+from podsim.latency import ProfiledLatency
 from podsim.metrics import STEP_KINDS, step_kinds, tokens_out
+from podsim.op_tables import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
 from podsim.simulation import Result
 
 Floats = NDArray[np.float64]

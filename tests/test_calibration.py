@@ -39,11 +39,13 @@ from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
 from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating, slowdowns
 from podsim.held_out import has_several_chunks, is_heavy_tailed
-from podsim.latency import LAYER_OPS, ConstantLatency, Heat, ProfiledLatency, op_seconds
+from podsim.latency import ConstantLatency, Heat, ProfiledLatency
 from podsim.model import Model, model_named
+from podsim.op_tables import LAYER_OPS, fit_roofline, op_seconds, roofline_seconds
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
 from podsim.points import AttentionPoint, attention_points, step_points
 from podsim.profile import find_profile, kernels_hash, read_profile
+from podsim.roofline import op_traffic
 from podsim.unified_features import decode_tile_blocks, decode_tiles, drawn
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
@@ -149,6 +151,36 @@ def test_operations_are_exact_at_measured_points_and_straight_between_them() -> 
     table = {"num_tokens": [1, 16, 17, 32, 33], "seconds": [1.0, 16.0, 5.0, 32.0, 7.0]}
     assert op_seconds(table, [1, 16, 17, 32, 33]).tolist() == [1.0, 16.0, 5.0, 32.0, 7.0]
     assert op_seconds(table, [9, 24, 25]).tolist() == [3.0, 5.875, 6.0]  # of 1, 17, 33: not aligned
+
+
+def test_what_was_measured_beside_the_roofline_is_straight_between_its_points() -> None:
+    line = {"fixed": 10.0, "per_token": 1.0, "turn": 100.0, "per_token_beyond": 2.0}
+    roofline = roofline_seconds(line, np.array([1, 100, 150]))
+    assert roofline.tolist() == [11.0, 110.0, 260.0]
+    measured = [16.0, 31.0, 428.0, 449.0]  # two points 5 above the line, two 15 above it
+    table = {"num_tokens": [1, 16, 201, 208], "seconds": measured, "roofline": line}
+    assert op_seconds(table, [1, 16, 201, 208]).tolist() == measured
+    assert op_seconds(table, [101]).tolist() == [113.0 + 10.0]  # halfway from 1 to 201
+    assert op_seconds(table, [112]).tolist() == [146.0 + 10.0]  # halfway from 16 to 208
+
+
+@pytest.mark.parametrize("op", ["gate_up", "rmsnorm"])
+def test_a_roofline_finds_the_shares_of_the_peaks_that_an_operation_reaches(op: str) -> None:
+    """Times are made: 3 us of launch, 2/3 of the bandwidth, 3/4 of the FLOP/s."""
+    gpu, num_tokens = gpu_named("h200"), [1, 8, 64, 200, 240, 512, 2048, 8192]
+    works = [op_traffic(LLAMA, op, n) for n in num_tokens]
+    moving = np.array([work.bytes for work in works]) / gpu.peak_bandwidth
+    computing = np.array([work.flops for work in works]) / gpu.peak_flops
+    seconds = 3e-6 + 1.5 * moving + np.maximum(computing - moving, 0.0) / 0.75
+    line = fit_roofline(LLAMA, gpu, op, num_tokens, seconds)
+    assert roofline_seconds(line, np.array(num_tokens)) == pytest.approx(seconds, rel=1e-6)
+    if op == "rmsnorm":
+        assert set(line) == {"fixed", "per_token"}
+        assert line["fixed"] == pytest.approx(3e-6)
+    else:
+        weights = op_traffic(LLAMA, op, 0).bytes / gpu.peak_bandwidth
+        assert line["fixed"] == pytest.approx(3e-6 + 1.5 * weights)
+        assert 200 < line["turn"] < 240  # 206 FLOPs a byte on an H200, and the activations
 
 
 TWO_SMS = Geometry(

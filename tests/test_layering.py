@@ -23,6 +23,7 @@ LAYERS = [
     {"workload_arrivals", "workload_trace", "trace_prefix", "workload_synthetic", "workload"},
     {"trace_tokenizer", "trace_statistics", "trace_report", "trace_writers"},
     {"roofline", "scaling"},
+    {"fit_non_negative", "op_tables"},
     {"profile", "points", "attention_features", "unified_features", "overlap", "attention_model"},
     {"collectives", "latency", "paged_latency"},
     {"fitting", "heat_fitting", "held_out", "row_clocks"},

@@ -17,8 +17,8 @@ import pytest
 from podsim import calibration
 from podsim.errors import InputError
 from podsim.hardware import GPUS, gpu_named
-from podsim.latency import LAYER_OPS
 from podsim.model import model_named
+from podsim.op_tables import LAYER_OPS
 from podsim.profile import find_profile, kernels_hash, read_profile
 from podsim.profile_checks import (
     Finding,

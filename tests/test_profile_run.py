@@ -21,8 +21,8 @@ import pytest
 from podsim.errors import InputError
 from podsim.graph_sizes import graph_sizes
 from podsim.hardware import gpu_named
-from podsim.latency import ALIGNED, LAYER_OPS
 from podsim.model import model_named
+from podsim.op_tables import ALIGNED, LAYER_OPS
 from podsim.points import sustained_points
 from podsim.profile import find_profile, read_profile
 from podsim.profile_checks import check_profile

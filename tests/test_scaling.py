@@ -17,8 +17,9 @@ from podsim.batch import BatchShape
 from podsim.config import Deployment
 from podsim.errors import InputError
 from podsim.hardware import GPUS, gpu_named
-from podsim.latency import LAYER_OPS, ProfiledLatency, decode_steps
+from podsim.latency import ProfiledLatency, decode_steps
 from podsim.model import model_named
+from podsim.op_tables import LAYER_OPS
 from podsim.profile import find_profile
 from podsim.scaling import OTHER_CHIP, SAME_CHIP, Scaling
 from podsim.simulation import latency_model_for, simulate_with_error_bars
