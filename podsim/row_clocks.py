@@ -79,8 +79,9 @@ class Sensitivity:
 
 def products_at_usual_clock(
     passes: pd.DataFrame, model: Model
-) -> tuple[pd.Series[float], dict[str, Sensitivity]]:
-    """Seconds of all rows, those of matrix products at their usual clocks; how they follow them.
+) -> tuple[pd.Series[float], dict[str, Sensitivity], pd.Series[float]]:
+    """Seconds of all rows, those of matrix products at their usual clocks; how they follow them;
+    and those clocks, NaN for other rows.
 
     `passes` are the rows of every pass, with `seconds`, as timed, and `sm_clock_mhz`, NaN where it
     is not known.
@@ -104,7 +105,9 @@ def products_at_usual_clock(
         beyond = _beyond_usual(timed, np.stack(states, axis=1) / ALIKE_PRODUCTS)
         clocks = timed.assign(beyond=beyond)[["num_tokens", "pass", "beyond"]]
         parts.append(mine.reset_index().merge(clocks, on=["num_tokens", "pass"]).set_index("index"))
-    return _brought(passes, {"products": pd.concat(parts)})
+    rows = pd.concat(parts)
+    usual = rows["sm_clock_mhz"] * np.exp(-rows["beyond"])
+    return *_brought(passes, {"products": rows}), usual.reindex(passes.index)
 
 
 def attention_at_usual_clock(
