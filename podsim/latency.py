@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -15,7 +14,7 @@ from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
-from podsim.heat import Heats, Shares, Warming
+from podsim.heat import Heats, Warming
 from podsim.model import Model
 from podsim.op_tables import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
 from podsim.profile import Profile
@@ -59,8 +58,7 @@ class RunsOfDecodes(Protocol):
 class WarmsUp(Protocol):
     """A latency model whose steps take longer after matrix work, which lowers the clock."""
 
-    warming: Warming | None
-    """None: it knows nothing of the clock."""
+    warming: Warming
 
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
         """Seconds of a step with prefill, and its drive: what the heats near meanwhile."""
@@ -78,22 +76,21 @@ class Heat:
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
-        self._warms_up = model if isinstance(model, WarmsUp) else None
-        self._warming = None if self._warms_up is None else self._warms_up.warming
-        self._heats = Heats() if self._warming is None else self._warming.at_rest
+        self._warming = model if isinstance(model, WarmsUp) else None
+        self._heats = Heats() if self._warming is None else self._warming.warming.at_rest
         self._time = 0.0
         self._decode_run_times = decode_run_times(model)
 
     def step_time(self, shape: BatchShape, start: float) -> float:
         """Seconds of a step that begins at `start`, later than all before."""
-        model, warming = self._warms_up, self._warming
-        if model is None or warming is None:
+        model = self._warming
+        if model is None:
             return self._model.step_time(shape)
         if not shape.prefills:
             return self._heated([self._model.step_time(shape)], shape, start)[0]
-        heats = warming.rested(self._heats, start - self._time)
+        heats = model.warming.rested(self._heats, start - self._time)
         seconds, drive = model.step_time_at(shape, heats)
-        self._heats = warming.worked(heats, drive, seconds)
+        self._heats = model.warming.worked(heats, drive, seconds)
         self._time = start + seconds
         return seconds
 
@@ -104,16 +101,17 @@ class Heat:
 
     def is_cold(self, start: float) -> bool:
         """Whether no step of decodes alone from `start` on feels a heat, until one with prefill."""
-        warming = self._warming
-        return warming is None or warming.left(self._heats, start - self._time, 1e-9) == 0.0
+        model = self._warming
+        if model is None:
+            return True
+        return model.warming.left(self._heats, start - self._time, 1e-9) == 0.0
 
     def _heated(self, times: list[float], shape: BatchShape, start: float) -> list[float]:
-        model, warming = self._warms_up, self._warming
+        model = self._warming
         assert model is not None
-        assert warming is not None
-        num_decodes = shape.num_decodes
+        num_decodes, left = shape.num_decodes, model.warming.left
         for step, seconds in enumerate(times):
-            share = warming.left(self._heats, start - self._time, seconds)
+            share = left(self._heats, start - self._time, seconds)
             if share == 0.0:
                 break
             times[step] += model.clocked_seconds(num_decodes, seconds) * share
@@ -168,30 +166,6 @@ class Breakdown:
         return self.attention + self.layers + self.once + self.collectives
 
 
-class Parts(NamedTuple):
-    """Seconds of a step, each part at the clock that it is timed at."""
-
-    attention: float
-    layers: float
-    once: float
-    collectives: float
-    """As in `Breakdown`."""
-    products: float
-    """Of the layers, the matrix products: they go with the clock,"""
-    clocked: float
-    """and so much of the attention."""
-    drawing: float
-    """For how long attention would keep all SMs busy,"""
-    reading: float
-    """and decodes beside prefill would take alone."""
-
-    @property
-    def shares(self) -> Shares:
-        """Of the layers' time."""
-        layers = self.attention + self.layers
-        return Shares(self.products / layers, self.drawing / layers, self.reading / layers)
-
-
 class Hull(NamedTuple):
     """The largest numbers of a batch that were measured."""
 
@@ -241,6 +215,8 @@ class ProfiledLatency:
         self._layer_time = _Table(profile, LAYER_OPS, graph_padding)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
+        self._slowdown: float = profile.sustained["slowdown"]
+        self._overlap_loss = float(profile.sustained.get("overlap_loss", 0.0))
         self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
         self.clock_share = float(profile.sustained.get("clock_share", 0.0))
@@ -254,47 +230,28 @@ class ProfiledLatency:
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        """In a long row of such steps, as whole steps of a profile are timed; `step_time_at` after
-        others.
-        """
-        return self._count(shape, self.breakdown(shape).total * self.scale)
+        """As steps of a profile are timed, after some of their own; `step_time_at` after others."""
+        attention, layers, once, collectives = self._parts(shape)
+        return self._count(shape, (attention + layers + once + collectives) * self.scale)
 
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
         """See `WarmsUp`."""
-        parts = self.parts(shape)
-        seconds = parts.attention + parts.layers + parts.once + parts.collectives
-        drive = self._drive(shape, parts)
-        assert self.warming is not None
-        fall = self.warming.fall_in(drive, heats, seconds)
-        seconds += (parts.products + parts.clocked) * self._slower(shape, fall)
-        return self._count(shape, seconds * self.scale), drive
-
-    def _longer(self, shape: BatchShape, parts: Parts) -> tuple[float, float]:
-        """What the attention and the rest of the layers take longer in a long row of such steps."""
-        if self.warming is None:
-            return 0.0, 0.0
-        drive = self._drive(shape, parts)
-        slower = self._slower(shape, self.warming.fall(Heats(drive, drive)))
-        return parts.clocked * slower, parts.products * slower
-
-    def _slower(self, shape: BatchShape, fall: float) -> float:
-        """At a fall of the clock, what goes with it takes so much longer than its parts as timed;
-        a share of its time.
-        """
-        return math.expm1(fall - self.clock_fall(shape.num_tokens))
-
-    def _drive(self, shape: BatchShape, parts: Parts) -> float:
-        return self.drive(shape.num_tokens, parts.shares)
-
-    def drive(self, num_tokens: int, shares: Shares) -> float:
-        """See `heat.Warming`; 0 if it knows nothing of the clock."""
-        return 0.0 if self.warming is None else self.warming.drive(self._padded(num_tokens), shares)
+        attention, layers, once, collectives = self._parts(shape)
+        load = self.load(shape.num_tokens, attention + layers)
+        drive = load * self.clock_fall(shape.num_tokens)
+        seconds = attention + layers + once + collectives
+        kernels = (attention + layers) * self.warming.factor(load, drive, heats, seconds)
+        return self._count(shape, (kernels + once + collectives) * self.scale), drive
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds
         if not self.is_inside(shape):
             self.seconds_outside += seconds
         return seconds
+
+    def load(self, num_tokens: int, seconds: float) -> float:
+        """The share of the layers' seconds that is matrix products."""
+        return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
 
     def matrix_seconds(self, num_tokens: int) -> float:
         """Of the matrix products of so many tokens."""
@@ -306,29 +263,29 @@ class ProfiledLatency:
         return products + self.clock_share * (seconds - products)
 
     def clock_fall(self, num_tokens: int) -> float:
-        """At which layers over so many tokens are timed: see `podsim.heat`."""
+        """How far nothing but layers over so many tokens takes the clock down: see `heat.Heats`."""
         return self._clock_falls[min(num_tokens, len(self._clock_falls) - 1)]
 
-    def parts(self, shape: BatchShape) -> Parts:
-        """What a step's kernels take as each is timed alone, and the gaps between them."""
+    def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
         num_tokens = num_prefill_tokens + num_decodes
-        attention, clocked, drawing, reading = self.attention_time(shape)
+        attention, hidden, drawing = self.attention_time(shape)
         layers, once, collectives = self._beside_attention(
             num_tokens, num_sampled, num_decodes + len(prefills)
         )
         if prefills:
             once += self.host_with_prefill
-        products = self._matrix_seconds_per_token * num_tokens
-        quiet = 1.0 - min(1.0, products / (attention + layers))
-        layers += self._gaps * (quiet * quiet)
-        clock = min(products, layers), clocked, drawing, reading
-        return Parts(attention, layers, once, collectives, *clock)
+        share = self.matrix_share(num_tokens, attention + layers, drawing)
+        slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
+        if hidden:
+            slower += self._overlap_loss * share * hidden / (attention + layers)
+        return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
 
     def attention_time(self, shape: BatchShape) -> AttentionTime:
         """Of all layers together, as each is timed alone."""
-        time = self.attention.time(self.strategy, shape)
-        return AttentionTime(*(self.num_layers * seconds for seconds in time))
+        seconds, hidden, drawing = self.attention.time(self.strategy, shape)
+        n = self.num_layers
+        return AttentionTime(n * seconds, n * hidden, n * drawing)
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -344,6 +301,17 @@ class ProfiledLatency:
             self._token_time[num_tokens] + self._sampled_time[num_sampled] + host,
             collectives,
         )
+
+    def matrix_share(self, num_tokens: int, seconds: T, drawing: float = 0.0) -> T:
+        """The share of the layers' seconds in matrix products, and in attention that draws as much.
+
+        Whole steps take longer than their parts, timed with pauses between them. Matrix work
+        without a pause lowers the clock further: what that adds is in proportion to the square of
+        this. And a kernel starts later behind others than alone: what that adds to a layer goes
+        with the square of the rest. Overlap does the same work in less time, at more power: under
+        the power limit a lower clock takes a part of what it hides back, in proportion to this.
+        """
+        return (self._matrix_seconds_per_token * num_tokens + drawing) / seconds
 
     def step_times(self, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
         """`step_time` of many batches, to the last bit; those of as many decodes at once.
@@ -397,14 +365,15 @@ class ProfiledLatency:
     def _around_decodes(self, n: int) -> StepOfAttention:
         """Makes the seconds of steps of n decodes from those of attention in a layer."""
         layers, once, collectives = self._beside_attention(n, n, n)
-        num_layers, gaps, scale = self.num_layers, self._gaps, self.scale
+        num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
+        gaps = self._gaps
         matrix_seconds = self._matrix_seconds_per_token * n
 
         def seconds(attention: T) -> T:
             attention = num_layers * attention
             share = matrix_seconds / (attention + layers)
-            quiet = 1.0 - (min(1.0, share) if isinstance(share, float) else np.minimum(1.0, share))
-            in_layers = attention + (layers + gaps * (quiet * quiet))
+            slower, quiet = 1.0 + slowdown * (share * share), 1.0 - share
+            in_layers = attention * slower + (layers * slower + gaps * (quiet * quiet))
             return (in_layers + once + collectives) * scale
 
         return seconds
@@ -418,13 +387,8 @@ class ProfiledLatency:
         return 1 + min((hull.decode_context_sum - keys) // n, hull.context_len - longest)
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
-        """Where the seconds of a step go, as `step_time` has them before `scale`."""
-        parts = self.parts(shape)
-        attention, layers, once, collectives, *_ = parts
-        if shape.prefills:
-            longer = self._longer(shape, parts)
-            attention, layers = attention + longer[0], layers + longer[1]
-        return Breakdown(attention, layers, once, collectives)
+        """Where the seconds of a step go, before `scale`."""
+        return Breakdown(*self._parts(shape))
 
     def scaled(self, scale: float) -> ProfiledLatency:
         """The same with every step `scale` times as long."""
@@ -489,9 +453,9 @@ def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
 
 
 def _clock_falls(profile: Profile, graph_padding: bool) -> list[float]:
-    """For every number of tokens that was measured; 0 in a profile without clocks."""
+    """For every number of tokens that was measured; 1 in a profile without clocks."""
     if not profile.clock_falls:
-        return [0.0]
+        return [1.0]
     measured = profile.clock_falls["num_tokens"]
     table = {"num_tokens": measured, "seconds": profile.clock_falls["falls"]}
     falls: list[float] = op_seconds(table, _token_counts(int(measured[-1]), graph_padding)).tolist()

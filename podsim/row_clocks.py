@@ -79,9 +79,8 @@ class Sensitivity:
 
 def products_at_usual_clock(
     passes: pd.DataFrame, model: Model
-) -> tuple[pd.Series[float], dict[str, Sensitivity], pd.Series[float]]:
-    """Seconds of all rows, those of matrix products at their usual clocks; how they follow them;
-    and those clocks, NaN for other rows.
+) -> tuple[pd.Series[float], dict[str, Sensitivity]]:
+    """Seconds of all rows, those of matrix products at their usual clocks; how they follow them.
 
     `passes` are the rows of every pass, with `seconds`, as timed, and `sm_clock_mhz`, NaN where it
     is not known.
@@ -105,9 +104,7 @@ def products_at_usual_clock(
         beyond = _beyond_usual(timed, np.stack(states, axis=1) / ALIKE_PRODUCTS)
         clocks = timed.assign(beyond=beyond)[["num_tokens", "pass", "beyond"]]
         parts.append(mine.reset_index().merge(clocks, on=["num_tokens", "pass"]).set_index("index"))
-    rows = pd.concat(parts)
-    usual = rows["sm_clock_mhz"] * np.exp(-rows["beyond"])
-    return *_brought(passes, {"products": rows}), usual.reindex(passes.index)
+    return _brought(passes, {"products": pd.concat(parts)})
 
 
 def attention_at_usual_clock(
