@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import clock_table
 import profile_table
 import pytest
 from profile_table import missed
 
 from podsim.model import model_named
 from podsim.profile import find_profile
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_kernel_model_has_a_row_and_a_verdict(
@@ -33,3 +38,11 @@ def test_an_error_is_held_against_its_bars_as_fitted_and_as_timed() -> None:
     assert list(missed(timed, bars)) == ["median as timed"]
     assert list(missed({**timed, "p90": 0.081}, bars)) == ["median as timed", "P90"]
     assert list(missed({**timed, "p90": 0.081}, {"median": 0.05})) == []
+
+
+def test_whole_steps_take_what_their_parts_do_at_the_clock_that_they_ran_at() -> None:
+    rows = clock_table.rows_by_clock(ROOT / "validation" / "h200" / "910cdec5" / "profile")
+    assert set(rows["op"]) == {"step", "sustained", "duty"}
+    sizes = rows.groupby("op")[["sum of parts", "by clock"]].agg(lambda some: some.abs().median())
+    assert (sizes.loc[["step", "sustained"], "by clock"] < 0.012).all()
+    assert (sizes["sum of parts"] > sizes["by clock"]).all()
