@@ -224,8 +224,9 @@ def prefill_features(
     """`load` is what the layer's matrix products slow a busy GPU down by: see `matrix_load`.
 
     SMs come in pairs that share a way to the memory: beyond half as many tiles as SMs, tiles have a
-    neighbour (`paired_makespan`). And the more SMs work, the more the products before them have
-    lowered the clock (`loaded_blocks`). The forms of both by cross-validation on rows to fit on.
+    neighbour (`paired_makespan`); beside decodes, which take every other SM, all have one. And the
+    more SMs work, the more the products before them have lowered the clock (`loaded_blocks`). The
+    forms of both by cross-validation on rows to fit on.
     """
     paired = 1.0 if beside_decode else max(0.0, min(2 * work.tiles / work.num_sms, 2.0) - 1.0)
     return (
