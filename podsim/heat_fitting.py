@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -23,7 +24,7 @@ LEAST = (0.0, 0.005, 0.0, SLOW_FROM, 0.0)
 MOST = (10.0, SLOW_FROM, 10.0, 10.0, 2.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SustainedRun:
     """Equal steps with prefill one after another from rest, or with decodes alone between them."""
 
@@ -48,8 +49,14 @@ class SustainedRun:
     expected: float = 0.0
     """A step with prefill as operations are timed, after some 0.1 s of their own work."""
 
+    @cached_property
+    def course(self) -> tuple[Floats, NDArray[np.int64]]:
+        """Of cells of CELL seconds from the start: the share of steps with prefill, the window."""
+        cells = np.arange(round(self.ends[-1] / CELL), dtype=np.float64) * CELL
+        return self.share(cells), np.searchsorted(self.ends, cells + CELL / 2)
+
     def share(self, cells: Floats) -> Floats:
-        """Of cells of CELL seconds from the run's start, how much steps with prefill take."""
+        """Of cells from the run's start, how much steps with prefill take."""
         row = self.in_a_row * float(np.mean(self.seconds))
         each = row + self.between
 
@@ -131,12 +138,11 @@ def _left_in_decodes(run: SustainedRun, warming: Warming) -> Floats:
 
 def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """Of cells of a run: the share of steps with prefill, what heats add, and the window."""
-    cells = np.arange(round(run.ends[-1] / CELL), dtype=np.float64) * CELL
-    share = run.share(cells)
+    share, window = run.course
     drives = share * run.drive - (1 - share) * warming.headroom
     added = warming.heating * _heats(drives, warming.seconds, warming)
     added += warming.slow_heating * _heats(drives, warming.slow_seconds, warming)
-    return share, added, np.searchsorted(run.ends, cells + CELL / 2)
+    return share, added, window
 
 
 def _heats(drives: Floats, tau: float, warming: Warming) -> Floats:
