@@ -39,8 +39,8 @@ class Profile:
     """Of the model, or of the share of it that one GPU holds: `Model.shape`."""
     provenance: Mapping[str, object]
     """GPU, driver, versions, date, command and hash of the kernels' source."""
-    ops: Mapping[str, Mapping[str, list[float]]]
-    """Of each operation but attention: num_tokens and seconds, piecewise linear between them."""
+    ops: Mapping[str, Mapping[str, Any]]
+    """Of each operation but attention: num_tokens, seconds and roofline (`podsim.op_tables`)."""
     attention: Mapping[str, Mapping[str, Any]]
     """Geometry, and of each kernel model the coefficients of its features and its overlap."""
     launch: Mapping[str, float]
@@ -213,13 +213,24 @@ def read_profile(folder: Traversable, source: str) -> Profile:
                 f"{source}: schema {content['schema']}, this podsim reads {SCHEMA_VERSION}; "
                 "measure it again with `podsim profile`"
             )
-        return Profile(source=source, **{k: v for k, v in content.items() if k != "schema"})
+        profile = Profile(source=source, **{k: v for k, v in content.items() if k != "schema"})
+        _check_tables(profile)
+        return profile
     except OSError as error:
         raise InputError(f"{source}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: not a podsim profile: {error}") from None
+
+
+def _check_tables(profile: Profile) -> None:
+    """What is looked up by name is a table."""
+    for op, table in profile.ops.items():
+        line: object = table.get("roofline", {}) if isinstance(table, Mapping) else {}
+        for name, value in ((f"ops.{op}", table), (f"ops.{op}.roofline", line)):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{profile.source}: {name} is {value!r}, expected a table")
 
 
 @lru_cache(maxsize=8)

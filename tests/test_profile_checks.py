@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -329,6 +331,20 @@ def test_a_cell_of_a_table_that_was_tampered_with_is_refused(sound: Path) -> Non
         "profile.json: attention.overlap.pod is not what a fit of its rows gives",
         "profile.json: ops.down.seconds is not what a fit of its rows gives",
     ]
+
+
+@pytest.mark.parametrize("path", ["ops.qkv", "ops.qkv.roofline"])
+def test_a_number_in_the_place_of_a_table_is_one_line(sound: Path, path: str) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for name in parents:
+            content = content[name]
+        content[last] = 5
+
+    change(sound, edit)
+    where = f"{sound / 'profile.json'}: {path} is 5, expected a table"
+    with pytest.raises(InputError, match=f"^{re.escape(where)}$"):
+        read_profile(sound, str(sound))
 
 
 @pytest.mark.parametrize("model", ["llama-2-7b", "llama-3-70b-tp8"])
