@@ -94,6 +94,8 @@ class Recording:
     """Of each step of the log."""
     gpu_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Of each step: what the GPU took; the rest of its duration it waited for the host."""
+    sm_clock_mhz: array[float] = field(default_factory=lambda: array("d"))
+    """Of each step, if the GPU told: the mean clock of the SMs."""
     table_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Of each step: in which the host prepared the block table; 0 if there is none."""
     mapping_seconds: array[float] = field(default_factory=lambda: array("d"))

@@ -30,6 +30,7 @@ from podsim.kernels.plan import CapturedPlan, Plan, Room
 from podsim.llama_weights import Weights
 from podsim.model import Model
 from podsim.step_buffers import StepBuffers
+from podsim.step_clocks import StepClocks
 from podsim.step_inputs import Foresee, Lengths, StepInputs
 from podsim.tensor_parallel import Group
 
@@ -169,6 +170,9 @@ class Llama:
         on_gpu = self.device.type == "cuda"
         self._begun = torch.cuda.Event(enable_timing=True, external=True) if on_gpu else None
         self._end = torch.cuda.Event(enable_timing=True) if on_gpu else None
+        self.clocks: StepClocks | None = None
+        if on_gpu and (self.group is None or self.group.is_first):
+            self.clocks = StepClocks(self._plan_sizes["num_sms"])
         self.sampled_host = torch.zeros(rows, dtype=torch.int64, pin_memory=on_gpu)
         self.cos_sin = rope.rope_table(self.max_len, model.head_dim, ROPE_BASE, self.device)
 
@@ -278,6 +282,9 @@ class Llama:
         layers.run()
         if n := launch.num_sampled:
             self._heads[n].run()
+        if self.clocks is not None:
+            self.clocks.end()
+        if n:
             self.sampled_host[:n].copy_(self.sampled[:n], non_blocking=True)
         if self._end:
             self._end.record()
@@ -312,6 +319,8 @@ class Llama:
         """From the token ids to the final norm of every token."""
         if self._begun is not None:
             self._begun.record()  # in the graph: launching it is the host's time, not the GPU's
+        if self.clocks is not None:
+            self.clocks.begin()
         inputs, n = self.inputs, size
         positions, slots = inputs.positions[:n], inputs.slots[:n]
         residual, hidden, normed = self.residual[:n], self.hidden[:n], self.normed[:n]

@@ -18,20 +18,36 @@ MARKS_AT_ONCE = 256
 
 
 @triton.jit
-def _stamp_kernel(stamps):  # type: ignore[no-untyped-def]
-    """Note this SM's cycles and the global nanoseconds: stamps [SLOTS, 2], int64."""
+def slot():  # type: ignore[no-untyped-def]
+    """The place of this SM in stamps."""
     sm = tl.inline_asm_elementwise(
         "mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
-    cycles = tl.inline_asm_elementwise(
+    return sm % SLOTS
+
+
+@triton.jit
+def cycles():  # type: ignore[no-untyped-def]
+    """Of this SM's counter."""
+    return tl.inline_asm_elementwise(
         "mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
     )
-    nanoseconds = tl.inline_asm_elementwise(
+
+
+@triton.jit
+def nanoseconds():  # type: ignore[no-untyped-def]
+    """Of the GPU's clock."""
+    return tl.inline_asm_elementwise(
         "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
     )
-    slot = sm % SLOTS
-    tl.store(stamps + slot * 2, cycles)
-    tl.store(stamps + slot * 2 + 1, nanoseconds)
+
+
+@triton.jit
+def stamp(stamps):  # type: ignore[no-untyped-def]
+    """Note this SM's cycles and nanoseconds: stamps [SLOTS, 2], int64."""
+    sm = slot()
+    tl.store(stamps + sm * 2, cycles())
+    tl.store(stamps + sm * 2 + 1, nanoseconds())
 
 
 class SmClock:
@@ -50,10 +66,10 @@ class SmClock:
         self._num_marks = 0
 
     def start(self) -> None:
-        _stamp_kernel[(self._num_ctas,)](self._stamps[0], num_warps=1)
+        stamp[(self._num_ctas,)](self._stamps[0], num_warps=1)
 
     def stop(self) -> None:
-        _stamp_kernel[(self._num_ctas,)](self._stamps[1], num_warps=1)
+        stamp[(self._num_ctas,)](self._stamps[1], num_warps=1)
 
     def mean_hertz(self) -> float | None:
         """Between start and stop, once the device is done; None if no SM ran both."""
@@ -64,7 +80,7 @@ class SmClock:
         index = self._num_marks % MARKS_AT_ONCE
         if index == 0:
             self._marks.append(torch.zeros_like(self._stamps[0].expand(MARKS_AT_ONCE, -1, -1)))
-        _stamp_kernel[(self._num_ctas,)](self._marks[-1][index], num_warps=1)
+        stamp[(self._num_ctas,)](self._marks[-1][index], num_warps=1)
         self._num_marks += 1
 
     def hertz_between_marks(self) -> list[float | None]:

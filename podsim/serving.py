@@ -162,8 +162,10 @@ class Server:
         """Serve a trace from its first arrival to its last token, in real time, beside `sampling`
         of the card: None is `podsim.gpu_sampler`'s, already under way.
         """
-        clock = WallClock()
+        clock, clocks = WallClock(), self.llama.clocks
         engine = self._engine(step_time, seed, clock)
+        if clocks is not None:
+            clocks.clear()
         gc.collect()
         gc.disable()  # a collection would hold up a step
         try:
@@ -174,6 +176,8 @@ class Server:
             gc.enable()
             _end_mapping(engine)
         self._count_from_the_last_start(recording)
+        if clocks is not None:
+            recording.sm_clock_mhz.extend(clocks.megahertz())
         machine = provenance(self.llama.model)
         if self.group is not None:
             machine |= self.group.provenance()

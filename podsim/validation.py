@@ -47,6 +47,8 @@ COLUMNS = {
     TOKENS_FILE: ("request_id", "step"),
     GPU_FILE: ("time", "sm_clock_mhz", "power_w"),
 }
+CLOCK_COLUMN = "sm_clock_mhz"
+"""Of the steps, since engines note it: the mean clock of the SMs."""
 TABLE_COLUMN = "table_seconds"
 """Of the steps over a paged KV cache: in which the host prepared the block table."""
 MAPPING_COLUMNS = ("mapping_seconds", "mapped_page_groups")
@@ -70,9 +72,9 @@ class Recorded:
     requests: pd.DataFrame
     """`metrics.request_table` of the engine, and priority where requests were let in by it."""
     steps: pd.DataFrame
-    """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds, and
-    table_seconds where there was a block table, mapping_seconds and mapped_page_groups where
-    memory was mapped."""
+    """`metrics.step_table`, then prefills, decode_context_max, num_sampled, gpu_seconds,
+    sm_clock_mhz where the engine noted it, table_seconds where there was a block table,
+    mapping_seconds and mapped_page_groups where memory was mapped."""
     tokens: pd.DataFrame
     """request_id of each token that came out, in order, and the index of the step it ended."""
     gpu: pd.DataFrame
@@ -105,6 +107,8 @@ class Recorded:
         steps["decode_context_max"] = [shape.decode_context_max for shape in shapes]
         steps["num_sampled"] = [shape.num_sampled for shape in shapes]
         steps["gpu_seconds"] = np.asarray(recording.gpu_seconds)
+        if recording.sm_clock_mhz:
+            steps[CLOCK_COLUMN] = np.asarray(recording.sm_clock_mhz)
         if deployment.kv == "paged":
             steps[TABLE_COLUMN] = np.asarray(recording.table_seconds)
         if deployment.kv == "vattention":

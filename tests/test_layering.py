@@ -64,7 +64,7 @@ LAYERS = [
         "measure_sequences",
         "measure_collectives",
     },
-    {"llama_weights", "tensor_parallel", "step_buffers", "cuda_graphs", "llama"},
+    {"llama_weights", "tensor_parallel", "step_buffers", "step_clocks", "cuda_graphs", "llama"},
     {"kernel_starts", "serving", "shared_server"},
     {"kernel_workloads", "flashinfer_kernels", "measure_kernels", "check_kernels", "kernel_report"},
     {"kernel_questions", "measure_questions", "questions_report", "questions_figures"},

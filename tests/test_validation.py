@@ -373,3 +373,12 @@ def test_validate_refuses_what_cannot_be():
         2,
         "podsim: host_overhead is the engine's own here: it is measured\n",
     )
+
+
+def test_steps_keep_the_clock_that_they_ran_at(tmp_path):
+    run = recording(1.0)
+    run.sm_clock_mhz.extend(1500.0 + i % 7 for i in range(len(run.shapes)))
+    Recorded.of(run, DEPLOYMENT, ENGINE, "made up").save(tmp_path)
+    clocks = read_recording(tmp_path).steps["sm_clock_mhz"]
+    assert clocks.tolist() == list(run.sm_clock_mhz)
+    assert "sm_clock_mhz" not in recorded(1.0).steps  # of an engine that did not note it
