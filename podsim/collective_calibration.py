@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from podsim.collectives import (
     read_collectives,
 )
 from podsim.errors import InputError
+from podsim.fit_non_negative import fit_non_negative
 from podsim.hardware import Gpu
 from podsim.held_out import error_summary
 from podsim.model import BYTES_PER_VALUE
@@ -119,7 +120,8 @@ def _fit_and_save(folder: Path, gpu: Gpu, provenance: Mapping[str, object]) -> C
 
 
 def fit(folder: Path, gpu: Gpu, provenance: Mapping[str, object]) -> Collectives:
-    """The times of the rows in `folder`/measurements.csv: of each message the median of its passes.
+    """The times of the rows in `folder`/measurements.csv: of each message the median of its passes,
+    and the line with the least relative error through them.
 
     Raises InputError, naming line or message, for rows that cannot be read, lack a pass, or are of
     times that cannot be.
@@ -135,7 +137,7 @@ def fit(folder: Path, gpu: Gpu, provenance: Mapping[str, object]) -> Collectives
                 f"{path}:{line}: {op} of {num_bytes} bytes among {num_gpus} GPUs took "
                 f"{time_us:.1f} us, but the links need {least:.1f} us"
             )
-    tables: dict[str, dict[str, dict[str, list[float]]]] = {op: {} for op in COLLECTIVES}
+    tables: dict[str, dict[str, dict[str, Any]]] = {op: {} for op in COLLECTIVES}
     errors = {}
     for num_gpus in sorted(set(rows["num_gpus"].tolist())):
         for op in COLLECTIVES:
@@ -187,7 +189,7 @@ def _read_rows(path: Path) -> pd.DataFrame:
 
 def _fit_one(
     name: str, rows: pd.DataFrame, num_passes: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The table of one collective among so many GPUs, and its held-out error."""
     timings: dict[tuple[str, int], list[float]] = {}
     for row in zip(*(rows[key].tolist() for key in ("split", "bytes", "time_us")), strict=True):
@@ -208,7 +210,20 @@ def _fit_one(
                 f"{name}: {size} bytes took {seconds * 1e6:.1f} us, but {larger} bytes "
                 f"{longer * 1e6:.1f} us: measure again"
             )
-    times = MessageTimes(list(grid), list(grid.values()))
+    times = MessageTimes(list(grid), list(grid.values()), *_line(grid))
     predicted = np.array([times.at(size) for size in held_out])
-    table: dict[str, list[float]] = {"bytes": [*grid], "seconds": [*grid.values()]}
+    table: dict[str, Any] = {
+        "latency": times.latency,
+        "seconds_per_byte": times.seconds_per_byte,
+        "bytes": [*grid],
+        "seconds": [*grid.values()],
+    }
     return table, error_summary(predicted / np.array(list(held_out.values())) - 1)
+
+
+def _line(seconds: Mapping[int, float]) -> tuple[float, float]:
+    """Latency and seconds a byte of messages by their bytes, neither negative."""
+    sizes = np.array(list(seconds), dtype=np.float64)
+    features = np.stack([np.ones(len(sizes)), sizes], axis=1)
+    latency, per_byte = fit_non_negative(features, np.array(list(seconds.values()))).tolist()
+    return round(latency, 10), float(f"{per_byte:.4g}")

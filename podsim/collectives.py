@@ -2,8 +2,9 @@
 
 Under tensor parallelism each layer ends its attention and its MLP with an all-reduce of
 [num_tokens, hidden_size], so does the sharded embedding, and the logits of each sampled token are
-gathered (Megatron-LM, arXiv 1909.08053, section 3). Each takes as long as a message of its size was
-measured to take: linear in the bytes between the measured sizes.
+gathered (Megatron-LM, arXiv 1909.08053, section 3). Each is described by a line, a latency and the
+bytes at a rate; what a message was measured to take above or below it comes on top, straight
+between the measured sizes: NCCL changes its algorithm from one size to the next.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from podsim.errors import InputError
 from podsim.model import BYTES_PER_VALUE, Model
 
 ALL_REDUCE, ALL_GATHER = "all_reduce", "all_gather"
 COLLECTIVES = (ALL_REDUCE, ALL_GATHER)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 COLLECTIVES_FILE = "collectives.json"
 FOLDER = "collectives"
 """Of the shipped times, beside the profiles of the same GPU."""
@@ -35,20 +37,30 @@ class MessageTimes:
 
     num_bytes: Sequence[int]
     seconds: Sequence[float]
+    latency: float
+    seconds_per_byte: float
+    """The line."""
 
     def at(self, num_bytes: float) -> float:
-        """Linear between the measured sizes. A smaller message takes the time of the smallest; a
-        larger one goes on with the rate between the largest two.
+        """The line, and what the measured sizes have beside it, straight between them; the ends
+        hold beyond them.
         """
-        sizes, seconds = self.num_bytes, self.seconds
+        sizes = self.num_bytes
+        line = self.latency + self.seconds_per_byte * num_bytes
         if num_bytes <= sizes[0]:
-            return seconds[0]
-        i = min(bisect_left(sizes, num_bytes), len(sizes) - 1)
-        rate = (seconds[i] - seconds[i - 1]) / (sizes[i] - sizes[i - 1])
-        return seconds[i - 1] + (num_bytes - sizes[i - 1]) * rate
+            return line + self._beside(0)
+        if num_bytes >= sizes[-1]:
+            return line + self._beside(-1)
+        i = bisect_left(sizes, num_bytes)
+        part = (num_bytes - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        before = self._beside(i - 1)
+        return line + before + part * (self._beside(i) - before)
+
+    def _beside(self, i: int) -> float:
+        return self.seconds[i] - self.latency - self.seconds_per_byte * self.num_bytes[i]
 
 
-Tables = Mapping[str, Mapping[str, Mapping[str, list[float]]]]
+Tables = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +73,8 @@ class Collectives:
     provenance: Mapping[str, object]
     """GPUs, driver, versions, NCCL's settings, date and command."""
     tables: Tables
-    """Of each collective and number of GPUs: bytes and seconds, linear between them."""
+    """Of each collective and number of GPUs: bytes and seconds as measured, and the line's latency
+    and seconds_per_byte."""
     errors: Mapping[str, Mapping[str, float]]
     """Of each collective and number of GPUs: relative error on held-out messages."""
 
@@ -72,7 +85,10 @@ class Collectives:
 
     def times(self, op: str, num_gpus: int) -> MessageTimes:
         table = self.tables[op][str(num_gpus)]
-        return MessageTimes([int(size) for size in table["bytes"]], table["seconds"])
+        sizes = [int(size) for size in table["bytes"]]
+        return MessageTimes(
+            sizes, table["seconds"], float(table["latency"]), float(table["seconds_per_byte"])
+        )
 
     def description(self) -> dict[str, object]:
         """What was measured, on what, and how far the interpolation is off."""

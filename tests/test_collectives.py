@@ -85,9 +85,12 @@ def test_the_points_cover_the_sizes_and_hold_others_out(num_gpus: int) -> None:
 
 
 def test_times_are_straight_between_the_measured_sizes() -> None:
-    times = MessageTimes([100, 200, 400], [1.0, 3.0, 4.0])
-    sizes = (100, 200, 400, 150, 300, 1, 0, 800)
-    assert [times.at(size) for size in sizes] == [1.0, 3.0, 4.0, 2.0, 3.5, 1.0, 1.0, 6.0]
+    times = MessageTimes([100, 200, 400], [1.0, 3.0, 4.0], latency=0.5, seconds_per_byte=1 / 128)
+    sizes = (100, 200, 400, 150, 300)
+    assert [times.at(size) for size in sizes] == pytest.approx([1.0, 3.0, 4.0, 2.0, 3.5])
+    # Beyond them, the line goes on from there.
+    assert times.at(36) == pytest.approx(1.0 - 64 / 128)
+    assert times.at(400 + 256) == pytest.approx(4.0 + 256 / 128)
 
 
 def test_the_fit_finds_latency_and_bandwidth_again(tmp_path: Path) -> None:
@@ -96,9 +99,15 @@ def test_the_fit_finds_latency_and_bandwidth_again(tmp_path: Path) -> None:
     for op in COLLECTIVES:
         for num_gpus in (2, 4):
             times = found.times(op, num_gpus)
-            for size in (SMALLEST, 3 * 12345, 10**6, LARGEST, 2 * LARGEST):
+            for size in (SMALLEST, 3 * 12345, 10**6, LARGEST):
                 # Rows and times are kept to a tenth of a nanosecond.
                 assert times.at(size) == pytest.approx(seconds_of(op, num_gpus, size), rel=1e-5)
+            beyond = seconds_of(op, num_gpus, 2 * LARGEST)
+            assert times.at(2 * LARGEST) == pytest.approx(beyond, rel=1e-4)
+            of_line = seconds_of(op, num_gpus, 0), seconds_of(op, num_gpus, 10**6)
+            assert times.latency == pytest.approx(of_line[0], rel=1e-3)
+            per_byte = (of_line[1] - of_line[0]) / 10**6
+            assert times.seconds_per_byte == pytest.approx(per_byte, rel=1e-3)
             error = found.errors[f"{op}, {num_gpus} GPUs"]
             assert error["points"] == calibration.NUM_HELD_OUT
             assert error["worst"] < 1e-4
@@ -209,10 +218,10 @@ def test_times_of_another_gpu_or_number_of_gpus_are_refused(tmp_path: Path) -> N
     [
         ("{", "not podsim's times"),
         ("[]", "not podsim's times"),
-        ('{"schema": 9}', "schema 9, this podsim reads 1"),
-        ('{"schema": 1, "gpu": "h200"}', "not podsim's times"),
+        ('{"schema": 9}', "schema 9, this podsim reads 2"),
+        ('{"schema": 2, "gpu": "h200"}', "not podsim's times"),
         (
-            '{"schema": 1, "gpu": "h200", "provenance": {}, "errors": {}, '
+            '{"schema": 2, "gpu": "h200", "provenance": {}, "errors": {}, '
             '"tables": {"all_reduce": {"2": {}}, "all_gather": {}}}',
             "not podsim's times",
         ),

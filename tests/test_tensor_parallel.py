@@ -41,9 +41,14 @@ LATENCY, RATE = 10e-6, 2e-12
 def collectives(tmp_path: Path) -> Path:
     """Times on a straight line, of which all-reduce takes twice as long as all-gather."""
 
-    def table(factor: float) -> dict[str, list[float]]:
+    def table(factor: float) -> dict[str, object]:
         sizes = [8192, 2**28]
-        return {"bytes": [*sizes], "seconds": [factor * (LATENCY + RATE * n) for n in sizes]}
+        return {
+            "latency": factor * LATENCY,
+            "seconds_per_byte": factor * RATE,
+            "bytes": [*sizes],
+            "seconds": [factor * (LATENCY + RATE * n) for n in sizes],
+        }
 
     error = {"median": 0.02, "signed_p10": -0.5, "signed_p90": 0.25}
     names = [f"{op}, {n} GPUs" for op in ("all_reduce", "all_gather") for n in (2, 4)]
