@@ -72,6 +72,8 @@ def check_profile(folder: Path) -> list[Finding]:
     findings += _row_findings(model, gpu, rows)
     findings += _ceiling_findings(profile, rows)
     findings += _lacks(profile, rows)
+    if any(finding.fault for finding in findings):
+        return findings  # of other rows than these, what is fitted differs anyway
     return findings + _refit_findings(folder, profile, model)
 
 
