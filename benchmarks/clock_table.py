@@ -1,12 +1,16 @@
-"""Whole steps of a profile by the clock that they ran at, beside what is predicted; no GPU.
+"""Whole steps by the clock that they ran at, beside what is predicted; no GPU.
 
     python benchmarks/clock_table.py validation/h200/910cdec5/profile
+    python benchmarks/clock_table.py validation/h200/f3856bbc/summary-serial-1024-0.95
 
-Of steps with prefill under serial: as a row of the profile they were timed alone or, one after
-another from rest, in a window of seconds. Their parts were timed at another clock. `by clock` is
-what the parts take if matrix products and prefill attention go with the clock and nothing else
-does, over what was measured, minus 1: it needs clocks of the windows, which profiles read since
-2026-11-22. A line at the end has the mean and the median of the sizes.
+Of a profile: its steps with prefill under serial, timed alone or, one after another from rest, in
+windows of seconds. Of recordings whose engine noted the clock of every step: all steps, by kind.
+
+Their parts were timed at another clock. `by clock` is what the parts take at the clock of the step,
+over what was measured, minus 1: matrix products and attention follow the clock as the passes of the
+profile over one point do (`clock_sensitivity`), and nothing else does. Profiles read the clocks of
+windows, and engines note those of steps, since 2026-11-22. Of a recording, `predicted` is what the
+simulator says, which does not know the clock. Errors are means, `scatter` standard deviations.
 """
 
 from __future__ import annotations
@@ -14,44 +18,86 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from accuracy_table import errors_on_gpu
 
+from podsim.batch import BatchShape
 from podsim.calibration import model_of, read_measurements
+from podsim.graph_sizes import graph_size
 from podsim.held_out import shapes_of
 from podsim.latency import ProfiledLatency
-from podsim.op_tables import op_seconds
-from podsim.profile import Profile, read_profile
+from podsim.metrics import STEP_KINDS, step_kinds
+from podsim.model import model_named
+from podsim.op_tables import MATRIX_OPS, op_seconds
+from podsim.profile import PROFILE_FILE, Profile, find_profile, read_profile
+from podsim.roofline import attention_traffic, op_traffic
+from podsim.row_clocks import Sensitivity
+from podsim.validation import CLOCK_COLUMN, read_recording
+
+
+class Parts:
+    """What the parts of a step take, each as it is timed alone, and how they follow the clock."""
+
+    def __init__(self, profile: Profile, strategy: str, graph_padding: bool = False) -> None:
+        self.profile = profile
+        self.model = model_of(profile)
+        alone = {**profile.sustained, "slowdown": 0.0, "overlap_loss": 0.0}
+        self.latency = ProfiledLatency(
+            replace(profile, sustained=alone), self.model, strategy, graph_padding=graph_padding
+        )
+        self._size = graph_size if graph_padding else int
+        self._follows = {
+            name: Sensitivity(**profile.clock_sensitivity[name]) for name in ("products", strategy)
+        }
+        self._attention = self._follows[strategy]
+        self._clocked_products = cache(self._compute_clocked_products)
+        self.clock = cache(self._compute_clock)
+
+    def seconds(self, shape: BatchShape, megahertz: float) -> tuple[float, float]:
+        """Their sum, without the host, and at another clock."""
+        parts = self.latency.breakdown(shape)
+        flops = attention_traffic(self.model, shape.prefills, 0).flops
+        keys = attention_traffic(self.model, (), shape.decode_context_sum).bytes
+        intensity = np.array(flops / keys if keys else np.inf)
+        clocked = self._clocked_products(self._size(shape.num_tokens))
+        clocked += parts.attention * float(self._attention.at(intensity))
+        slower = self.clock(self._size(shape.num_tokens)) / megahertz - 1.0
+        return parts.total, parts.total + clocked * slower
+
+    def _compute_clock(self, num_tokens: int) -> float:
+        """At which the parts of so many tokens were timed, in MHz."""
+        falls = self.profile.clock_falls
+        clocks = {"num_tokens": falls["num_tokens"], "seconds": falls["falls"]}
+        highest = float(str(self.profile.provenance["max_sm_clock"]).removesuffix("MHz"))
+        return highest / (1.0 + float(op_seconds(clocks, num_tokens)))
+
+    def _compute_clocked_products(self, num_tokens: int) -> float:
+        """Seconds of all layers' products over so many tokens that go with the clock."""
+        seconds = 0.0
+        for op in MATRIX_OPS:
+            work = op_traffic(self.model, op, num_tokens)
+            follows = float(self._follows["products"].at(np.array(work.flops / work.bytes)))
+            seconds += follows * float(op_seconds(self.profile.ops[op], num_tokens))
+        return self.model.num_layers * seconds
 
 
 def rows_by_clock(folder: Path) -> pd.DataFrame:
-    """Of each step with prefill: batch, tokens, clocks of its parts and its own, and errors."""
-    profile = read_profile(folder, str(folder))
+    """Of each step with prefill of a profile: batch, clocks of its parts and its own, errors."""
+    parts = Parts(read_profile(folder, str(folder)), "serial")
     rows = read_measurements(folder / "measurements.csv")
     rows = rows[rows["op"].isin(["step", "sustained", "duty"]) & (rows["prefills"] != "")]
     rows = rows[rows["sm_clock_mhz"].notna() & ~rows["strategy"].str.startswith("decode ")]
     rows = rows[(rows["op"] != "step") | (rows["strategy"] == "serial")]
-    return pd.DataFrame(_errors(profile, rows))
+    return pd.DataFrame(_errors(parts, rows))
 
 
-def _errors(profile: Profile, rows: pd.DataFrame) -> Iterator[dict[str, object]]:
-    alone = replace(profile, sustained={**profile.sustained, "slowdown": 0.0})
-    model = model_of(profile)
-    sums = ProfiledLatency(alone, model, "serial")
-    highest = float(str(profile.provenance["max_sm_clock"]).removesuffix("MHz"))
-    falls = profile.clock_falls
-    clocks = {"num_tokens": falls["num_tokens"], "seconds": falls["falls"]}
+def _errors(parts: Parts, rows: pd.DataFrame) -> Iterator[dict[str, object]]:
     for shape, row in zip(shapes_of(rows), rows.itertuples(), strict=True):
-        parts = sums.breakdown(shape)
-        layers = parts.attention + parts.layers
-        decodes = sums.attention.decode_seconds(
-            max(shape.num_decodes, 1), shape.decode_context_sum, shape.decode_context_max
-        )
-        prefill = parts.attention - model.num_layers * decodes * (shape.num_decodes > 0)
-        clocked = sums.matrix_seconds(shape.num_tokens) + max(prefill, 0.0)
-        of_parts = highest / (1.0 + float(op_seconds(clocks, shape.num_tokens)))
-        by_clock = layers + clocked * (of_parts / row.sm_clock_mhz - 1.0) + parts.once
+        total, by_clock = parts.seconds(shape, row.sm_clock_mhz)
         measured = float(row.time_us) * 1e-6
         yield {
             "op": row.op,
@@ -59,23 +105,66 @@ def _errors(profile: Profile, rows: pd.DataFrame) -> Iterator[dict[str, object]]
             "decodes": row.decodes,
             "split or window": row.split if row.op == "step" else row.strategy,
             "tokens": shape.num_tokens,
-            "MHz of parts": round(of_parts),
+            "MHz of parts": round(parts.clock(shape.num_tokens)),
             "MHz": round(row.sm_clock_mhz),
-            "sum of parts": (layers + parts.once) / measured - 1.0,
+            "sum of parts": total / measured - 1.0,
             "by clock": by_clock / measured - 1.0,
         }
 
 
+def steps_by_clock(folder: Path) -> pd.DataFrame:
+    """Of a recording's kinds of steps: clocks and errors on the GPU alone."""
+    recorded = read_recording(folder)
+    if CLOCK_COLUMN not in recorded.steps:
+        raise SystemExit(f"{folder}: its engine did not note the clock of its steps")
+    served, clocks = recorded.deployment, recorded.steps[CLOCK_COLUMN].to_numpy()
+    beside = None if served.profile is None else Path(served.profile)
+    profile = find_profile(served.gpu, model_named(served.model), beside)
+    parts = Parts(profile, served.attention, graph_padding=True)
+    seconds = np.array(
+        [parts.seconds(*step)[1] for step in zip(recorded.shapes, clocks.tolist(), strict=True)]
+    )
+    by_clock = seconds / recorded.steps["gpu_seconds"].to_numpy() - 1.0
+    predicted, kinds = errors_on_gpu(recorded), step_kinds(recorded.steps)
+    rows = []
+    for index, kind in enumerate(STEP_KINDS):
+        mine = kinds == index
+        if mine.any():
+            rows.append(
+                {
+                    "run": recorded.name,
+                    "kind": kind,
+                    "steps": int(mine.sum()),
+                    "MHz": round(float(clocks[mine].mean())),
+                    "predicted": predicted[mine].mean(),
+                    "scatter": predicted[mine].std(),
+                    "by clock": by_clock[mine].mean(),
+                    "its scatter": by_clock[mine].std(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def show(rows: pd.DataFrame) -> None:
+    errors = rows.select_dtypes("float").columns
+    print(rows.to_string(index=False, formatters=dict.fromkeys(errors, "{:+.1%}".format)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="profile")
-    found = rows_by_clock(parser.parse_args().folder)
-    errors = ["sum of parts", "by clock"]
-    print(found.to_string(index=False, formatters=dict.fromkeys(errors, "{:+.1%}".format)))
-    for op, some in found.groupby("op"):
-        sizes = [f"{name} {some[name].abs().median():.1%}, bias {some[name].mean():+.1%}"
-                 for name in errors]  # fmt: skip
-        print(f"{op}, {len(some)} rows: median error of the {'; '.join(sizes)}")
+    parser.add_argument("folders", type=Path, nargs="+", help="a profile, or recordings")
+    folders = parser.parse_args().folders
+    profiles = [folder for folder in folders if (folder / PROFILE_FILE).exists()]
+    for folder in profiles:
+        found = rows_by_clock(folder)
+        show(found)
+        for op, some in found.groupby("op"):
+            sizes = [f"{name} {some[name].abs().median():.1%}, bias {some[name].mean():+.1%}"
+                     for name in ("sum of parts", "by clock")]  # fmt: skip
+            print(f"{op}, {len(some)} rows: median error of the {'; '.join(sizes)}")
+    recordings = [folder for folder in folders if folder not in profiles]
+    if recordings:
+        show(pd.concat([steps_by_clock(folder) for folder in recordings]))
 
 
 if __name__ == "__main__":
