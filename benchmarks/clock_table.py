@@ -45,7 +45,7 @@ class Parts:
     def __init__(self, profile: Profile, strategy: str, graph_padding: bool = False) -> None:
         self.profile = profile
         self.model = model_of(profile)
-        alone = {**profile.sustained, "slowdown": 0.0, "overlap_loss": 0.0}
+        alone = {**profile.sustained, "slowdown": 0.0}
         self.latency = ProfiledLatency(
             replace(profile, sustained=alone), self.model, strategy, graph_padding=graph_padding
         )

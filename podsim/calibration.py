@@ -139,9 +139,8 @@ def write_plots(folder: Path, profile: Profile) -> Path:
     """Leave figures of the rows of a profile folder against its models; where they are."""
     from podsim import fit_plots  # matplotlib takes half a second to load
 
-    model = model_of(profile)
-    rows = _measured(folder, profile.gpu, model).rows
-    return fit_plots.write_plots(folder, predictions(profile, model, rows))
+    rows = rows_at_usual_clock(folder, profile)
+    return fit_plots.write_plots(folder, predictions(profile, model_of(profile), rows))
 
 
 def model_of(profile: Profile) -> Model:
@@ -188,6 +187,11 @@ def read_measurements(path: Path) -> pd.DataFrame:
     Refused rows do not count.
     """
     return _one_row_a_point(_read_passes(path))
+
+
+def rows_at_usual_clock(folder: Path, profile: Profile) -> pd.DataFrame:
+    """One row a point of a profile's folder: its `seconds` as they are fitted (`row_clocks`)."""
+    return _measured(folder, profile.gpu, model_of(profile)).rows
 
 
 def _one_row_a_point(passes: pd.DataFrame) -> pd.DataFrame:
@@ -313,7 +317,7 @@ def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, fl
 def sustained_runs(folder: Path, model: Model) -> list[SustainedRun]:
     """Steps one after another from rest that a profile has timed, with what it predicts."""
     profile = read_profile(folder, str(folder))
-    return [*_sustained_runs(profile, model, _measured(folder, profile.gpu, model).rows)]
+    return [*_sustained_runs(profile, model, rows_at_usual_clock(folder, profile))]
 
 
 def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator[SustainedRun]:

@@ -30,6 +30,12 @@ class StepOfAttention(Protocol):
         """Of one step, or of an array of steps."""
 
 
+OVERLAPPING = ("streams", "pod")
+"""Strategies that run prefill beside decode."""
+OVERLAP_LOSS, OVERLAP_COST = 0.33, 0.004
+"""Of them in whole steps: of the seconds that overlap hides, times the matrix products' share, what
+a lower clock takes back, and of the layers' seconds what comes on top. Least squares over the whole
+steps to fit on of twelve profiles (`benchmarks/overlap_in_steps.py`); those of one say little."""
 WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
 
@@ -216,7 +222,6 @@ class ProfiledLatency:
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
         self._slowdown: float = profile.sustained["slowdown"]
-        self._overlap_loss = float(profile.sustained.get("overlap_loss", 0.0))
         self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
         self.clock_share = float(profile.sustained.get("clock_share", 0.0))
@@ -277,8 +282,8 @@ class ProfiledLatency:
             once += self.host_with_prefill
         share = self.matrix_share(num_tokens, attention + layers, drawing)
         slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
-        if hidden:
-            slower += self._overlap_loss * share * hidden / (attention + layers)
+        if prefills and num_decodes and self.strategy in OVERLAPPING:
+            slower += OVERLAP_LOSS * share * hidden / (attention + layers) + OVERLAP_COST
         return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
 
     def attention_time(self, shape: BatchShape) -> AttentionTime:
@@ -309,7 +314,8 @@ class ProfiledLatency:
         without a pause lowers the clock further: what that adds is in proportion to the square of
         this. And a kernel starts later behind others than alone: what that adds to a layer goes
         with the square of the rest. Overlap does the same work in less time, at more power: under
-        the power limit a lower clock takes a part of what it hides back, in proportion to this.
+        the power limit a lower clock takes a part of what it hides back (`OVERLAP_LOSS`), in
+        proportion to this.
         """
         return (self._matrix_seconds_per_token * num_tokens + drawing) / seconds
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from podsim import calibration
+from podsim import latency as latency_module
 from podsim.attention_features import (
     DECODE_FEATURES,
     PREFILL_FEATURES,
@@ -39,7 +40,14 @@ from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
 from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating, slowdowns
 from podsim.held_out import has_several_chunks, is_heavy_tailed
-from podsim.latency import ConstantLatency, Heat, ProfiledLatency
+from podsim.latency import (
+    OVERLAP_COST,
+    OVERLAP_LOSS,
+    OVERLAPPING,
+    ConstantLatency,
+    Heat,
+    ProfiledLatency,
+)
 from podsim.model import Model, model_named
 from podsim.op_tables import LAYER_OPS, fit_roofline, op_seconds, roofline_seconds
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
@@ -463,7 +471,7 @@ def test_what_lies_outside_the_measured_range_is_counted() -> None:
 
 
 def test_layer_times_follow_the_table() -> None:
-    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0, "overlap_loss": 0.0}
+    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0}
     at_rest = replace(PROFILE, sustained=nothing_more)
     latency = ProfiledLatency(at_rest, LLAMA, "serial")
     expected = sum(
@@ -489,8 +497,8 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
 
     # Every other batch to fit on, each taking what its parts take, 20 % times the square of the
-    # share of matrix products (and of what draws as much) more, 30 % times that share of what
-    # overlap hides, and 5 us a layer times the square of the rest.
+    # share of matrix products (and of what draws as much) more, and 5 us a layer times the square
+    # of the rest.
     batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
     to_fit_on = set(batches[::2])
     for index, row in table[table["op"] == "step"].iterrows():
@@ -499,8 +507,9 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
         parts = latency.breakdown(shape)
         layers = parts.attention + parts.layers
         time = latency.attention_time(shape)
-        share = latency.matrix_share(shape.num_tokens, layers, time.drawing)
-        more = 0.2 * share**2 * layers + 0.3 * share * time.hidden
+        alone = layers * time.seconds / parts.attention  # without the cost of overlap
+        share = latency.matrix_share(shape.num_tokens, alone, time.drawing)
+        more = 0.2 * share**2 * alone
         gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
         table.loc[index, "time_us"] = (layers + more + gaps + parts.once) * 1e6
         if (row["prefills"], row["decodes"]) in to_fit_on:
@@ -508,7 +517,6 @@ def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_pat
     table.to_csv(tmp_path / "measurements.csv", index=False)
     fitted = calibration.refit(tmp_path)
     assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
-    assert fitted.sustained["overlap_loss"] == pytest.approx(0.3, rel=1e-3)
     assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-3)
     assert fitted.sustained["steps"] > 20
     for strategy in STRATEGIES:
@@ -536,6 +544,26 @@ def test_overlap_hides_seconds_under_the_strategies_that_overlap() -> None:
         assert all(latency.attention_time(side).hidden == 0.0 for side in sides)
         saved = serial - latency.breakdown(mixed).attention
         assert hidden[name] == pytest.approx(saved, rel=0.35)
+
+
+def test_a_part_of_what_overlap_hides_comes_back_in_whole_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = BatchShape.of([(512, 4096)], [4096] * 64), BatchShape.of([(512, 4096)])
+    models = {name: ProfiledLatency(PROFILE, LLAMA, name) for name in STRATEGIES}
+    times = {name: [models[name].step_time(batch) for batch in batches] for name in STRATEGIES}
+    monkeypatch.setattr(latency_module, "OVERLAP_LOSS", 0.0)
+    monkeypatch.setattr(latency_module, "OVERLAP_COST", 0.0)
+    for name, (mixed, alone) in times.items():
+        model, more = models[name], 0.0
+        time = model.attention_time(batches[0])
+        layers = time.seconds + LLAMA.num_layers * model._layer_time[576]
+        if name in OVERLAPPING:
+            share = model.matrix_share(576, layers, time.drawing)
+            more = OVERLAP_LOSS * share * time.hidden + OVERLAP_COST * layers
+        assert mixed - model.step_time(batches[0]) == pytest.approx(more, abs=1e-9)
+        assert alone == model.step_time(batches[1])
+    assert times["pod"][0] < times["serial"][0]
 
 
 def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:
@@ -753,7 +781,7 @@ def test_unified_decodes_count_as_matrix_products_in_whole_steps() -> None:
     assert drawing.pop("unified") > 0.6
     assert set(drawing.values()) == {0.0}
     assert times["unified"](few).drawing < 0.2 * times["unified"](few).seconds
-    sustained = {**PROFILE.sustained, "slowdown": 0.1, "layer_gap": 0.0, "overlap_loss": 0.0}
+    sustained = {**PROFILE.sustained, "slowdown": 0.1, "layer_gap": 0.0}
     latency = ProfiledLatency(replace(PROFILE, sustained=sustained), LLAMA, "unified")
     none = replace(PROFILE, sustained={**sustained, "slowdown": 0.0})
     parts, time = ProfiledLatency(none, LLAMA, "unified").breakdown(long), times["unified"](long)
