@@ -43,7 +43,7 @@ BARS = {
 }
 BARS_ABOVE = {"request_throughput": 0.03, "tbt_p50": 0.05, "tbt_p90": 0.05, "tbt_p99": 0.05}
 BAR_OF_GAINS = 0.03
-README_LOADS = (0.3, 0.85, 0.89, 1.2, 1.26)
+README_LOADS = (0.3, 0.85, 1.2)
 BUDGETS_LOAD = 0.85
 
 

@@ -58,15 +58,17 @@ class Parts:
         self.clock = cache(self._compute_clock)
 
     def seconds(self, shape: BatchShape, megahertz: float) -> tuple[float, float]:
-        """Their sum, without the host, and at another clock."""
+        """Their sum, without the host and what overlap costs, and at another clock."""
         parts = self.latency.breakdown(shape)
+        attention = self.latency.attention_time(shape).seconds
+        total = parts.total - (parts.attention + parts.layers) * (1.0 - attention / parts.attention)
         flops = attention_traffic(self.model, shape.prefills, 0).flops
         keys = attention_traffic(self.model, (), shape.decode_context_sum).bytes
         intensity = np.array(flops / keys if keys else np.inf)
         clocked = self._clocked_products(self._size(shape.num_tokens))
-        clocked += parts.attention * float(self._attention.at(intensity))
+        clocked += attention * float(self._attention.at(intensity))
         slower = self.clock(self._size(shape.num_tokens)) / megahertz - 1.0
-        return parts.total, parts.total + clocked * slower
+        return total, total + clocked * slower
 
     def _compute_clock(self, num_tokens: int) -> float:
         """At which the parts of so many tokens were timed, in MHz."""
