@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from podsim import config, report, terminal
 from podsim.collectives_command import profile_collectives_command
@@ -40,7 +41,17 @@ from podsim.validate_command import validate_command
 from podsim.variants import variants_of
 from podsim.workload import Trace
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+class Commands(TyperGroup):
+    """`podsim profile export` is `podsim profile-export`, and so on."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if "-".join(args[:2]) in self.commands:
+            args = ["-".join(args[:2]), *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(trace_app, name="trace")
 app.add_typer(kernels_app, name="kernels")
 kernels_app.command("questions")(questions_command)

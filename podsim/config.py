@@ -347,10 +347,18 @@ def converted(name: str, value: object, kind: type) -> object:
 def read_toml(path: Path) -> dict[str, object]:
     """Options from a TOML file: `name = value` lines, the names of the command-line options.
 
-    Raises InputError, naming file and key, for a file that is missing, broken or has unknown keys.
+    Raises InputError, naming file and key, for a file that is missing, broken, has unknown keys or
+    values that are not of their option's type; comma lists are of `podsim compare`.
     """
     values = load_toml(path)
-    require_known(path, values, [*option_types(Workload), *option_types(Deployment)])
+    kinds = option_types(Workload) | option_types(Deployment)
+    require_known(path, values, list(kinds))
+    for name, value in values.items():
+        for one in value.split(",") if isinstance(value, str) else [value]:
+            try:
+                converted(name, one, kinds[name])
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
     return values
 
 

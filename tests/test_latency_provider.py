@@ -103,7 +103,7 @@ def test_impossible_batches_are_refused(
 
 
 def export(folder: Path, out: Path, to: str = "vidur") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "podsim", "profile-export"]
+    command = [sys.executable, "-m", "podsim", "profile", "export"]
     return subprocess.run(
         [*command, str(folder), "--to", to, "--out", str(out)], capture_output=True, text=True
     )
