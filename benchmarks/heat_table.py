@@ -26,7 +26,7 @@ def main() -> None:
     profile = read_profile(folder, str(folder))
     warming = Warming.of(profile.sustained)
     for run in sustained_runs(folder, model_of(profile)):
-        settled = run.expected / warming.when_timed(run.load, run.drive)
+        settled = run.expected / (1 + warming.heating * run.load * run.drive)
         errors = settled * slowdowns(run, warming) / np.asarray(run.seconds) - 1
         ends = zip(run.ends, errors, strict=True)
         print(

@@ -17,7 +17,7 @@ from podsim.attention_features import FEATURES, Geometry
 from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu, gpu_named
-from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating, fit_timed_at
+from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import ProfiledLatency
 from podsim.model import Model
@@ -304,14 +304,12 @@ def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, fl
     if not runs:
         return {}
     warming = fit_heating(runs)
-    timed_at = fit_timed_at(runs, warming)
     return {
         "heating": warming.heating,
         "heat_seconds": warming.seconds,
         "slow_heating": warming.slow_heating,
         "slow_heat_seconds": warming.slow_seconds,
         "headroom": warming.headroom,
-        "timed_at": timed_at,
         "clock_share": fit_clock_share(runs, warming),
     }
 

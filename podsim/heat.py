@@ -36,9 +36,8 @@ class Warming:
 
     At the load l and the heats f and s, layers take 1 + l (heating f + slow_heating s) of their
     time after a long rest. What a profile's operations and whole steps are timed at lies between:
-    after some 0.1 s of their own work, f is their drive and s a part of it, `timed_at`, as other
-    work was timed just before. Decodes and a rest drive both to minus the `headroom`, and only what
-    of a heat is above 0 slows steps down.
+    after some 0.1 s of their own work, f is their drive and s is still 0. Decodes and a rest drive
+    both to minus the `headroom`, and only what of a heat is above 0 slows steps down.
     """
 
     heating: float
@@ -46,7 +45,6 @@ class Warming:
     slow_heating: float
     slow_seconds: float
     headroom: float = 0.0
-    timed_at: float = 0.0
 
     @property
     def at_rest(self) -> Heats:
@@ -62,7 +60,6 @@ class Warming:
             sustained.get("slow_heating", 0.0),
             sustained.get("slow_heat_seconds", 1.0),
             sustained.get("headroom", 0.0),
-            sustained.get("timed_at", 0.0),
         )
 
     def factor(self, load: float, drive: float, heats: Heats, seconds: float) -> float:
@@ -73,11 +70,7 @@ class Warming:
         fast = max(_mean(drive, heats.fast, seconds, self.seconds), 0.0)
         slow = max(_mean(drive, heats.slow, seconds, self.slow_seconds), 0.0)
         added = load * (self.heating * fast + self.slow_heating * slow)
-        return (1.0 + added) / self.when_timed(load, drive)
-
-    def when_timed(self, load: float, drive: float) -> float:
-        """Time of a step's layers over that after a long rest, as a profile's rows are timed."""
-        return 1.0 + (self.heating + self.timed_at * self.slow_heating) * load * drive
+        return (1.0 + added) / (1.0 + self.heating * load * drive)
 
     def left(self, heats: Heats, since: float, seconds: float) -> float:
         """What matrix work takes longer in a step of decodes alone, as a share of its time.

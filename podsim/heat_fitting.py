@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -19,8 +19,6 @@ SLOW_FROM = 0.3
 """Seconds: the time constant of the fast heat is below it, that of the slow one above."""
 CELL = 0.002
 """Seconds in which a heat is taken to move in a straight line."""
-BEGUN = 0.15
-"""Seconds after which a window's level counts."""
 FIRST_GUESS = (0.2, 0.05, 0.05, 1.0, 0.05)
 LEAST = (0.0, 0.005, 0.0, SLOW_FROM, 0.0)
 MOST = (10.0, SLOW_FROM, 10.0, 10.0, 2.0)
@@ -63,8 +61,7 @@ class SustainedRun:
         each = row + self.between
 
         def worked(time: Floats) -> Floats:
-            whole, part = np.divmod(time, each)
-            return np.asarray(whole * row + np.minimum(part, row))
+            return np.asarray(np.floor(time / each) * row + np.minimum(time % each, row))
 
         return (worked(cells + CELL) - worked(cells)) / CELL
 
@@ -92,26 +89,6 @@ def fit_heating(runs: Sequence[SustainedRun]) -> Warming:
     bounds = (LEAST[:free], MOST[:free])
     found = least_squares(residuals, FIRST_GUESS[:free], bounds=bounds, **TO_THE_BOTTOM)
     return Warming(*(float(value) for value in found.x))
-
-
-def fit_timed_at(runs: Sequence[SustainedRun], warming: Warming) -> float:
-    """Of the slow heat's drive, the part that operations and whole steps are timed at.
-
-    Least squares of how much longer than measured steps are predicted, in the mean of a run's
-    windows from BEGUN on, if it were none; from 0 to 1.
-    """
-    x, y = [], []
-    for run in runs:
-        timed = replace(warming, timed_at=0.0).when_timed(run.load, run.drive)
-        predicted = run.expected * slowdowns(run, warming) / timed
-        too_long = np.log(predicted / np.asarray(run.seconds))[np.asarray(run.ends) > BEGUN]
-        too_long = too_long[np.isfinite(too_long)]
-        if len(too_long):
-            x.append(warming.slow_heating * run.load * run.drive / timed)
-            y.append(float(too_long.mean()))
-    added = np.array(x)
-    squares = float(added @ added)
-    return min(max(float(added @ np.array(y)) / squares, 0.0), 1.0) if squares else 0.0
 
 
 def slowdowns(run: SustainedRun, warming: Warming) -> Floats:

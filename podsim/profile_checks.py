@@ -40,12 +40,9 @@ FIT_TOLERANCE = 1e-5
 CEILING_DIGITS = 1e-5
 """Relative difference of a ceiling from its row's that is none: it has 6 digits, and the time 4
 decimals of a microsecond."""
-SLACK = {
-    **{"errors": 2e-4, "ops": 2e-10, "attention.overlap": 2e-6, "clock_sensitivity": 1e-6},
-    "sustained.timed_at": 1e-5,
-}
+SLACK = {"errors": 2e-4, "ops": 2e-10, "attention.overlap": 2e-6, "clock_sensitivity": 1e-6}
 """Differences that are none whatever the number: twice the last digit of those that the file holds
-rounded, how near a bound of 0 a search ends, and what is a small difference of large numbers."""
+rounded, and how near a bound of 0 a search ends."""
 
 
 @dataclass(frozen=True, slots=True)

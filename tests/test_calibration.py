@@ -38,13 +38,7 @@ from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
 from podsim.heat import Heats, Warming
-from podsim.heat_fitting import (
-    SustainedRun,
-    fit_clock_share,
-    fit_heating,
-    fit_timed_at,
-    slowdowns,
-)
+from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating, slowdowns
 from podsim.held_out import has_several_chunks, is_heavy_tailed
 from podsim.latency import (
     OVERLAP_COST,
@@ -747,34 +741,6 @@ def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
     # The fit clips a heat at each moment, a step its mean.
     assert found.headroom == pytest.approx(0.1, rel=0.2)
     assert found.heating == pytest.approx(0.9, rel=0.15)
-
-
-@pytest.mark.parametrize("timed_at", [0.0, 0.4, 1.0])
-def test_how_warm_steps_are_timed_is_found_from_rows_of_them(timed_at: float) -> None:
-    """Rows of steps that are shorter than their parts, which were timed on a warmer card, say."""
-    warming, ends = replace(WARMING, headroom=0.1), (0.1, 0.4, 0.8, 1.6, 2.4)
-    runs = []
-    for load, drive in ((0.9, 0.3), (0.6, 0.2), (0.8, 0.1)):
-        run = SustainedRun("", load, drive, ends, [0.02] * 5, expected=0.02)
-        timed = 1 + (warming.heating + timed_at * warming.slow_heating) * load * drive
-        runs.append(replace(run, seconds=(0.02 * slowdowns(run, warming) / timed).tolist()))
-    assert fit_timed_at(runs, warming) == pytest.approx(timed_at, rel=0.05)
-    colder = [replace(run, expected=0.01) for run in runs]
-    assert fit_timed_at(colder, warming) == 0.0
-    warmer = [replace(run, expected=0.04) for run in runs]
-    assert fit_timed_at(warmer, warming) == 1.0
-    assert fit_timed_at([], warming) == 0.0
-
-
-def test_a_row_of_steps_is_as_warm_as_it_was_timed() -> None:
-    """Long rows whose heats have come to rest take what was measured if that was timed as warm."""
-    warm = replace(WARMING, timed_at=1.0)
-    settled = Heats(0.25, 0.25)
-    assert warm.factor(0.8, 0.25, settled, 0.02) == pytest.approx(1.0)
-    assert WARMING.factor(0.8, 0.25, settled, 0.02) > 1.0
-    assert warm.factor(0.8, 0.25, warm.at_rest, 0.02) < WARMING.factor(
-        0.8, 0.25, WARMING.at_rest, 0.02
-    )
 
 
 def test_the_clock_share_of_decodes_is_found_after_bursts() -> None:

@@ -241,7 +241,7 @@ def test_the_page_says_what_a_page_group_took(same_tokens, served_on_the_h200):
 
 @pytest.mark.parametrize(
     ("us", "simulated", "off"),
-    [(None, (3.37, 3.08), (-1.90, -1.10)), (46.3, (4.9, None), None), (61.8, (6.8, None), None)],
+    [(None, (3.33, 3.04), (-1.94, -1.14)), (46.3, (4.9, None), None), (61.8, (6.7, None), None)],
 )
 def test_the_page_says_what_other_times_of_mapping_would_give(
     same_tokens, tmp_path, us, simulated, off
