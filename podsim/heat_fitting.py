@@ -61,7 +61,8 @@ class SustainedRun:
         each = row + self.between
 
         def worked(time: Floats) -> Floats:
-            return np.asarray(np.floor(time / each) * row + np.minimum(time % each, row))
+            whole, part = np.divmod(time, each)
+            return np.asarray(whole * row + np.minimum(part, row))
 
         return (worked(cells + CELL) - worked(cells)) / CELL
 

@@ -743,6 +743,13 @@ def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
     assert found.heating == pytest.approx(0.9, rel=0.15)
 
 
+def test_steps_without_decodes_between_them_take_all_the_time() -> None:
+    """Also where a number of steps ends exactly with a cell."""
+    run = SustainedRun("", 0.8, 0.3, (0.1, 0.4, 2.4), [0.02] * 3)
+    share, _ = run.course
+    assert share == pytest.approx(np.ones(1200))
+
+
 def test_the_clock_share_of_decodes_is_found_after_bursts() -> None:
     """Decodes of 5 ms, of which 0.2 are matrix products and 12 % of the rest go with the clock,
     after 8 steps of 20 ms each, and after 1 in 32.
