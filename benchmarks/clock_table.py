@@ -50,10 +50,9 @@ class Parts:
             replace(profile, sustained=alone), self.model, strategy, graph_padding=graph_padding
         )
         self._size = graph_size if graph_padding else int
-        self._follows = {
-            name: Sensitivity(**profile.clock_sensitivity[name]) for name in ("products", strategy)
-        }
-        self._attention = self._follows[strategy]
+        self._products, self._attention = (
+            Sensitivity(**profile.clock_sensitivity[name]) for name in ("products", strategy)
+        )
         self._clocked_products = cache(self._compute_clocked_products)
         self.clock = cache(self._compute_clock)
 
@@ -82,7 +81,7 @@ class Parts:
         seconds = 0.0
         for op in MATRIX_OPS:
             work = op_traffic(self.model, op, num_tokens)
-            follows = float(self._follows["products"].at(np.array(work.flops / work.bytes)))
+            follows = float(self._products.at(np.array(work.flops / work.bytes)))
             seconds += follows * float(op_seconds(self.profile.ops[op], num_tokens))
         return self.model.num_layers * seconds
 
