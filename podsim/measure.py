@@ -31,6 +31,7 @@ from podsim.measure_clock import SmClock
 from podsim.measure_sequences import (
     REPEATS,
     STEP_REPEATS,
+    Begin,
     GraphSequence,
     Launch,
     SustainedSequence,
@@ -41,6 +42,8 @@ from podsim.points import MAX_CONTEXT, AttentionPoint, pool_tokens
 from podsim.profile_plan import Job
 
 MAX_TOKENS = 8192 + 512
+PROMPT_IN_POOL = 8192
+"""Tokens of the prompt whose keys and values fill the KV pool."""
 MOST_DECODES = 256
 
 
@@ -114,7 +117,9 @@ class LayerBench:
 
     What the numbers are matters: products of equal numbers, or of NaN, draw less power, the clock
     stays up, and the same kernel is a fifth faster. So they are spread as in the engine
-    (`llama.random_weights`), drawn anew for each sequence, and looked at after it.
+    (`llama.random_weights`), drawn anew for each sequence, and looked at after it. Tokens grow
+    alike from layer to layer, so layers begin again with the embedding as often as a model's do,
+    and the KV pool holds what layers in the middle make of a prompt.
     """
 
     def __init__(self, model: Model, max_tokens: int) -> None:
@@ -144,12 +149,30 @@ class LayerBench:
         self.cos_sin = rope.rope_table(MAX_CONTEXT, model.head_dim, 500000.0, "cuda")
         shape = (pool_tokens(model), model.num_kv_heads, model.head_dim)
         self.k_pool, self.v_pool = _random(*shape), _random(*shape)
+        self._fill_pool()
+        self._drawn_keys = [keys.clone() for keys in self._written_keys()]
+
+    def _fill_pool(self) -> None:
+        """Keys and values as half of the layers make them of a prompt, again and again."""
+        n = PROMPT_IN_POOL
+        attend = self.attention(AttentionPoint(((n, n),), (), ""), "serial")
+        layer = [op for _, op in self.before_attention(n)]
+        layer += [attend, *(op for _, op in self.after_attention(n))]
+        self.begin(n)
+        for _ in range(self.model.num_layers // 2):
+            for op in layer:
+                op()
+        for pool in (self.k_pool, self.v_pool):
+            for start in range(n, len(pool), n):
+                pool[start : start + n] = pool[: min(n, len(pool) - start)]
 
     def draw(self) -> None:
         """Draw all anew that operations write and others read."""
         written = (self.hidden, self.residual, self.normed, self.q, self.attended, self.activated)
-        for tensor in (*written, *self._written_keys()):
+        for tensor in written:
             tensor.normal_()
+        for keys, drawn in zip(self._written_keys(), self._drawn_keys, strict=True):
+            keys.copy_(drawn)
 
     def fault(self) -> str:
         """Why what was timed since `draw` cannot be believed, or nothing."""
@@ -168,6 +191,14 @@ class LayerBench:
             raise ValueError(f"{num_slots} slots of {max_len} tokens exceed the KV pool")
         shape = (num_slots, max_len, self.model.num_kv_heads, self.model.head_dim)
         return self.k_pool[:used].view(shape), self.v_pool[:used].view(shape)
+
+    def begin(self, num_tokens: int) -> None:
+        """What the first layer finds."""
+        self.embed(num_tokens)
+        self.hidden[:num_tokens].zero_()
+
+    def embed(self, n: int) -> None:
+        torch.index_select(self.embedding, 0, self.token_ids[:n], out=self.residual[:n])
 
     def before_attention(self, num_tokens: int) -> list[tuple[str, Launch]]:
         n, w = num_tokens, self.weights
@@ -233,13 +264,13 @@ class LayerBench:
 
     def around_the_layers(self, num_tokens: int, num_sampled: int) -> list[tuple[str, Launch]]:
         """What a step does once: embedding, LM head and greedy sampling."""
-        ids, rows = self.token_ids[:num_tokens], self.normed[:num_sampled]
+        rows = self.normed[:num_sampled]
         logits = torch.empty(num_sampled, self.model.vocab_size, device="cuda", dtype=rows.dtype)
         # Of a share of a model, sampling looks at the logits gathered from all shares.
         shared = self.model.tensor_parallel_size > 1
         gathered = _random(num_sampled, self.model.num_logits) if shared else logits
         return [
-            ("embedding", lambda: torch.index_select(self.embedding, 0, ids)),
+            ("embedding", lambda: self.embed(num_tokens)),
             ("lm_head", lambda: torch.mm(rows, self.lm_head.t(), out=logits)),
             ("sampling", lambda: torch.argmax(gathered, dim=-1)),
         ]
@@ -250,14 +281,17 @@ class LayerBench:
         One layer's weights stand in for all: they are larger than the L2 cache, as all layers' are.
         """
         n, attend = point.num_tokens, self.attention(point, strategy)
-        layer = [op for _, op in self.before_attention(n)]
+        norm, *layer = [op for _, op in self.before_attention(n)]
         layer += [attend, *(op for _, op in self.after_attention(n))]
         embedding, lm_head, sampling = self.around_the_layers(n, point.num_sampled)
 
+        def first_norm() -> None:
+            rmsnorm.rmsnorm(self.residual[:n], self.norm_weight, 1e-5, self.normed[:n])
+
         def run() -> None:
             embedding[1]()
-            for _ in range(self.model.num_layers):
-                for op in layer:
+            for number in range(self.model.num_layers):
+                for op in (norm if number else first_norm, *layer):
                     op()
             self.norm(n)
             lm_head[1]()
@@ -298,7 +332,14 @@ class Bench:
                 steps += [Timed("step", self._layer.forward(decodes, "serial"))] * job.decode_steps
             return SustainedSequence(job, steps, self._clock, fault)
         repeats = STEP_REPEATS if job.kind == "step" else REPEATS
-        return GraphSequence(self._ops(job), self._clock, fault, repeats)
+        return GraphSequence(self._ops(job), self._clock, fault, repeats, self._begin(job))
+
+    def _begin(self, job: Job) -> Begin | None:
+        """Of a layer alone: whole steps begin by themselves, the others have nothing to go on."""
+        if job.kind not in ("linear", "attention"):
+            return None
+        begin = Timed("", lambda: self._layer.begin(job.num_tokens))
+        return Begin(begin, self._layer.model.num_layers)
 
     def _ops(self, job: Job) -> list[Timed]:
         layer, point = self._layer, job.point

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,18 +71,32 @@ class Timed:
         self.graph = captured(launch_op)
 
 
+class Begin(NamedTuple):
+    """What runs, untimed, before the first of so many repetitions, and before each so many more."""
+
+    operation: Timed
+    every: int
+
+
 class GraphSequence:
     """Operations that run one after another, again and again; see `profile_run.TimedSequence`."""
 
     work: float | None = None
 
     def __init__(
-        self, ops: Sequence[Timed], clock: SmClock, fault: Fault, repeats: int = REPEATS
+        self,
+        ops: Sequence[Timed],
+        clock: SmClock,
+        fault: Fault,
+        repeats: int = REPEATS,
+        begin: Begin | None = None,
     ) -> None:
         self._ops = ops
         self._clock = clock
         self._fault = fault
         self._repeats = repeats
+        self._begin = begin
+        self._count = 0
 
     def round(self, first: bool) -> Round:
         """Warm up, then time the repetitions of every operation whose name is not empty."""
@@ -90,6 +105,7 @@ class GraphSequence:
         self._clock.start()
         marks = []
         for _ in range(repeats_of(once, self._repeats)):
+            self._begin_again()
             row = [torch.cuda.Event(enable_timing=True)]
             row[0].record()
             for op in self._ops:
@@ -124,8 +140,14 @@ class GraphSequence:
         return once
 
     def _replay(self) -> None:
+        self._begin_again()
         for op in self._ops:
             op.graph.replay()
+
+    def _begin_again(self) -> None:
+        if self._begin is not None and self._count % self._begin.every == 0:
+            self._begin.operation.graph.replay()
+        self._count += 1
 
 
 def repeats_of(once: float, most: int) -> int:

@@ -37,6 +37,9 @@ point takes drifts with what ran before it."""
 BUDGET_PASSES = 6
 """Times that matrix products of a usual token budget are timed in all: under load nearly every step
 has that many tokens, so the chance of one row is in all of them."""
+HELD_OUT_PASSES = 4
+"""Times that held-out products and prefill are timed: they follow the clock, of which two passes
+have too much chance to judge a fit by."""
 MOST_LAYERS_TWICE = 64
 """Whole steps of a model of more layers are long, and timed in the first pass alone."""
 MAX_SAMPLED = 512
@@ -200,10 +203,10 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     turns += [
         Turn(Job("sustained", point.split, point.num_tokens, point), 0) for point in sustained
     ]
-    steps = 1 if quick or model.num_layers > MOST_LAYERS_TWICE else PASSES
+    once = quick or model.num_layers > MOST_LAYERS_TWICE
     for number in range(PASSES):
         for index in rng.permutation(len(groups)):
-            turns += [Turn(job, number) for job in groups[index] if number < _passes(job, steps)]
+            turns += [Turn(job, number) for job in groups[index] if number < _passes(job, once)]
     if not quick:  # last, so that profiles from before they were planned can be extended by them
         turns += _mixed(rng, graph_points(linear))
         turns += [_duty(point) for point in duty_points()]
@@ -211,8 +214,10 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         turns += [_duty(point) for point in burst_points()]
         turns += _mixed(rng, points_between(linear, model, [1, 3]))
         turns += _mixed(rng, budget_points(), range(PASSES, BUDGET_PASSES))
-        turns += _in_passes(rng, [_jobs_of("attention", p) for p in more_held_out(rng, batches)])
+        chunks = more_held_out(rng, batches)
+        turns += _in_passes(rng, [_jobs_of("attention", point) for point in chunks])
         turns += _mixed(rng, points_behind_edges([*linear, *graph_points(linear)]))
+        turns += _held_out_again(rng, linear, [*batches, *chunks])
     return Plan(tuple(turns), quick)
 
 
@@ -236,8 +241,20 @@ def _in_passes(
     return [Turn(job, number) for number, order in orders for i in order for job in jobs[i]]
 
 
-def _passes(job: Job, of_steps: int) -> int:
-    return of_steps if job.kind == "step" else PASSES
+def _held_out_again(
+    rng: Generator, linear: Sequence[tuple[int, str]], batches: Sequence[AttentionPoint]
+) -> list[Turn]:
+    """What goes with the clock: products, and batches of prefill alone."""
+    judged = [_linear_jobs(num_tokens, split) for num_tokens, split in linear if split != "grid"]
+    prefill = [point for point in batches if not point.decode_contexts and point.split != "grid"]
+    judged += [_jobs_of("attention", point) for point in prefill]
+    return _in_passes(rng, judged, range(PASSES, HELD_OUT_PASSES))
+
+
+def _passes(job: Job, steps_once: bool) -> int:
+    """Whole steps to fit on are timed once: their parts are timed again and again."""
+    once = job.kind == "step" and (steps_once or job.split == "grid")
+    return 1 if once else PASSES
 
 
 def rows_sha256(rows: Iterator[tuple[Key, int]]) -> str:
