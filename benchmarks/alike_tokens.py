@@ -3,9 +3,10 @@
     python benchmarks/alike_tokens.py
 
 A small Llama of random weights on random tokens. With weights of its own in each layer, from an
-embedding, as in an engine; and with one layer's weights again and again, as `podsim profile` times
-whole steps one after another (`LayerBench.forward`). Printed is the mean cosine between the normed
-activations of two tokens: products of numbers that are alike draw less power.
+embedding, as in an engine; and with one layer's weights again and again, as `podsim profile` runs
+them: so it begins again with the embedding as often as a model has layers. Printed is the mean
+cosine between the normed activations of two tokens: products of numbers that are alike draw less
+power.
 """
 
 from __future__ import annotations

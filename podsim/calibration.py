@@ -43,9 +43,10 @@ COLUMNS = (
 )
 LATER_COLUMNS = ("sm_clock_mhz", "work", "refused")
 """That the first profiles lack."""
-NEIGHBOURHOOD, SCATTER, FEWEST_NEIGHBOURS = 0.1, 0.1, 5
+NEIGHBOURHOOD, SCATTER, JITTER, FEWEST_NEIGHBOURS = 0.2, 0.1, 7e-7, 5
 """Of the points of an operation that moves bytes: see `_without_scatter`. Relative distance in
-tokens, relative distance in time, and number."""
+tokens, distance in time (relative, or in seconds if that is more) and number, by cross-validation
+on rows to fit on."""
 _POINT = ["op", "strategy", "split", "num_tokens", "prefills", "decodes"]
 
 
@@ -264,14 +265,14 @@ def _clock_falls(grid: pd.DataFrame, provenance: Mapping[str, object]) -> dict[s
 def _without_scatter(num_tokens: Floats, seconds: Floats) -> Floats:
     """Of an operation that moves bytes: each point on the line through its neighbours.
 
-    Its few microseconds repeat to 5 to 10 %, and it runs one kernel for any number of tokens; where
+    Its few microseconds repeat to half of one, and it runs one kernel for any number of tokens; where
     that changes, or takes another turn of the SMs, the time jumps by more. A point with few
     neighbours stays as measured.
     """
     smooth = seconds.copy()
     for i, (n, time) in enumerate(zip(num_tokens, seconds, strict=True)):
         near = np.abs(num_tokens / n - 1) <= NEIGHBOURHOOD
-        near &= np.abs(seconds / time - 1) <= SCATTER
+        near &= np.abs(seconds - time) <= max(SCATTER * time, JITTER)
         if near.sum() >= FEWEST_NEIGHBOURS:
             smooth[i] = np.polyval(np.polyfit(num_tokens[near] - n, seconds[near], 1), 0)
     return smooth

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from podsim.errors import InputError
 from podsim.trace_writers import atomic_file
@@ -34,7 +35,8 @@ def write_plots(folder: Path, predictions: pd.DataFrame) -> Path:
 
 
 def _figure(kernel: str, rows: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4))
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.13, top=0.9, wspace=0.22)
     times, errors = figure.subplots(1, 2)
     for split, colour in COLOURS.items():
         some = rows[rows["split"] == split]
@@ -50,5 +52,11 @@ def _figure(kernel: str, rows: pd.DataFrame) -> Figure:
     errors.set(xscale="log", xlabel="measured (µs)", ylabel="error (%)")
     for axes in (times, errors):
         axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(ScalarFormatter())
+                axis.set_minor_formatter(NullFormatter())
     figure.suptitle(kernel, fontsize=11)
     return figure
