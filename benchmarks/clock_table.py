@@ -10,15 +10,14 @@ Their parts were timed at another clock. `by clock` is what the parts take at th
 over what was measured, minus 1: matrix products and attention follow the clock as the passes of the
 profile over one point do (`clock_sensitivity`), and nothing else does. Profiles read the clocks of
 windows, and engines note those of steps, since 2026-11-22. Of a recording, `predicted` is what the
-simulator says, which does not know the clock. Errors are means, `scatter` standard deviations.
+simulator says, which predicts the clock too. Errors are means, `scatter` standard deviations.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +26,11 @@ from accuracy_table import errors_on_gpu
 
 from podsim.batch import BatchShape
 from podsim.calibration import model_of, read_measurements
-from podsim.graph_sizes import graph_size
 from podsim.held_out import shapes_of
 from podsim.latency import ProfiledLatency
 from podsim.metrics import STEP_KINDS, step_kinds
 from podsim.model import model_named
-from podsim.op_tables import MATRIX_OPS, op_seconds
 from podsim.profile import PROFILE_FILE, Profile, find_profile, read_profile
-from podsim.roofline import attention_traffic, op_traffic
-from podsim.row_clocks import Sensitivity
 from podsim.validation import CLOCK_COLUMN, read_recording
 
 
@@ -43,47 +38,21 @@ class Parts:
     """What the parts of a step take, each as it is timed alone, and how they follow the clock."""
 
     def __init__(self, profile: Profile, strategy: str, graph_padding: bool = False) -> None:
-        self.profile = profile
-        self.model = model_of(profile)
-        alone = {**profile.sustained, "slowdown": 0.0}
-        self.latency = ProfiledLatency(
-            replace(profile, sustained=alone), self.model, strategy, graph_padding=graph_padding
+        self._latency = ProfiledLatency(
+            profile, model_of(profile), strategy, graph_padding=graph_padding
         )
-        self._size = graph_size if graph_padding else int
-        self._products, self._attention = (
-            Sensitivity(**profile.clock_sensitivity[name]) for name in ("products", strategy)
-        )
-        self._clocked_products = cache(self._compute_clocked_products)
-        self.clock = cache(self._compute_clock)
+        self._highest = float(str(profile.provenance["max_sm_clock"]).removesuffix("MHz"))
 
     def seconds(self, shape: BatchShape, megahertz: float) -> tuple[float, float]:
-        """Their sum, without the host and what overlap costs, and at another clock."""
-        parts = self.latency.breakdown(shape)
-        attention = self.latency.attention_time(shape).seconds
-        total = parts.total - (parts.attention + parts.layers) * (1.0 - attention / parts.attention)
-        flops = attention_traffic(self.model, shape.prefills, 0).flops
-        keys = attention_traffic(self.model, (), shape.decode_context_sum).bytes
-        intensity = np.array(flops / keys if keys else np.inf)
-        clocked = self._clocked_products(self._size(shape.num_tokens))
-        clocked += attention * float(self._attention.at(intensity))
-        slower = self.clock(self._size(shape.num_tokens)) / megahertz - 1.0
-        return total, total + clocked * slower
+        """Their sum, without the host, and at another clock."""
+        parts = self._latency.parts(shape)
+        total = parts.attention + parts.layers + parts.once
+        slower = self.clock(shape.num_tokens) / megahertz - 1.0
+        return total, total + (parts.clocked_attention + parts.clocked_layers) * slower
 
-    def _compute_clock(self, num_tokens: int) -> float:
+    def clock(self, num_tokens: int) -> float:
         """At which the parts of so many tokens were timed, in MHz."""
-        falls = self.profile.clock_falls
-        clocks = {"num_tokens": falls["num_tokens"], "seconds": falls["falls"]}
-        highest = float(str(self.profile.provenance["max_sm_clock"]).removesuffix("MHz"))
-        return highest / (1.0 + float(op_seconds(clocks, num_tokens)))
-
-    def _compute_clocked_products(self, num_tokens: int) -> float:
-        """Seconds of all layers' products over so many tokens that go with the clock."""
-        seconds = 0.0
-        for op in MATRIX_OPS:
-            work = op_traffic(self.model, op, num_tokens)
-            follows = float(self._products.at(np.array(work.flops / work.bytes)))
-            seconds += follows * float(op_seconds(self.profile.ops[op], num_tokens))
-        return self.model.num_layers * seconds
+        return self._highest * math.exp(-self._latency.clock_fall(num_tokens))
 
 
 def rows_by_clock(folder: Path) -> pd.DataFrame:

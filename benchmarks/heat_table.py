@@ -15,7 +15,7 @@ import numpy as np
 
 from podsim.calibration import model_of, sustained_runs
 from podsim.heat import Warming
-from podsim.heat_fitting import slowdowns
+from podsim.heat_fitting import predicted
 from podsim.profile import read_profile
 
 
@@ -25,9 +25,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     profile = read_profile(folder, str(folder))
     warming = Warming.of(profile.sustained)
+    if warming is None:
+        raise SystemExit(f"{folder}: its steps were not watched one after another from rest")
     for run in sustained_runs(folder, model_of(profile)):
-        settled = run.expected / (1 + warming.heating * run.load * run.drive)
-        errors = settled * slowdowns(run, warming) / np.asarray(run.seconds) - 1
+        errors = predicted(run, warming) / np.asarray(run.seconds) - 1
         ends = zip(run.ends, errors, strict=True)
         print(
             f"{run.batch:40}{run.split:10}",

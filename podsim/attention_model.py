@@ -133,7 +133,8 @@ class AttentionModel:
         side = self._prefill_side(tiles, sms)
         _, waves, _, prefill_keys, alone, loaded, busy_place, waves_place = side
         if not n:
-            return AttentionTime(alone + matrix_load(num_prefill_tokens, self.geometry) * loaded)
+            prefill = alone + matrix_load(num_prefill_tokens, self.geometry) * loaded
+            return AttentionTime(prefill, side.busy * prefill)
         coefficients = self.coefficients["decode"]
         decode, items = decode_seconds(coefficients, n, keys, longest, self.geometry)
         load = matrix_load(num_prefill_tokens + n, self.geometry)
@@ -144,12 +145,10 @@ class AttentionModel:
         launch, item, wave, pair, key = self.coefficients[strategy]
         seconds = launch + item * items + wave * waves + paid * both
         seconds += pair * min(items, waves) + key * prefill_keys
-        if strategy == "serial":
-            return AttentionTime(seconds)
         if strategy == "streams":  # whose prefill is that on a part of the SMs
             side = self._prefill_side(tiles, 0)
-            both = side.seconds + load * side.loaded_seconds + decode
-        return AttentionTime(seconds, max(both - seconds, 0.0))
+            prefill = side.seconds + load * side.loaded_seconds
+        return AttentionTime(seconds, side.busy * prefill, decode)
 
     def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
@@ -173,7 +172,7 @@ class AttentionModel:
         high = dot(coefficients, unified_features(shape, work, geometry, 0.0))
         load = drawn(shape.num_tokens, high, work, geometry)
         seconds = high + coefficients[DRAWN] * work.makespan * load
-        return AttentionTime(seconds, drawing=work.decode_share * work.busy * seconds)
+        return AttentionTime(seconds, work.busy * seconds)
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from podsim.attention_features import FEATURES, Geometry
 from podsim.errors import InputError
 from podsim.fitting import Timings, fit_attention
 from podsim.hardware import Gpu, gpu_named
-from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating
+from podsim.heat_fitting import SustainedRun, TimedStep, fit_heating
 from podsim.held_out import held_out_errors, predictions, rows_of, shapes_of, without_whole_blocks
 from podsim.latency import ProfiledLatency
 from podsim.model import Model
@@ -31,7 +31,8 @@ from podsim.op_tables import (
     op_seconds,
 )
 from podsim.profile import MEASUREMENTS_FILE, PROFILE_FILE, Profile, kernels_hash, read_profile
-from podsim.row_clocks import Sensitivity, attention_at_usual_clock, products_at_usual_clock
+from podsim.row_clocks import attention_at_usual_clock, products_at_usual_clock
+from podsim.sensitivity import Sensitivity
 from podsim.step_fitting import fit_steps
 from podsim.trace_writers import atomic_file
 
@@ -83,7 +84,7 @@ def refit(folder: Path) -> Profile:
 
     Raises InputError, and leaves the folder as it was, if they cannot be read, fitted or written.
     """
-    old = read_profile(folder, str(folder))
+    old = read_profile(folder, str(folder), to_refit=True)
     profile = fit(folder, old.gpu, model_of(old), old.provenance)
     with atomic_file(folder / PROFILE_FILE) as file:
         file.write(profile.to_json().encode())
@@ -124,7 +125,7 @@ def fit(folder: Path, gpu: str, model: Model, provenance: Mapping[str, object]) 
                 for name, overlap in attention.overlaps.items()
             },
         },
-        sustained={"slowdown": 0.0, "heating": 0.0, "heat_seconds": 1.0},
+        sustained={},
         clock_falls=_clock_falls(grid, provenance),
         clock_sensitivity={name: asdict(found) for name, found in measured.follows.items()},
         errors={},
@@ -170,7 +171,7 @@ def _measured(folder: Path, gpu: str, model: Model) -> Measured:
     launch = _launch_costs(_one_row_a_point(passes))
     launches = np.where(passes["op"].isin(["step", "sustained", "duty"]), 0.0, launch["graph"])
     passes["seconds"] = passes["seconds_as_timed"] = passes["time_us"] * 1e-6 - launches
-    passes["seconds"], products = products_at_usual_clock(passes, model)
+    passes["seconds"], products, passes["usual_clock_mhz"] = products_at_usual_clock(passes, model)
     grid = _one_row_a_point(passes[passes["split"] == "grid"])
     ops = _op_tables(grid, model, gpu_named(gpu))
     linear = _linear_token_seconds(ops)
@@ -198,7 +199,9 @@ def rows_at_usual_clock(folder: Path, profile: Profile) -> pd.DataFrame:
 def _one_row_a_point(passes: pd.DataFrame) -> pd.DataFrame:
     times = passes.columns.intersection(["time_us", "seconds", "seconds_as_timed"])
     points = passes.groupby(_POINT, sort=False)
-    return points.agg(dict.fromkeys(times, "median") | {"sm_clock_mhz": "mean"}).reset_index()
+    clocks = passes.columns.intersection(["sm_clock_mhz", "usual_clock_mhz"])
+    how = dict.fromkeys(times, "median") | dict.fromkeys(clocks, "mean")
+    return points.agg(how).reset_index()
 
 
 def _read_passes(path: Path) -> pd.DataFrame:
@@ -252,21 +255,21 @@ def _op_tables(grid: pd.DataFrame, model: Model, gpu: Gpu) -> dict[str, OpTable]
 
 
 def _clock_falls(grid: pd.DataFrame, provenance: Mapping[str, object]) -> dict[str, list[float]]:
-    """Of layers over every number of tokens; nothing where the card did not tell its clock."""
+    """Of layers over every number of tokens, at the usual clock of their products; nothing where
+    the card did not tell it.
+    """
     rows = grid[grid["op"] == MATRIX_OPS[0]].sort_values("num_tokens")
-    clocks = rows["sm_clock_mhz"].to_numpy(float)
-    most = str(provenance.get("max_sm_clock", ""))
-    if not most or not np.isfinite(clocks).all():
+    falls = np.maximum(_falls(provenance, rows["usual_clock_mhz"]), 0.0)
+    if not len(falls) or not np.isfinite(falls).all():
         return {}
-    falls = np.maximum(float(most.removesuffix("MHz")) / clocks - 1, 0.0)
     return {"num_tokens": rows["num_tokens"].tolist(), "falls": falls.round(4).tolist()}
 
 
 def _without_scatter(num_tokens: Floats, seconds: Floats) -> Floats:
     """Of an operation that moves bytes: each point on the line through its neighbours.
 
-    Its few microseconds repeat to half of one, and it runs one kernel for any number of tokens; where
-    that changes, or takes another turn of the SMs, the time jumps by more. A point with few
+    Its few microseconds repeat to half of one, and it runs one kernel for any number of tokens;
+    where that changes, or takes another turn of the SMs, the time jumps by more. A point with few
     neighbours stays as measured.
     """
     smooth = seconds.copy()
@@ -296,23 +299,28 @@ def _quiet_layer_seconds(ops: Mapping[str, OpTable], linear_token_seconds: float
     return max(0.0, float(np.median(beside)))
 
 
-def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, float]:
-    """How much matrix work slows the steps after it down, and for how long: see `podsim.heat`.
+def _heating(profile: Profile, model: Model, rows: pd.DataFrame) -> dict[str, Any]:
+    """How much work lowers the clock of the steps after it, and for how long: see `podsim.heat`.
 
-    Without steps that were timed one after another from rest there is none.
+    Nothing is known without steps that were timed one after another from rest, or without the
+    clocks that their parts were timed at.
     """
     runs = [*_sustained_runs(profile, model, rows)]
-    if not runs:
+    if not runs or not profile.clock_falls:
         return {}
-    warming = fit_heating(runs)
-    return {
-        "heating": warming.heating,
-        "heat_seconds": warming.seconds,
-        "slow_heating": warming.slow_heating,
-        "slow_heat_seconds": warming.slow_seconds,
-        "headroom": warming.headroom,
-        "clock_share": fit_clock_share(runs, warming),
-    }
+    warming = fit_heating(runs, [*_timed_steps(profile, model, rows)])
+    falls = {str(n): fall for n, fall in warming.products_at.items()}
+    return {**asdict(warming), "products_at": falls}
+
+
+def _timed_steps(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator[TimedStep]:
+    """The whole steps with prefill to fit on; under serial, which overlaps nothing."""
+    steps = rows[(rows["op"] == "step") & (rows["strategy"] == "serial")]
+    steps = steps[(steps["split"] == "grid") & (steps["prefills"] != "")]
+    latency = ProfiledLatency(profile, model, "serial")
+    falls = _falls(profile.provenance, steps["sm_clock_mhz"])
+    for shape, fall in zip(shapes_of(steps), falls, strict=bool(falls)):
+        yield TimedStep(shape.num_tokens, latency.parts(shape).shares, fall)
 
 
 def sustained_runs(folder: Path, model: Model) -> list[SustainedRun]:
@@ -327,27 +335,40 @@ def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Itera
     for key, run in rows.groupby(["op", "prefills", "decodes", "split"], sort=False):
         op, prefills, decoded, split = map(str, key)
         shape = shapes_of(run.head(1))[0]
-        parts = latency.breakdown(shape)
-        load = latency.load(shape.num_tokens, parts.attention + parts.layers)
+        parts = latency.parts(shape)
+        layers = parts.attention + parts.layers
         decodes = run[run["strategy"].str.startswith("decode ")]
         mixed = run.drop(decodes.index)
         in_a_row, of_all = map(int, split.split(" in ")) if op == "duty" else (1, 1)
         if mixed.empty or (of_all > in_a_row and decodes.empty):
             continue  # refused
         alone = decodes["seconds"].tolist()
+        is_exact = shape.num_tokens in profile.ops[MATRIX_OPS[0]]["num_tokens"]
         yield SustainedRun(
             batch=f"{op} {prefills} {decoded}",
-            split=split,
-            expected=parts.attention + parts.layers,
-            load=load,
-            drive=load * latency.clock_fall(shape.num_tokens),
+            num_tokens=shape.num_tokens,
+            layers=layers,
+            clocked=parts.clocked_attention + parts.clocked_layers,
+            row_fall=latency.clock_fall(shape.num_tokens),
+            shares=parts.shares,
             ends=[float(text.split()[-2]) for text in mixed["strategy"]],
             seconds=(mixed["seconds"] - parts.once).tolist(),
+            falls=_falls(profile.provenance, mixed["sm_clock_mhz"]),
+            is_exact=is_exact,
+            is_watched=is_exact and op == "sustained" and not decoded,
+            split=split,
             between=(of_all - in_a_row) * float(np.mean(alone)) if alone else 0.0,
             in_a_row=in_a_row,
-            decodes=alone,
-            products=latency.matrix_seconds(shape.num_decodes),
         )
+
+
+def _falls(provenance: Mapping[str, object], clocks: pd.Series[float]) -> list[float]:
+    """Logarithms of the highest clock over these, NaN where one was not read; none if none was."""
+    most = str(provenance.get("max_sm_clock", ""))
+    if not most or clocks.isna().all():
+        return []
+    falls: list[float] = np.log(float(most.removesuffix("MHz")) / clocks.to_numpy(float)).tolist()
+    return falls
 
 
 def _timings(rows: pd.DataFrame) -> Timings:

@@ -1,4 +1,4 @@
-"""Fits how matrix work slows later steps down (`podsim.heat`) to steps timed from rest."""
+"""Fits how work lowers the clock (`podsim.heat`) to whole steps timed from rest."""
 
 from __future__ import annotations
 
@@ -6,48 +6,75 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from podsim.heat import Warming
+from podsim.heat import Shares, Warming
 from podsim.row_clocks import TO_THE_BOTTOM
 
 Floats = NDArray[np.float64]
 
-SLOW_FROM = 0.3
-"""Seconds: the time constant of the fast heat is below it, that of the slow one above."""
-CELL = 0.002
+CELL = 0.005
 """Seconds in which a heat is taken to move in a straight line."""
-FIRST_GUESS = (0.2, 0.05, 0.05, 1.0, 0.05)
-LEAST = (0.0, 0.005, 0.0, SLOW_FROM, 0.0)
-MOST = (10.0, SLOW_FROM, 10.0, 10.0, 2.0)
+ERROR_OF_A_WINDOW = 0.01
+"""Relative errors below it count by their square, larger ones by their size."""
+SEARCHED = {
+    "products": (0.0, 2.0, 0.4, 0.3),
+    "attention": (0.0, 2.0, 0.5, 0.4),
+    "decodes": (0.0, 1.0, 0.2, 0.1),
+    "idle": (0.0, 1.0, 0.1, 0.0),
+    "seconds": (0.005, 0.3, 0.05, 0.03),
+    "slow_seconds": (0.3, 10.0, 1.0, 0.6),
+    "slow_share": (0.0, 0.9, 0.2, 0.1),
+    "rest": (0.0, 0.3, 0.1, 0.05),
+    "least": (0.0, 0.3, 0.1, 0.05),
+    "timed": (0.0, 0.5, 0.3, 0.2),
+}
+"""Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
+which the better end counts."""
+OF_OTHER_CARDS = {
+    **{"attention": 0.344, "decodes": 0.181, "idle": 0.191, "rest": 0.108, "least": 0.084},
+    **{"seconds": 0.046, "slow_seconds": 1.08, "slow_share": 0.283, "timed": 0.265},
+}
+"""Medians of six H200s, for profiles whose steps tell too little: all of them for those without
+steps of decodes between others (`--quick`), and, of those from before clocks were read,"""
+WITHOUT_CLOCKS = ("decodes", "idle", "timed")
+"""which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SustainedRun:
     """Equal steps with prefill one after another from rest, or with decodes alone between them."""
 
     batch: str
-    """Runs of one batch take the same time after a rest; they stand side by side."""
-    load: float
-    drive: float
+    """Runs of one batch stand side by side."""
+    num_tokens: int
+    layers: float
+    """Seconds of a step's layers at the clocks that their parts are timed at,"""
+    clocked: float
+    """of which so many go with the clock,"""
+    row_fall: float
+    """as which the parts are timed at this fall."""
+    shares: Shares
     ends: Sequence[float]
     """Seconds at which windows end, the first of which begins with the run."""
     seconds: Sequence[float]
-    """Mean step with prefill of each window."""
+    """Mean of the layers of a step with prefill of each window,"""
+    falls: Sequence[float] = ()
+    """and fall of the clock, if it was read; NaN where a window has none."""
+    is_exact: bool = True
+    """Whether matrix products of so many tokens were timed; else what the steps of a batch have
+    in common says nothing."""
+    is_watched: bool = False
+    """Whether its number of tokens gets a fall of its own: its steps are of prefill alone."""
+    split: str = ""
+    """Of a duty, such as "1 in 4": one step in so many has prefill."""
     between: float = 0.0
     """Seconds of steps of decodes alone after them,"""
     in_a_row: int = 1
     """and how many steps with prefill there are before."""
-    decodes: Sequence[float] = ()
-    """Mean step of decodes alone of each window, if there are any."""
-    products: float = 0.0
-    """Seconds of the matrix products of such a step."""
-    split: str = ""
-    """Of a duty, such as "1 in 4": one step in so many has prefill."""
-    expected: float = 0.0
-    """A step with prefill as operations are timed, after some 0.1 s of their own work."""
 
     @cached_property
     def course(self) -> tuple[Floats, NDArray[np.int64]]:
@@ -67,95 +94,113 @@ class SustainedRun:
         return (worked(cells + CELL) - worked(cells)) / CELL
 
 
-def fit_heating(runs: Sequence[SustainedRun]) -> Warming:
-    """What heats add to a step, their time constants, the headroom: least squares of logarithms.
+class TimedStep(NamedTuple):
+    """A whole step with prefill, timed in a long row of such steps."""
 
-    Without runs that have decodes between their steps nothing tells the headroom: it is 0 then.
+    num_tokens: int
+    shares: Shares
+    fall: float
+    """As which it was timed."""
+
+    def drive(self, warming: Warming) -> float:
+        return warming.drive(self.num_tokens, self.shares)
+
+
+def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -> Warming:
+    """Falls, time constants and shares: the least relative errors of the windows' steps, of their
+    clocks where these were read, and of the clocks of other whole steps.
     """
     from scipy.optimize import least_squares  # takes half a second to load, and only fits need it
 
-    free = 5 if any(run.between for run in runs) else 4
+    known = _known(runs, steps)
+    searched = [name for name in SEARCHED if name not in known]
+    watched = sorted({run.num_tokens for run in runs if run.is_watched})
     batches = [list(some) for _, some in groupby(runs, key=lambda run: run.batch)]
 
+    def warming(parameters: Floats) -> Warming:
+        values = parameters.tolist()
+        found = dict(zip(searched, values, strict=False))
+        falls = dict(zip(watched, values[len(searched) :], strict=True))
+        return Warming(products_at=falls, **{**found, **known})
+
     def residuals(parameters: Floats) -> Floats:
-        warming = Warming(*parameters.tolist())
-        found = []
+        found = warming(parameters)
+        errors = []
         for batch in batches:
-            at_rest = [np.log(run.seconds) - np.log(slowdowns(run, warming)) for run in batch]
-            logs = np.concatenate(at_rest)
+            logs = np.concatenate([np.log(predicted(run, found) / run.seconds) for run in batch])
             logs = logs[np.isfinite(logs)]
-            found.append(logs - logs.mean())
-        return np.concatenate(found)
+            errors.append(logs if batch[0].is_exact else logs - logs.mean())
+            errors += [_mean_falls(run, found) - run.falls for run in batch if run.falls]
+        settled = [found.fall_as_timed(step.drive(found)) - step.fall for step in steps]
+        errors.append(np.array(settled))
+        together: Floats = np.concatenate(errors)
+        return np.asarray(together[np.isfinite(together)])
 
-    bounds = (LEAST[:free], MOST[:free])
-    found = least_squares(residuals, FIRST_GUESS[:free], bounds=bounds, **TO_THE_BOTTOM)
-    return Warming(*(float(value) for value in found.x))
+    every = [SEARCHED[name] for name in [*searched, *("products" for _ in watched)]]
+    lowest, highest, *guesses = zip(*every, strict=True)
+    searches = [
+        least_squares(
+            residuals,
+            guess,
+            bounds=(lowest, highest),
+            loss="soft_l1",
+            f_scale=ERROR_OF_A_WINDOW,
+            **TO_THE_BOTTOM,
+        )
+        for guess in guesses
+    ]
+    return warming(min(searches, key=lambda found: found.cost).x)
 
 
-def slowdowns(run: SustainedRun, warming: Warming) -> Floats:
-    """Of a run's windows: the mean time of its steps' layers over that after a long rest.
+def _known(runs: Sequence[SustainedRun], steps: Sequence[TimedStep]) -> dict[str, float]:
+    if not any(run.between for run in runs):
+        return OF_OTHER_CARDS
+    if not steps or not any(run.falls for run in runs):
+        return {name: OF_OTHER_CARDS[name] for name in WITHOUT_CLOCKS}
+    return {}
+
+
+def predicted(run: SustainedRun, warming: Warming) -> Floats:
+    """Of a run's windows, the mean seconds of its steps' layers.
 
     NaN where decodes alone take a whole window.
     """
-    share, added, window = _course(run, warming)
+    share, falls, window = _course(run, warming)
+    slower = _window_means(run, np.expm1(falls - run.row_fall), share, window)
+    return np.asarray(run.layers + run.clocked * slower)
+
+
+def _mean_falls(run: SustainedRun, warming: Warming) -> Floats:
+    """The same of the clock."""
+    share, falls, window = _course(run, warming)
+    return _window_means(run, falls, share, window)
+
+
+def _window_means(
+    run: SustainedRun, values: Floats, share: Floats, window: NDArray[np.int64]
+) -> Floats:
+    """Of cells' values, weighted by the share of steps with prefill; NaN where there are none."""
     weights = np.bincount(window, share, len(run.ends))
     weights[weights == 0.0] = np.nan
-    return np.asarray(1 + run.load * np.bincount(window, share * added, len(run.ends)) / weights)
-
-
-def fit_clock_share(runs: Sequence[SustainedRun], warming: Warming) -> float:
-    """Of the seconds of a step of decodes alone that are no matrix products, the share that goes
-    with the clock.
-
-    Least squares of how much longer such steps take after bursts, steps with prefill in a row, than
-    where there is hardly any, with the same decodes. Without bursts nothing tells: it is 0 then.
-    """
-    batches = [list(some) for _, some in groupby(runs, key=lambda run: run.batch)]
-    x, y = [], []
-    for batch in batches:
-        bursts = [run for run in batch if run.in_a_row > 1]
-        quiet = [run for run in batch if run.in_a_row == 1 and run.decodes]
-        if not bursts or not quiet:
-            continue
-        base = max(quiet, key=lambda run: run.between)
-        coolest = float(np.mean(base.decodes))
-        for run in bursts:
-            more = _left_in_decodes(run, warming) - _left_in_decodes(base, warming).mean()
-            x.append(more * (coolest - run.products))
-            y.append(np.asarray(run.decodes) - coolest - more * run.products)
-    if not x:
-        return 0.0
-    added, longer = np.concatenate(x), np.concatenate(y)
-    return min(max(float(added @ longer / (added @ added)), 0.0), 1.0)
-
-
-def _left_in_decodes(run: SustainedRun, warming: Warming) -> Floats:
-    """Of a run's windows: what heats add to the clocked part of steps of decodes, as a share."""
-    share, added, window = _course(run, warming)
-    rest = 1.0 - share
-    weights = np.maximum(np.bincount(window, rest, len(run.ends)), 1e-12)
-    return np.asarray(np.bincount(window, rest * added, len(run.ends)) / weights)
+    return np.asarray(np.bincount(window, share * values, len(run.ends)) / weights)
 
 
 def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Of cells of a run: the share of steps with prefill, what heats add, and the window."""
+    """Of cells of a run: the share of steps with prefill, the fall, and the window."""
     share, window = run.course
-    drives = share * run.drive - (1 - share) * warming.headroom
-    added = warming.heating * _heats(drives, warming.seconds, warming)
-    added += warming.slow_heating * _heats(drives, warming.slow_seconds, warming)
-    return share, added, window
+    # Above the rest, from which a run begins.
+    drives = share * (warming.drive(run.num_tokens, run.shares) - warming.rest)
+    slow = warming.slow_share
+    falls = warming.rest + (1.0 - slow) * _heats(drives, warming.seconds)
+    falls += slow * _heats(drives, warming.slow_seconds)
+    falls = np.maximum(falls, warming.least)
+    return share, falls, window
 
 
-def _heats(drives: Floats, tau: float, warming: Warming) -> Floats:
-    """Of each cell its heat, as far as it slows steps down: see `Warming.factor`."""
+def _heats(drives: Floats, tau: float) -> Floats:
+    """Of each cell the mean of its heat, which is 0 at first."""
     from scipy.signal import lfilter
 
     kept = np.exp(-CELL / tau)
-    start = warming.at_rest.fast
-    ends, _ = lfilter([1 - kept], [1, -kept], drives, zi=[kept * start])
-    starts = np.concatenate([[start], ends[:-1]])
-    # The mean of a line's part above 0 is smooth in the parameters, also where the line crosses 0.
-    low, high = np.minimum(starts, ends), np.maximum(starts, ends)
-    rise = np.maximum(high - low, 1e-300)
-    above = np.maximum(high, 0.0)
-    return np.asarray(np.where(low < 0.0, above * (above / rise), low + high) / 2)
+    ends = lfilter([1 - kept], [1, -kept], drives)
+    return np.asarray((np.concatenate([[0.0], ends[:-1]]) + ends) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -14,11 +15,13 @@ from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
-from podsim.heat import Heats, Warming
+from podsim.heat import Heats, Shares, Warming
 from podsim.model import Model
-from podsim.op_tables import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
+from podsim.op_tables import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
 from podsim.profile import Profile
+from podsim.roofline import attention_traffic, product_traffic
 from podsim.scaling import Attention, AttentionTime, ScaledAttention
+from podsim.sensitivity import Sensitivity
 
 T = TypeVar("T", float, NDArray[np.float64])
 
@@ -30,12 +33,14 @@ class StepOfAttention(Protocol):
         """Of one step, or of an array of steps."""
 
 
-OVERLAPPING = ("streams", "pod")
-"""Strategies that run prefill beside decode."""
-OVERLAP_LOSS, OVERLAP_COST = 0.33, 0.004
-"""Of them in whole steps: of the seconds that overlap hides, times the matrix products' share, what
-a lower clock takes back, and of the layers' seconds what comes on top. Least squares over the whole
-steps to fit on of twelve profiles (`benchmarks/overlap_in_steps.py`); those of one say little."""
+USUAL_SENSITIVITY = {
+    "products": Sensitivity(0.13, 0.95, 235.0, 5.2),
+    "serial": Sensitivity(0.25, 1.0, 120.0, 1.1),
+    "streams": Sensitivity(0.15, 1.0, 50.0, 2.0),
+    "unified": Sensitivity(0.45, 1.0, 16.0, 3.0),
+    "pod": Sensitivity(0.06, 0.92, 95.0, 1.2),
+}
+"""For profiles whose passes are too few or have no clocks: about the median of those that tell."""
 WORTH_AN_ARRAY = 32
 """Steps of a run from which on NumPy is faster than a loop."""
 
@@ -64,7 +69,8 @@ class RunsOfDecodes(Protocol):
 class WarmsUp(Protocol):
     """A latency model whose steps take longer after matrix work, which lowers the clock."""
 
-    warming: Warming
+    warming: Warming | None
+    """None: it knows nothing of the clock."""
 
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
         """Seconds of a step with prefill, and its drive: what the heats near meanwhile."""
@@ -82,21 +88,22 @@ class Heat:
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
-        self._warming = model if isinstance(model, WarmsUp) else None
-        self._heats = Heats() if self._warming is None else self._warming.warming.at_rest
+        self._warms_up = model if isinstance(model, WarmsUp) else None
+        self._warming = None if self._warms_up is None else self._warms_up.warming
+        self._heats = Heats() if self._warming is None else self._warming.at_rest
         self._time = 0.0
         self._decode_run_times = decode_run_times(model)
 
     def step_time(self, shape: BatchShape, start: float) -> float:
         """Seconds of a step that begins at `start`, later than all before."""
-        model = self._warming
-        if model is None:
+        model, warming = self._warms_up, self._warming
+        if model is None or warming is None:
             return self._model.step_time(shape)
         if not shape.prefills:
             return self._heated([self._model.step_time(shape)], shape, start)[0]
-        heats = model.warming.rested(self._heats, start - self._time)
+        heats = warming.rested(self._heats, start - self._time)
         seconds, drive = model.step_time_at(shape, heats)
-        self._heats = model.warming.worked(heats, drive, seconds)
+        self._heats = warming.worked(heats, drive, seconds)
         self._time = start + seconds
         return seconds
 
@@ -107,17 +114,16 @@ class Heat:
 
     def is_cold(self, start: float) -> bool:
         """Whether no step of decodes alone from `start` on feels a heat, until one with prefill."""
-        model = self._warming
-        if model is None:
-            return True
-        return model.warming.left(self._heats, start - self._time, 1e-9) == 0.0
+        warming = self._warming
+        return warming is None or warming.left(self._heats, start - self._time, 1e-9) == 0.0
 
     def _heated(self, times: list[float], shape: BatchShape, start: float) -> list[float]:
-        model = self._warming
+        model, warming = self._warms_up, self._warming
         assert model is not None
-        num_decodes, left = shape.num_decodes, model.warming.left
+        assert warming is not None
+        num_decodes = shape.num_decodes
         for step, seconds in enumerate(times):
-            share = left(self._heats, start - self._time, seconds)
+            share = warming.left(self._heats, start - self._time, seconds)
             if share == 0.0:
                 break
             times[step] += model.clocked_seconds(num_decodes, seconds) * share
@@ -172,6 +178,34 @@ class Breakdown:
         return self.attention + self.layers + self.once + self.collectives
 
 
+class Parts(NamedTuple):
+    """Seconds of a step, each part at the clock that it is timed at."""
+
+    attention: float
+    layers: float
+    once: float
+    collectives: float
+    """As in `Breakdown`."""
+    clocked_attention: float
+    """Of the attention, what goes with the clock,"""
+    clocked_layers: float
+    """and of the rest of the layers."""
+    products: float
+    """For how long matrix products would keep all SMs busy,"""
+    drawing: float
+    """and attention would,"""
+    reading: float
+    """and decodes beside prefill would take alone."""
+
+    @property
+    def shares(self) -> Shares:
+        """Of the step's time without collectives: what they draw was not measured, and is taken to
+        be what the rest does.
+        """
+        seconds = self.attention + self.layers + self.once
+        return Shares(self.products / seconds, self.drawing / seconds, self.reading / seconds)
+
+
 class Hull(NamedTuple):
     """The largest numbers of a batch that were measured."""
 
@@ -221,10 +255,13 @@ class ProfiledLatency:
         self._layer_time = _Table(profile, LAYER_OPS, graph_padding)
         self._token_time = _Table(profile, dict.fromkeys(TOKEN_OPS, 1), graph_padding)
         self._sampled_time = _Table(profile, dict.fromkeys(SAMPLED_OPS, 1), graph_padding)
-        self._slowdown: float = profile.sustained["slowdown"]
         self._gaps = model.num_layers * float(profile.sustained.get("layer_gap", 0.0))
         self.warming = Warming.of(profile.sustained)
-        self.clock_share = float(profile.sustained.get("clock_share", 0.0))
+        pair, key = attention_traffic(model, ((1, 1),), 0), attention_traffic(model, (), 1)
+        self._pair_over_key = pair.flops / key.bytes
+        self._attention_follows = sensitivity_of(profile, strategy)
+        self._one_side_follows = sensitivity_of(profile, "serial")
+        self._clocked_products = _clocked_products(profile, model, graph_padding)
         self._clock_falls = _clock_falls(profile, graph_padding)
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"] * matrix_ratio
@@ -235,18 +272,41 @@ class ProfiledLatency:
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        """As steps of a profile are timed, after some of their own; `step_time_at` after others."""
-        attention, layers, once, collectives = self._parts(shape)
-        return self._count(shape, (attention + layers + once + collectives) * self.scale)
+        """In a long row of such steps, as whole steps of a profile are timed; `step_time_at` after
+        others.
+        """
+        return self._count(shape, self.breakdown(shape).total * self.scale)
 
     def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
         """See `WarmsUp`."""
-        attention, layers, once, collectives = self._parts(shape)
-        load = self.load(shape.num_tokens, attention + layers)
-        drive = load * self.clock_fall(shape.num_tokens)
-        seconds = attention + layers + once + collectives
-        kernels = (attention + layers) * self.warming.factor(load, drive, heats, seconds)
-        return self._count(shape, (kernels + once + collectives) * self.scale), drive
+        parts = self.parts(shape)
+        seconds = parts.attention + parts.layers + parts.once + parts.collectives
+        drive = self._drive(shape, parts)
+        assert self.warming is not None
+        fall = self.warming.fall_in(drive, heats, seconds)
+        seconds += (parts.clocked_attention + parts.clocked_layers) * self._slower(shape, fall)
+        return self._count(shape, seconds * self.scale), drive
+
+    def _longer(self, shape: BatchShape, parts: Parts) -> tuple[float, float]:
+        """What the attention and the rest of the layers take longer in a long row of such steps."""
+        if self.warming is None:
+            return 0.0, 0.0
+        drive = self._drive(shape, parts)
+        slower = self._slower(shape, self.warming.fall_as_timed(drive))
+        return parts.clocked_attention * slower, parts.clocked_layers * slower
+
+    def _slower(self, shape: BatchShape, fall: float) -> float:
+        """At a fall of the clock, what goes with it takes so much longer than its parts as timed;
+        a share of its time.
+        """
+        return math.expm1(fall - self.clock_fall(shape.num_tokens))
+
+    def _drive(self, shape: BatchShape, parts: Parts) -> float:
+        return self.drive(shape.num_tokens, parts.shares)
+
+    def drive(self, num_tokens: int, shares: Shares) -> float:
+        """See `heat.Warming`; 0 if it knows nothing of the clock."""
+        return 0.0 if self.warming is None else self.warming.drive(self._padded(num_tokens), shares)
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds
@@ -254,43 +314,59 @@ class ProfiledLatency:
             self.seconds_outside += seconds
         return seconds
 
-    def load(self, num_tokens: int, seconds: float) -> float:
-        """The share of the layers' seconds that is matrix products."""
-        return min(1.0, self._matrix_seconds_per_token * num_tokens / seconds)
-
     def matrix_seconds(self, num_tokens: int) -> float:
         """Of the matrix products of so many tokens."""
         return self._matrix_seconds_per_token * num_tokens * self.scale
 
     def clocked_seconds(self, num_decodes: int, seconds: float) -> float:
-        """See `WarmsUp`: the matrix products, and a share of the rest."""
-        products = self.matrix_seconds(num_decodes)
-        return products + self.clock_share * (seconds - products)
+        """See `WarmsUp`."""
+        attention = seconds - self.num_layers * self._layer_time[num_decodes] * self.scale
+        products = self.clocked_products(num_decodes) * self.scale
+        return products + self._one_side_follows.low * max(attention, 0.0)
+
+    def clocked_products(self, num_tokens: int) -> float:
+        """Seconds of all layers' matrix products that go with the clock, before `scale`."""
+        measured = len(self._clocked_products) - 1
+        if num_tokens <= measured:
+            return self._clocked_products[num_tokens]
+        return self._clocked_products[measured] * num_tokens / measured
+
+    def attention_follows(self, shape: BatchShape) -> float:
+        """The share of a batch's attention that goes with the clock."""
+        if not shape.prefills:
+            return self._one_side_follows.low
+        if not shape.num_decodes:
+            return self._one_side_follows.high
+        pairs = sum(n * context - n * (n - 1) / 2 for n, context in shape.prefills)
+        intensity = self._pair_over_key * pairs / shape.decode_context_sum
+        return self._attention_follows.share(intensity)
 
     def clock_fall(self, num_tokens: int) -> float:
-        """How far nothing but layers over so many tokens takes the clock down: see `heat.Heats`."""
+        """At which layers over so many tokens are timed: see `podsim.heat`."""
         return self._clock_falls[min(num_tokens, len(self._clock_falls) - 1)]
 
-    def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
+    def parts(self, shape: BatchShape) -> Parts:
+        """What a step's kernels take as each is timed alone, and the gaps between them."""
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
         num_tokens = num_prefill_tokens + num_decodes
-        attention, hidden, drawing = self.attention_time(shape)
+        attention, drawing, reading = self.attention_time(shape)
         layers, once, collectives = self._beside_attention(
             num_tokens, num_sampled, num_decodes + len(prefills)
         )
         if prefills:
             once += self.host_with_prefill
-        share = self.matrix_share(num_tokens, attention + layers, drawing)
-        slower, quiet = 1.0 + self._slowdown * (share * share), 1.0 - share
-        if prefills and num_decodes and self.strategy in OVERLAPPING:
-            slower += OVERLAP_LOSS * share * hidden / (attention + layers) + OVERLAP_COST
-        return attention * slower, layers * slower + self._gaps * (quiet * quiet), once, collectives
+        products = self._matrix_seconds_per_token * num_tokens
+        quiet = 1.0 - min(1.0, products / (attention + layers))
+        layers += self._gaps * (quiet * quiet)
+        clocked = attention * self.attention_follows(shape), self.clocked_products(num_tokens)
+        drawing_power = products, drawing, reading
+        return Parts(attention, layers, once, collectives, *clocked, *drawing_power)
 
     def attention_time(self, shape: BatchShape) -> AttentionTime:
         """Of all layers together, as each is timed alone."""
-        seconds, hidden, drawing = self.attention.time(self.strategy, shape)
+        seconds, drawing, reading = self.attention.time(self.strategy, shape)
         n = self.num_layers
-        return AttentionTime(n * seconds, n * hidden, n * drawing)
+        return AttentionTime(n * seconds, n * drawing, n * reading)
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -306,18 +382,6 @@ class ProfiledLatency:
             self._token_time[num_tokens] + self._sampled_time[num_sampled] + host,
             collectives,
         )
-
-    def matrix_share(self, num_tokens: int, seconds: T, drawing: float = 0.0) -> T:
-        """The share of the layers' seconds in matrix products, and in attention that draws as much.
-
-        Whole steps take longer than their parts, timed with pauses between them. Matrix work
-        without a pause lowers the clock further: what that adds is in proportion to the square of
-        this. And a kernel starts later behind others than alone: what that adds to a layer goes
-        with the square of the rest. Overlap does the same work in less time, at more power: under
-        the power limit a lower clock takes a part of what it hides back (`OVERLAP_LOSS`), in
-        proportion to this.
-        """
-        return (self._matrix_seconds_per_token * num_tokens + drawing) / seconds
 
     def step_times(self, shapes: Sequence[BatchShape]) -> NDArray[np.float64]:
         """`step_time` of many batches, to the last bit; those of as many decodes at once.
@@ -371,15 +435,14 @@ class ProfiledLatency:
     def _around_decodes(self, n: int) -> StepOfAttention:
         """Makes the seconds of steps of n decodes from those of attention in a layer."""
         layers, once, collectives = self._beside_attention(n, n, n)
-        num_layers, slowdown, scale = self.num_layers, self._slowdown, self.scale
-        gaps = self._gaps
+        num_layers, gaps, scale = self.num_layers, self._gaps, self.scale
         matrix_seconds = self._matrix_seconds_per_token * n
 
         def seconds(attention: T) -> T:
             attention = num_layers * attention
             share = matrix_seconds / (attention + layers)
-            slower, quiet = 1.0 + slowdown * (share * share), 1.0 - share
-            in_layers = attention * slower + (layers * slower + gaps * (quiet * quiet))
+            quiet = 1.0 - (min(1.0, share) if isinstance(share, float) else np.minimum(1.0, share))
+            in_layers = attention + (layers + gaps * (quiet * quiet))
             return (in_layers + once + collectives) * scale
 
         return seconds
@@ -393,8 +456,13 @@ class ProfiledLatency:
         return 1 + min((hull.decode_context_sum - keys) // n, hull.context_len - longest)
 
     def breakdown(self, shape: BatchShape) -> Breakdown:
-        """Where the seconds of a step go, before `scale`."""
-        return Breakdown(*self._parts(shape))
+        """Where the seconds of a step go, as `step_time` has them before `scale`."""
+        parts = self.parts(shape)
+        attention, layers, once, collectives, *_ = parts
+        if shape.prefills:
+            longer = self._longer(shape, parts)
+            attention, layers = attention + longer[0], layers + longer[1]
+        return Breakdown(attention, layers, once, collectives)
 
     def scaled(self, scale: float) -> ProfiledLatency:
         """The same with every step `scale` times as long."""
@@ -459,13 +527,33 @@ def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
 
 
 def _clock_falls(profile: Profile, graph_padding: bool) -> list[float]:
-    """For every number of tokens that was measured; 1 in a profile without clocks."""
+    """For every number of tokens that was measured; 0 in a profile without clocks."""
     if not profile.clock_falls:
-        return [1.0]
+        return [0.0]
     measured = profile.clock_falls["num_tokens"]
     table = {"num_tokens": measured, "seconds": profile.clock_falls["falls"]}
     falls: list[float] = op_seconds(table, _token_counts(int(measured[-1]), graph_padding)).tolist()
     return falls
+
+
+def sensitivity_of(profile: Profile, name: str) -> Sensitivity:
+    """Of the products or of a strategy, as far as the profile's own passes tell it."""
+    known = profile.clock_sensitivity.get(name)
+    return USUAL_SENSITIVITY[name] if known is None else Sensitivity(**known)
+
+
+def _clocked_products(profile: Profile, model: Model, graph_padding: bool) -> list[float]:
+    """Of all layers, for every number of tokens that was measured."""
+    follows = sensitivity_of(profile, "products")
+    measured = min(int(profile.ops[op]["num_tokens"][-1]) for op in MATRIX_OPS)
+    num_tokens = _token_counts(measured, graph_padding)
+    seconds = np.zeros(len(num_tokens))
+    for op in MATRIX_OPS:
+        flops, touched = product_traffic(model, op, num_tokens)
+        seconds += follows.at(flops / touched) * op_seconds(profile.ops[op], num_tokens)
+    seconds[0] = 0.0
+    clocked: list[float] = (model.num_layers * seconds).tolist()
+    return clocked
 
 
 def _token_counts(measured: int, graph_padding: bool) -> NDArray[np.int64]:

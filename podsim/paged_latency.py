@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
-from podsim.latency import ProfiledLatency, decode_steps
+from podsim.latency import Parts, ProfiledLatency, decode_steps
 from podsim.memory_costs import PagedCosts
 from podsim.model import Model
 from podsim.profile import Profile
@@ -36,13 +36,15 @@ class PagedLatency(ProfiledLatency):
         self.block_size = block_size
         self.heads = f"{model.num_q_heads}/{model.num_kv_heads}"
 
-    def _parts(self, shape: BatchShape) -> tuple[float, float, float, float]:
-        attention, layers, once, collectives = super()._parts(shape)
-        return (
-            attention * self._attention_ratio(shape),
-            layers,
-            once + self.table_seconds(shape),
-            collectives,
+    def parts(self, shape: BatchShape) -> Parts:
+        parts = super().parts(shape)
+        ratio = self._attention_ratio(shape)
+        return parts._replace(
+            attention=parts.attention * ratio,
+            once=parts.once + self.table_seconds(shape),
+            clocked_attention=parts.clocked_attention * ratio,
+            drawing=parts.drawing * ratio,
+            reading=parts.reading * ratio,
         )
 
     def table_seconds(self, shape: BatchShape) -> float:

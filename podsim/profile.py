@@ -22,7 +22,9 @@ from podsim.hardware import GPUS, Gpu
 from podsim.model import Model
 from podsim.scaling import Scaling
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OLDER = (2,)
+"""Whose rows can be fitted again."""
 PROFILE_FILE = "profile.json"
 MEASUREMENTS_FILE = "measurements.csv"
 
@@ -203,15 +205,21 @@ def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def read_profile(folder: Traversable, source: str) -> Profile:
-    """The profile of a folder, which error messages call `source`. InputError if it is broken."""
+def read_profile(folder: Traversable, source: str, *, to_refit: bool = False) -> Profile:
+    """The profile of a folder, which error messages call `source`.
+
+    Raises InputError if it is broken, or of an older schema, but for its rows to be fitted again.
+    """
+    known = (SCHEMA_VERSION, *OLDER) if to_refit else (SCHEMA_VERSION,)
     source = f"{source}/{PROFILE_FILE}"
     try:
         content = _parsed(folder.joinpath(PROFILE_FILE).read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA_VERSION:
+        if content["schema"] not in known:
+            again = "fit its rows again with `podsim profile --refit`"
+            anew = "measure it again with `podsim profile`"
             raise InputError(
                 f"{source}: schema {content['schema']}, this podsim reads {SCHEMA_VERSION}; "
-                "measure it again with `podsim profile`"
+                f"{again if content['schema'] in OLDER else anew}"
             )
         profile = Profile(source=source, **{k: v for k, v in content.items() if k != "schema"})
         _check_tables(profile)

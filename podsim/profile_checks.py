@@ -79,7 +79,7 @@ def check_profile(folder: Path) -> list[Finding]:
 
 def require_sound_rows(folder: Path) -> None:
     """InputError, naming the first, if a row of a profile could not have been timed on its GPU."""
-    profile = read_profile(folder, str(folder))
+    profile = read_profile(folder, str(folder), to_refit=True)
     faults = [f"{PROFILE_FILE}: {text}" for text in _machine_faults(profile)]
     if not faults:
         rows, model = _rows(folder / MEASUREMENTS_FILE), calibration.model_of(profile)

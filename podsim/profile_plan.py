@@ -37,9 +37,9 @@ point takes drifts with what ran before it."""
 BUDGET_PASSES = 6
 """Times that matrix products of a usual token budget are timed in all: under load nearly every step
 has that many tokens, so the chance of one row is in all of them."""
-HELD_OUT_PASSES = 4
-"""Times that held-out products and prefill are timed: they follow the clock, of which two passes
-have too much chance to judge a fit by."""
+HELD_OUT_PASSES = {"linear": 4, "once": 4, "attention": 3}
+"""Times that held-out products and batches of prefill alone are timed: they follow the clock, of
+which two passes have too much chance to judge a fit by."""
 MOST_LAYERS_TWICE = 64
 """Whole steps of a model of more layers are long, and timed in the first pass alone."""
 MAX_SAMPLED = 512
@@ -248,13 +248,15 @@ def _held_out_again(
     judged = [_linear_jobs(num_tokens, split) for num_tokens, split in linear if split != "grid"]
     prefill = [point for point in batches if not point.decode_contexts and point.split != "grid"]
     judged += [_jobs_of("attention", point) for point in prefill]
-    return _in_passes(rng, judged, range(PASSES, HELD_OUT_PASSES))
+    turns = _in_passes(rng, judged, range(PASSES, max(HELD_OUT_PASSES.values())))
+    return [turn for turn in turns if turn.number < HELD_OUT_PASSES[turn.job.kind]]
 
 
 def _passes(job: Job, steps_once: bool) -> int:
-    """Whole steps to fit on are timed once: their parts are timed again and again."""
-    once = job.kind == "step" and (steps_once or job.split == "grid")
-    return 1 if once else PASSES
+    """Whole steps to fit on are timed once, and under serial alone: the fit needs no others."""
+    if job.kind == "step" and job.split == "grid":
+        return int(job.strategy == "serial")
+    return 1 if job.kind == "step" and steps_once else PASSES
 
 
 def rows_sha256(rows: Iterator[tuple[Key, int]]) -> str:

@@ -12,11 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from podsim.batch import PrefillShape
 from podsim.hardware import Gpu
 from podsim.model import BYTES_PER_VALUE, Model
+
+N = TypeVar("N", int, NDArray[np.int64])
 
 
 class Work(NamedTuple):
@@ -81,9 +86,14 @@ def op_traffic(model: Model, op: str, num_tokens: int) -> Work:
     elementwise = values_per_token(model).get(op)
     if elementwise is not None:
         return Work(0.0, float(BYTES_PER_VALUE * elementwise * num_tokens))
+    flops, touched = product_traffic(model, op, num_tokens)
+    return Work(float(flops), float(touched))
+
+
+def product_traffic(model: Model, op: str, num_tokens: N) -> tuple[N, N]:
+    """FLOPs and bytes of a linear layer, over one or many numbers of tokens."""
     n, k = linear_shapes(model)[op]
-    values = n * k + num_tokens * (n + k)
-    return Work(2.0 * num_tokens * n * k, float(BYTES_PER_VALUE * values))
+    return 2 * n * k * num_tokens, BYTES_PER_VALUE * (n * k + num_tokens * (n + k))
 
 
 def op_work(model: Model, gpu: Gpu, op: str, num_tokens: int) -> Work:

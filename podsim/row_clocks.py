@@ -15,7 +15,6 @@ not for the memory. Three things are found, each from rows that are fitted on al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from podsim.hardware import Gpu
 from podsim.model import Model
 from podsim.points import AttentionPoint
 from podsim.roofline import attention_traffic, op_traffic
+from podsim.sensitivity import Sensitivity
 
 Floats = NDArray[np.float64]
 
@@ -56,31 +56,11 @@ and flat, and a search that stops on its way ends elsewhere on another machine."
 _POINT = ["op", "strategy", "num_tokens", "prefills", "decodes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """By how many per cent a time grows at a clock that is one per cent lower.
-
-    From `low`, where it waits for the memory, to `high`, where it waits for the SMs: in between
-    with its FLOPs a byte, over those of the turn, to the power of `steepness`.
-    """
-
-    low: float
-    high: float
-    turn: float
-    """FLOPs a byte."""
-    steepness: float
-
-    def at(self, intensity: Floats) -> Floats:
-        """`intensity` is in FLOPs a byte, and may be infinite."""
-        bytes_a_flop = 1 / np.maximum(intensity, 1e-9)
-        share = 1 / (1 + (self.turn * bytes_a_flop) ** self.steepness)
-        return np.asarray(self.low + (self.high - self.low) * share)
-
-
 def products_at_usual_clock(
     passes: pd.DataFrame, model: Model
-) -> tuple[pd.Series[float], dict[str, Sensitivity]]:
-    """Seconds of all rows, those of matrix products at their usual clocks; how they follow them.
+) -> tuple[pd.Series[float], dict[str, Sensitivity], pd.Series[float]]:
+    """Seconds of all rows, those of matrix products at their usual clocks; how they follow them;
+    and those clocks, NaN for other rows.
 
     `passes` are the rows of every pass, with `seconds`, as timed, and `sm_clock_mhz`, NaN where it
     is not known.
@@ -104,7 +84,9 @@ def products_at_usual_clock(
         beyond = _beyond_usual(timed, np.stack(states, axis=1) / ALIKE_PRODUCTS)
         clocks = timed.assign(beyond=beyond)[["num_tokens", "pass", "beyond"]]
         parts.append(mine.reset_index().merge(clocks, on=["num_tokens", "pass"]).set_index("index"))
-    return _brought(passes, {"products": pd.concat(parts)})
+    rows = pd.concat(parts)
+    usual = rows["sm_clock_mhz"] * np.exp(-rows["beyond"])
+    return *_brought(passes, {"products": rows}), usual.reindex(passes.index)
 
 
 def attention_at_usual_clock(

@@ -97,11 +97,11 @@ class AttentionTime(NamedTuple):
     """Of a batch's attention in a layer, in seconds."""
 
     seconds: float
-    hidden: float = 0.0
-    """Of its two sides, what overlap hides."""
     drawing: float = 0.0
-    """Of it, what draws power as matrix products do: decodes as prefill tiles (unified), whose rows
-    are mostly padding, as far as they keep the SMs busy."""
+    """Seconds for which tiles would keep all SMs busy: that draws power as matrix products do.
+    Decodes as tiles (unified), whose rows are mostly padding, do so too."""
+    reading: float = 0.0
+    """Seconds that decodes beside prefill would take alone: the memory draws power too."""
 
 
 class Attention(Protocol):

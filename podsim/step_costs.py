@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from podsim.batch import BatchShape
+from podsim.heat import Shares
 from podsim.latency import ProfiledLatency
 from podsim.metrics import STEP_KINDS, step_kinds, tokens_out
-from podsim.op_tables import LAYER_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
+from podsim.op_tables import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
 from podsim.simulation import Result
 
 Floats = NDArray[np.float64]
@@ -80,8 +81,10 @@ def kernel_table(
         parts["memory"] = _held_up(result, steps)
     total = steps["duration"].to_numpy()
     in_layers = total - sum(seconds for name, seconds in parts.items() if name not in LAYER_OPS)
-    warmth = _warmth(model, steps, tokens, in_layers)
-    parts |= {name: parts[name] * warmth for name in LAYER_OPS}
+    products = sum((parts[name] for name in MATRIX_OPS), np.zeros(len(total)))
+    attention = in_layers - sum(parts[name] for name in LAYER_OPS)
+    warmth = _warmth(model, steps, tokens, products, attention)
+    parts |= {name: parts[name] * warmth for name in MATRIX_OPS}
     parts = {"attention": total - sum(parts.values(), np.zeros(len(total))), **parts}
     kinds = step_kinds(steps)
     table = pd.DataFrame(
@@ -95,32 +98,37 @@ def kernel_table(
 
 
 def _warmth(
-    model: ProfiledLatency, steps: pd.DataFrame, tokens: NDArray[np.int64], in_layers: Floats
+    model: ProfiledLatency,
+    steps: pd.DataFrame,
+    tokens: NDArray[np.int64],
+    products: Floats,
+    attention: Floats,
 ) -> Floats:
-    """Of each step: time of its layers over their measured time (latency.Heat).
+    """Of each step: time of its matrix products over their measured time (latency.Heat).
 
-    The log has neither the heats nor the load, but both follow from the times of the steps.
+    The log has neither the heats nor what drove them, but both follow from the times of the steps,
+    nearly: all attention of a step with prefill is taken for that of full SMs.
     """
     found = np.ones(len(steps))
     warming = model.warming
+    if warming is None:
+        return found
     replicas, starts = steps["replica"].to_numpy(), steps["start"].to_numpy()
     prefills, durations = steps["num_prefills"].to_numpy() > 0, steps["duration"].to_numpy()
     for replica in np.unique(replicas):
         heats, time = warming.at_rest, 0.0
         for i in np.flatnonzero(replicas == replica).tolist():
+            num_tokens = int(tokens[i])
+            follows = model.clocked_products(num_tokens) * model.scale / products[i]
             if not prefills[i]:
-                share = warming.left(heats, starts[i] - time, durations[i])
-                products, clocked = model.matrix_seconds(int(tokens[i])), model.clock_share
-                longer = products * (1.0 - clocked) + durations[i] * clocked
-                added = longer * share / (1.0 + clocked * share)
-                found[i] = in_layers[i] / (in_layers[i] - added)
+                left = warming.left(heats, starts[i] - time, durations[i])
+                found[i] = 1.0 + follows * left
                 continue
+            full = model.matrix_seconds(num_tokens) / durations[i]
             heats = warming.rested(heats, starts[i] - time)
-            for _ in range(3):  # the load is that of the layers without the factor
-                load = model.load(int(tokens[i]), in_layers[i] / found[i])
-                drive = load * model.clock_fall(int(tokens[i]))
-                cooler = in_layers[i] - in_layers[i] / found[i]
-                found[i] = warming.factor(load, drive, heats, durations[i] - cooler)
+            drive = model.drive(num_tokens, Shares(full, attention[i] / durations[i], 0.0))
+            fall = warming.fall_in(drive, heats, durations[i])
+            found[i] = 1.0 + follows * math.expm1(fall - model.clock_fall(num_tokens))
             heats = warming.worked(heats, drive, durations[i])
             time = starts[i] + durations[i]
     return found
@@ -157,7 +165,7 @@ def _without_attention(
         for n, _, has_prefill in shapes.tolist()
     ]
     sums = [
-        asdict(model.breakdown(batch._replace(num_sampled=m)))
+        model.parts(batch._replace(num_sampled=m))._asdict()
         for batch, m in zip(batches, shapes[:, 1].tolist(), strict=True)
     ]
     layers = np.array([row["layers"] for row in sums])

@@ -6,9 +6,10 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from podsim import calibration
-from podsim import latency as latency_module
 from podsim.attention_features import (
     DECODE_FEATURES,
     PREFILL_FEATURES,
@@ -37,23 +37,24 @@ from podsim.cli import app
 from podsim.config import STRATEGIES
 from podsim.errors import InputError
 from podsim.hardware import gpu_named
-from podsim.heat import Heats, Warming
-from podsim.heat_fitting import SustainedRun, fit_clock_share, fit_heating, slowdowns
-from podsim.held_out import has_several_chunks, is_heavy_tailed
-from podsim.latency import (
-    OVERLAP_COST,
-    OVERLAP_LOSS,
-    OVERLAPPING,
-    ConstantLatency,
-    Heat,
-    ProfiledLatency,
+from podsim.heat import Heats, Shares, Warming
+from podsim.heat_fitting import (
+    OF_OTHER_CARDS,
+    WITHOUT_CLOCKS,
+    SustainedRun,
+    TimedStep,
+    fit_heating,
+    predicted,
 )
+from podsim.held_out import has_several_chunks, is_heavy_tailed
+from podsim.latency import USUAL_SENSITIVITY, ConstantLatency, Heat, ProfiledLatency
 from podsim.model import Model, model_named
-from podsim.op_tables import LAYER_OPS, fit_roofline, op_seconds, roofline_seconds
+from podsim.op_tables import LAYER_OPS, MATRIX_OPS, fit_roofline, op_seconds, roofline_seconds
 from podsim.overlap import BUSY, SHARES, WAVES, Overlap, place, table_weights, tables
 from podsim.points import AttentionPoint, attention_points, step_points
 from podsim.profile import find_profile, kernels_hash, read_profile
 from podsim.roofline import op_traffic
+from podsim.sensitivity import Sensitivity
 from podsim.unified_features import decode_tile_blocks, decode_tiles, drawn
 
 SHIPPED = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b"
@@ -95,7 +96,10 @@ def test_a_shipped_profile_is_the_fit_of_its_rows(name: str, tmp_path: Path) -> 
         for name, table in overlap.items():
             again = refitted.attention["overlap"][kernel][name]
             assert np.array(again) == pytest.approx(np.array(table), abs=1e-4)
-    assert refitted.sustained == pytest.approx(shipped.sustained, rel=1e-4)
+    falls = [profile.sustained["products_at"] for profile in (refitted, shipped)]
+    assert falls[0] == pytest.approx(falls[1], rel=1e-3)
+    rest = [{**profile.sustained, "products_at": 0.0} for profile in (refitted, shipped)]
+    assert rest[0] == pytest.approx(rest[1], rel=1e-3)
     for kernel, error in shipped.errors.items():
         assert refitted.errors[kernel].pop("worst_batch")
         expected = {name: value for name, value in error.items() if name != "worst_batch"}
@@ -471,7 +475,7 @@ def test_what_lies_outside_the_measured_range_is_counted() -> None:
 
 
 def test_layer_times_follow_the_table() -> None:
-    nothing_more = {**PROFILE.sustained, "slowdown": 0.0, "layer_gap": 0.0}
+    nothing_more = {"layer_gap": 0.0}
     at_rest = replace(PROFILE, sustained=nothing_more)
     latency = ProfiledLatency(at_rest, LLAMA, "serial")
     expected = sum(
@@ -488,82 +492,72 @@ def copy_of(name: str, folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "measurements.csv", keep_default_na=False)
 
 
-def test_whole_steps_to_fit_on_tell_how_much_matrix_work_slows_them_down(tmp_path: Path) -> None:
+def test_decodes_of_whole_steps_tell_how_much_later_their_kernels_start(tmp_path: Path) -> None:
     table = copy_of("llama-3-8b", tmp_path)
-    steps = table["op"] == "step"
-    table = table[~(steps & (table["split"] == "grid"))]
-    table.to_csv(tmp_path / "measurements.csv", index=False)
+    steps = (table["op"] == "step") & (table["prefills"] == "")
+    table[~steps].to_csv(tmp_path / "measurements.csv", index=False)
     without = calibration.refit(tmp_path)
-    assert (without.sustained["slowdown"], without.sustained["steps"]) == (0.0, 0)
+    assert (without.sustained["layer_gap"], without.sustained["steps"]) == (0.0, 0)
 
-    # Every other batch to fit on, each taking what its parts take, 20 % times the square of the
-    # share of matrix products (and of what draws as much) more, and 5 us a layer times the square
-    # of the rest.
-    batches = sorted(set(zip(table["prefills"][steps], table["decodes"][steps], strict=True)))
-    to_fit_on = set(batches[::2])
-    for index, row in table[table["op"] == "step"].iterrows():
-        shape = AttentionPoint.from_text(row["prefills"], row["decodes"], "").shape
-        latency = ProfiledLatency(without, LLAMA, row["strategy"])
-        parts = latency.breakdown(shape)
+    # Each takes what its parts take, and 5 us a layer times the square of what is not products.
+    latency = ProfiledLatency(without, LLAMA, "serial")
+    for index, row in table[steps].iterrows():
+        parts = latency.parts(AttentionPoint.from_text("", row["decodes"], "").shape)
         layers = parts.attention + parts.layers
-        time = latency.attention_time(shape)
-        alone = layers * time.seconds / parts.attention  # without the cost of overlap
-        share = latency.matrix_share(shape.num_tokens, alone, time.drawing)
-        more = 0.2 * share**2 * alone
-        gaps = 5e-6 * LLAMA.num_layers * (1 - share) ** 2
-        table.loc[index, "time_us"] = (layers + more + gaps + parts.once) * 1e6
-        if (row["prefills"], row["decodes"]) in to_fit_on:
-            table.loc[index, "split"] = "grid"
+        gaps = 5e-6 * LLAMA.num_layers * (1 - parts.products / layers) ** 2
+        table.loc[index, "time_us"] = (layers + gaps + parts.once) * 1e6
     table.to_csv(tmp_path / "measurements.csv", index=False)
     fitted = calibration.refit(tmp_path)
-    assert fitted.sustained["slowdown"] == pytest.approx(0.2, rel=1e-3)
     assert fitted.sustained["layer_gap"] == pytest.approx(5e-6, rel=1e-3)
-    assert fitted.sustained["steps"] > 20
-    for strategy in STRATEGIES:
-        assert fitted.errors[f"step {strategy}"]["worst"] <= 2e-4
-
-    prompt = BatchShape.of([(4096, 4096)])
-    slowed, parts = (ProfiledLatency(profile, LLAMA, "pod") for profile in (fitted, without))
-    assert 1.08 < slowed.step_time(prompt) / parts.step_time(prompt) < 1.2
+    assert fitted.sustained["steps"] >= 3
     decodes = BatchShape.of((), [2048] * 16)
-    longer = parts.step_time(decodes) + 5e-6 * LLAMA.num_layers
-    assert slowed.step_time(decodes) == pytest.approx(longer, rel=5e-3)
+    slower, faster = (ProfiledLatency(profile, LLAMA, "pod") for profile in (fitted, without))
+    longer = faster.step_time(decodes) + 5e-6 * LLAMA.num_layers
+    assert slower.step_time(decodes) == pytest.approx(longer, rel=5e-3)
 
 
-def test_overlap_hides_seconds_under_the_strategies_that_overlap() -> None:
+def test_what_draws_power_is_told_of_attention_under_every_strategy() -> None:
     mixed = BatchShape.of([(512, 4096)], [4096] * 64)
-    sides = [BatchShape.of([(512, 4096)]), BatchShape.of([], [4096] * 64)]
-    hidden = {
-        name: ProfiledLatency(PROFILE, LLAMA, name).attention_time(mixed).hidden
-        for name in STRATEGIES
-    }
-    assert hidden["serial"] == hidden["unified"] == 0.0
-    serial = ProfiledLatency(PROFILE, LLAMA, "serial").breakdown(mixed).attention
-    for name in ("streams", "pod"):
-        latency = ProfiledLatency(PROFILE, LLAMA, name)
-        assert all(latency.attention_time(side).hidden == 0.0 for side in sides)
-        saved = serial - latency.breakdown(mixed).attention
-        assert hidden[name] == pytest.approx(saved, rel=0.35)
+    for name in STRATEGIES:
+        time = ProfiledLatency(PROFILE, LLAMA, name).attention_time
+        alone = time(BatchShape.of([(512, 4096)]))
+        assert 0.9 * alone.seconds < alone.drawing <= alone.seconds  # its tiles fill the SMs
+        assert alone.reading == 0.0
+        decodes = time(BatchShape.of([], [4096] * 64))
+        assert decodes[1:] == (0.0, 0.0)
+        both = time(mixed)
+        if name == "unified":  # its decodes are tiles too
+            assert both.reading == 0.0
+            assert 0.6 * both.seconds < both.drawing < both.seconds
+            continue
+        assert both.reading == decodes.seconds
+        # The same work in less time draws more.
+        assert both.drawing == pytest.approx(alone.drawing, rel=0.1)
+    few = BatchShape.of([(16, 4096)])  # 4 tiles of queries for each of 8 heads, 132 SMs
+    assert time(few).drawing < 0.3 * time(few).seconds
 
 
-def test_a_part_of_what_overlap_hides_comes_back_in_whole_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    batches = BatchShape.of([(512, 4096)], [4096] * 64), BatchShape.of([(512, 4096)])
-    models = {name: ProfiledLatency(PROFILE, LLAMA, name) for name in STRATEGIES}
-    times = {name: [models[name].step_time(batch) for batch in batches] for name in STRATEGIES}
-    monkeypatch.setattr(latency_module, "OVERLAP_LOSS", 0.0)
-    monkeypatch.setattr(latency_module, "OVERLAP_COST", 0.0)
-    for name, (mixed, alone) in times.items():
-        model, more = models[name], 0.0
-        time = model.attention_time(batches[0])
-        layers = time.seconds + LLAMA.num_layers * model._layer_time[576]
-        if name in OVERLAPPING:
-            share = model.matrix_share(576, layers, time.drawing)
-            more = OVERLAP_LOSS * share * time.hidden + OVERLAP_COST * layers
-        assert mixed - model.step_time(batches[0]) == pytest.approx(more, abs=1e-9)
-        assert alone == model.step_time(batches[1])
-    assert times["pod"][0] < times["serial"][0]
+def test_products_and_attention_go_with_the_clock_as_passes_over_one_point_do() -> None:
+    latency = ProfiledLatency(PROFILE, LLAMA, "pod")
+    known = PROFILE.clock_sensitivity["pod"]
+    serial = PROFILE.clock_sensitivity["serial"]  # whose kernels run one side
+    assert latency.attention_follows(BatchShape.of([(512, 4096)])) == serial["high"]
+    assert latency.attention_follows(BatchShape.of([], [4096] * 64)) == serial["low"]
+    mixed = [BatchShape.of([(512, 4096)], [4096] * n) for n in (1, 16, 256)]
+    follows = [latency.attention_follows(shape) for shape in mixed]
+    assert known["high"] > follows[0] > follows[1] > follows[2] > known["low"]
+    for num_tokens in (8, 512, 4096):
+        seconds = {op: float(op_seconds(PROFILE.ops[op], num_tokens)) for op in MATRIX_OPS}
+        work = {op: op_traffic(LLAMA, op, num_tokens) for op in MATRIX_OPS}
+        products = Sensitivity(**PROFILE.clock_sensitivity["products"])
+        expected = sum(seconds[op] * products.share(w.flops / w.bytes) for op, w in work.items())
+        assert latency.clocked_products(num_tokens) == pytest.approx(LLAMA.num_layers * expected)
+    most = latency.clocked_products(8192)
+    assert latency.clocked_products(16384) == pytest.approx(2 * most)
+    untold = ProfiledLatency(replace(PROFILE, clock_sensitivity={}), LLAMA, "pod")
+    assert untold.attention_follows(mixed[0]) < USUAL_SENSITIVITY["pod"].high
+    many = np.array([0.5, 100.0, np.inf])
+    assert products.at(many).tolist() == pytest.approx([products.share(x) for x in many.tolist()])
 
 
 def test_heavy_tails_and_several_chunks_have_rows_of_their_own() -> None:
@@ -635,27 +629,50 @@ def test_held_out_errors_are_recorded_for_every_kernel() -> None:
         assert np.isfinite(error["bias"])
 
 
-WARMING = Warming(heating=0.9, seconds=0.06, slow_heating=0.3, slow_seconds=1.2)
+WARMING = Warming(
+    products=0.4,
+    products_at={512: 0.5},
+    attention=0.45,
+    decodes=0.2,
+    idle=0.1,
+    seconds=0.06,
+    slow_seconds=1.2,
+    slow_share=0.2,
+    rest=0.12,
+    least=0.08,
+    timed=0.25,
+)
 
 
-def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
+def test_what_a_step_drives_is_the_mean_over_what_it_does() -> None:
+    shares = Shares(products=0.6, attention=0.2, decodes=0.1)
+    assert shares.idle == pytest.approx(0.1)
+    others = 0.2 * 0.45 + 0.1 * 0.2 - 0.1 * 0.1
+    assert WARMING.drive(512, shares) == pytest.approx(0.6 * 0.5 + others)
+    assert WARMING.drive(513, shares) == pytest.approx(0.6 * 0.4 + others)
+    assert Shares(0.8, 0.4, 0.3).idle == 0.0  # overlapped
+    assert WARMING.fall(Heats(0.3, 0.1)) == pytest.approx(0.8 * 0.3 + 0.2 * 0.1)
+    assert WARMING.fall(Heats(0.0, 0.1)) == 0.08
+
+
+def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
     latency = ProfiledLatency(PROFILE, LLAMA, "serial")
-    latency.warming, latency.clock_share = WARMING, 0.0
+    latency.warming = WARMING
     prompt = BatchShape.of([(512, 512)])
-    parts = latency.breakdown(prompt)
-    layers = parts.attention + parts.layers
-    load = latency.load(512, layers)
-    drive = load * latency.clock_fall(512)
-    assert 0.1 < drive < 0.5 < load < 1.0
+    parts = latency.parts(prompt)
+    in_all = parts.attention + parts.layers + parts.once
+    drive = WARMING.drive(512, parts.shares)
+    row = latency.clock_fall(512)
+    assert 0.2 < row < drive < 0.5
 
     def at(fast: float, slow: float) -> float:
-        moments = np.linspace(0, parts.total, 1001)
+        moments = np.linspace(0, in_all, 1001)
         fast = np.mean(drive + (fast - drive) * np.exp(-moments / 0.06))
         slow = np.mean(drive + (slow - drive) * np.exp(-moments / 1.2))
-        slower = (1 + load * (0.9 * fast + 0.3 * slow)) / (1 + 0.9 * load * drive)
-        return layers * slower + parts.once
+        slower = math.exp(0.8 * fast + 0.2 * slow - row) - 1
+        return in_all + (parts.clocked_attention + parts.clocked_layers) * slower
 
-    heat, time, fast, slow = Heat(latency), 0.0, 0.0, 0.0
+    heat, time, fast, slow = Heat(latency), 0.0, 0.12, 0.12
     for _ in range(500):
         seconds = heat.step_time(prompt, time)
         assert seconds == pytest.approx(at(fast, slow), rel=1e-4)
@@ -664,13 +681,14 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
         time += seconds
     assert time > 5.0
     assert seconds == pytest.approx(at(drive, drive), rel=1e-3)  # a long row
-    assert at(0.0, 0.0) < 0.9 * latency.step_time(prompt) < 0.9 * seconds
-    assert at(drive, 0.0) == pytest.approx(latency.step_time(prompt), rel=2e-3)  # as it is timed
+    assert latency.step_time(prompt) == pytest.approx(at(drive, 0.25), rel=1e-3)  # as timed
+    assert at(0.12, 0.12) < 0.9 * seconds
     decode = BatchShape.of([], [100] * 64)
     cold = latency.step_time(decode)
-    moments = np.linspace(0, cold, 1001)  # its matrix products feel what is left of the heats
-    left = 0.9 * fast * np.exp(-moments / 0.06) + 0.3 * slow * np.exp(-moments / 1.2)
-    hot = cold + latency.matrix_seconds(64) * float(left.mean())
+    moments = np.linspace(0, cold, 1001)  # it feels what is left of the heats
+    left = 0.8 * (fast - 0.12) * np.exp(-moments / 0.06)
+    left += 0.2 * (slow - 0.12) * np.exp(-moments / 1.2)
+    hot = cold + latency.clocked_seconds(64, cold) * math.expm1(float(left.mean()))
     assert heat.step_time(decode, time) == pytest.approx(hot, rel=1e-4)
     assert 1.01 < hot / cold < 1.1
     assert heat.step_time(decode, time + 100.0) == pytest.approx(cold, rel=1e-9)
@@ -680,17 +698,23 @@ def test_heat_rises_in_a_row_of_steps_and_falls_in_a_rest() -> None:
         one_by_one.append(heat.step_time(contexts, start))
         start += one_by_one[-1]
     assert heat.decode_run_times(decode, 40, time) == one_by_one
-    rested = at(fast * math.exp(-1), slow * math.exp(-0.06 / 1.2))
-    assert heat.step_time(prompt, time + 0.06) == pytest.approx(rested, rel=1e-4)
-    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.0, 0.0), rel=1e-4)
+    rested = [0.12 + (h - 0.12) * math.exp(-0.06 / tau) for h, tau in ((fast, 0.06), (slow, 1.2))]
+    assert heat.step_time(prompt, time + 0.06) == pytest.approx(at(*rested), rel=1e-4)
+    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.12, 0.12), rel=1e-4)
 
 
-def test_a_profile_without_the_slow_heat_has_none() -> None:
-    sustained = {"heating": 0.3, "heat_seconds": 0.1}
-    warming = Warming.of(sustained)
-    assert warming.factor(0.8, 0.4, Heats(0.4, 0.4), 0.02) == pytest.approx(1.0)
-    both = Warming.of({**sustained, "slow_heating": 0.1, "slow_heat_seconds": 2.0})
-    assert both.factor(0.8, 0.4, Heats(0.4, 0.4), 0.02) == pytest.approx(1 + 0.032 / 1.096)
+def test_a_profile_whose_steps_were_not_watched_knows_nothing_of_the_clock() -> None:
+    assert Warming.of({"layer_gap": 1e-6}) is None
+    latency = ProfiledLatency(replace(PROFILE, sustained={"layer_gap": 0.0}), LLAMA, "serial")
+    prompt = BatchShape.of([(512, 512)])
+    parts = latency.parts(prompt)
+    assert latency.step_time(prompt) == parts.attention + parts.layers + parts.once
+    heat = Heat(latency)
+    assert [heat.step_time(prompt, t) for t in (0.0, 0.1)] == [latency.step_time(prompt)] * 2
+    assert heat.is_cold(0.0)
+    known = Warming.of(PROFILE.sustained)
+    assert known is not None
+    assert sorted(known.products_at) == [512, 1024, 2048, 4096]
 
 
 def test_a_model_without_heat_keeps_its_times() -> None:
@@ -698,126 +722,137 @@ def test_a_model_without_heat_keeps_its_times() -> None:
     assert [heat.step_time(BatchShape.of([(9, 9)]), t) for t in (0.0, 0.5, 9.0)] == [0.5] * 3
 
 
-def test_heating_is_found_from_rows_of_steps() -> None:
-    ends = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.4])
-    loads, at_rest = np.array([0.2, 0.5, 0.8]), np.array([0.01, 0.02, 0.05])
-    drives = np.array([0.03, 0.15, 0.2])
-    starts = np.concatenate([[0.0], ends[:-1]])
-    means = np.empty((3, 7))
-    for i, (load, drive) in enumerate(zip(loads, drives, strict=True)):
-        for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            moments = np.linspace(start, end, 20_001)
-            fast, slow = (drive * (1 - np.exp(-moments / tau)) for tau in (0.06, 1.2))
-            slower = 1 + load * (0.9 * fast + 0.3 * slow)
-            means[i, j] = at_rest[i] * np.trapezoid(slower, moments) / (end - start)
+WINDOWS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.4)
+
+
+def made_up(
+    warming: Warming, num_tokens: int, shares: Shares, in_a_row: int, rest: int, **more: Any
+) -> SustainedRun:
+    """Steps of 20 ms at the clock of their parts, then steps of decodes of 10 ms, step by step."""
+    row, ends = 0.3, WINDOWS if not rest else (0.4, 0.8, 1.6, 2.4)
+    clocked = 0.02 * (shares.products + shares.attention)
+    drive, heats, time = warming.drive(num_tokens, shares), warming.at_rest, 0.0
+    seconds: list[list[float]] = [[] for _ in ends]
+    falls: list[list[float]] = [[] for _ in ends]
+    while time < ends[-1]:
+        for _ in range(in_a_row):
+            fall = warming.fall_in(drive, heats, 0.02)
+            step = 0.02 + clocked * math.expm1(fall - row)
+            heats, time = warming.worked(heats, drive, step), time + step
+            window = int(np.searchsorted(ends, time))
+            if window < len(ends):
+                seconds[window].append(step)
+                falls[window].append(fall)
+        heats, time = warming.rested(heats, 0.01 * rest), time + 0.01 * rest
+    return SustainedRun(
+        batch=f"{num_tokens} {shares}",
+        num_tokens=num_tokens,
+        layers=0.02,
+        clocked=clocked,
+        row_fall=row,
+        shares=shares,
+        ends=ends,
+        seconds=[float(np.mean(some)) for some in seconds],
+        falls=[float(np.mean(some)) for some in falls],
+        between=0.01 * rest,
+        in_a_row=in_a_row,
+        **more,
+    )
+
+
+def timed_step(warming: Warming, num_tokens: int, shares: Shares) -> TimedStep:
+    fall = warming.fall_as_timed(warming.drive(num_tokens, shares))
+    return TimedStep(num_tokens, shares, fall)
+
+
+PREFILL, LONG = Shares(0.9, 0.05, 0.0), Shares(0.6, 0.35, 0.0)
+MIXED, SMALL = Shares(0.6, 0.1, 0.2), Shares(0.3, 0.05, 0.1)
+
+
+def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
     runs = [
-        SustainedRun(f"batch {i}", loads[i], drives[i], ends.tolist(), means[i].tolist())
-        for i in range(3)
+        made_up(WARMING, 512, PREFILL, 1, 0, is_watched=True),
+        made_up(WARMING, 1024, LONG, 1, 0),
+        made_up(WARMING, 600, SMALL, 1, 0),
+        *(made_up(WARMING, 600, MIXED, 1, rest) for rest in (0, 1, 3, 7)),
     ]
-    assert astuple(fit_heating(runs)) == pytest.approx(astuple(WARMING), rel=2e-3)
+    found = fit_heating(runs, [timed_step(WARMING, 700, s) for s in (PREFILL, LONG, MIXED, SMALL)])
+    assert found.products_at == {512: pytest.approx(0.5, rel=0.15)}
+    for name in ("products", "attention", "rest"):
+        assert getattr(found, name) == pytest.approx(getattr(WARMING, name), rel=0.15), name
+    for run in runs:
+        assert predicted(run, found) == pytest.approx(run.seconds, rel=0.01)
+        drives = [each.drive(run.num_tokens, run.shares) for each in (found, WARMING)]
+        falls = [found.fall(Heats(drive, drive)) for drive in drives]
+        assert falls[0] == pytest.approx(falls[1], abs=0.02)
 
 
-def test_the_headroom_is_found_from_steps_with_decodes_between_them() -> None:
-    """Steps of 20 ms at rest, one in 1, 2, 4 and 8; the others are decodes of 10 ms."""
-    true = replace(WARMING, headroom=0.1)
-    load, drive, ends = 0.8, 0.3, (0.4, 0.8, 1.6, 2.4)
-    runs = []
-    for every in (1, 2, 4, 8):
-        heats, time = true.at_rest, 0.0
-        sums: list[list[float]] = [[], [], [], []]
-        while time < ends[-1]:
-            at_start = 0.02 * (1 + 0.9 * load * drive)
-            seconds = at_start * true.factor(load, drive, heats, 0.02)
-            heats = true.rested(true.worked(heats, drive, seconds), 0.01 * (every - 1))
-            time += seconds
-            if time < ends[-1]:
-                sums[int(np.searchsorted(ends, time))].append(seconds)
-            time += 0.01 * (every - 1)
-        means = [float(np.mean(window)) for window in sums]
-        runs.append(SustainedRun("a", load, drive, ends, means, 0.01 * (every - 1)))
-    assert runs[-1].seconds[-1] == pytest.approx(0.02, rel=1e-3), "the mean power is too low"
-    assert runs[0].seconds[-1] > 1.2 * runs[-1].seconds[-1]
-    found = fit_heating(runs)
-    # The fit clips a heat at each moment, a step its mean.
-    assert found.headroom == pytest.approx(0.1, rel=0.2)
-    assert found.heating == pytest.approx(0.9, rel=0.15)
+def test_without_clocks_decodes_and_rests_drive_what_they_do_on_other_cards() -> None:
+    usual = {name: OF_OTHER_CARDS[name] for name in WITHOUT_CLOCKS}
+    true = replace(WARMING, **usual)
+    runs = [
+        made_up(true, 512, PREFILL, 1, 0, is_watched=True),
+        made_up(true, 1024, LONG, 1, 0),
+        *(made_up(true, 600, MIXED, 1, rest) for rest in (0, 3)),
+    ]
+    found = fit_heating([replace(run, falls=()) for run in runs])
+    assert {name: getattr(found, name) for name in WITHOUT_CLOCKS} == usual
+    assert found.attention != OF_OTHER_CARDS["attention"]
+
+
+def test_few_steps_tell_what_products_drive_alone() -> None:
+    true = replace(WARMING, **OF_OTHER_CARDS)
+    found = fit_heating([made_up(true, 600, PREFILL, 1, 0), made_up(true, 1024, MIXED, 1, 0)])
+    assert {name: getattr(found, name) for name in OF_OTHER_CARDS} == OF_OTHER_CARDS
+    assert found.products == pytest.approx(0.4, rel=0.02)
+
+
+def test_clocks_of_other_whole_steps_count() -> None:
+    """They are timed with a slow mean of their own, which is found too."""
+    runs = [
+        made_up(WARMING, 1024, LONG, 1, 0),
+        *(made_up(WARMING, 600, SMALL, 1, rest) for rest in (0, 3)),
+    ]
+    hotter, other = replace(WARMING, attention=0.6), Shares(0.4, 0.55, 0.0)
+    steps = [timed_step(hotter, 700, shares) for shares in (LONG, other, PREFILL, SMALL)]
+    without, beside = fit_heating(runs).drive(700, other), fit_heating(runs, steps * 20)
+    assert without + 0.02 < beside.drive(700, other) <= hotter.drive(700, other) + 0.01
+    as_timed = [beside.fall_as_timed(step.drive(beside)) for step in steps]
+    assert as_timed == pytest.approx([step.fall for step in steps], abs=0.02)
+
+
+def test_steps_whose_products_were_not_timed_tell_their_course_alone() -> None:
+    """All of a batch 10 % longer: that is taken for its matrix products."""
+    right = made_up(WARMING, 512, PREFILL, 1, 0, is_watched=True)
+    other = made_up(WARMING, 700, LONG, 1, 0)
+    longer = replace(other, is_exact=False, seconds=[1.1 * s for s in other.seconds], falls=())
+    found = fit_heating([right, made_up(WARMING, 600, MIXED, 1, 3), longer])
+    assert predicted(longer, found) == pytest.approx(np.array(longer.seconds) / 1.1, rel=0.02)
 
 
 def test_steps_without_decodes_between_them_take_all_the_time() -> None:
     """Also where a number of steps ends exactly with a cell."""
-    run = SustainedRun("", 0.8, 0.3, (0.1, 0.4, 2.4), [0.02] * 3)
+    run = replace(made_up(WARMING, 512, PREFILL, 1, 0), ends=(0.1, 0.4, 2.4), seconds=[0.02] * 3)
     share, _ = run.course
-    assert share == pytest.approx(np.ones(1200))
-
-
-def test_the_clock_share_of_decodes_is_found_after_bursts() -> None:
-    """Decodes of 5 ms, of which 0.2 are matrix products and 12 % of the rest go with the clock,
-    after 8 steps of 20 ms each, and after 1 in 32.
-    """
-    warming = replace(WARMING, headroom=0.05)
-    ends, cold, products = (0.4, 0.8, 1.6, 2.4), 5e-3, 2e-4
-    runs = []
-    for in_a_row, decodes in ((8, 8), (1, 31)):
-        heats, time = warming.at_rest, 0.0
-        sums: list[list[float]] = [[], [], [], []]
-        while time < ends[-1]:
-            heats = warming.worked(heats, 0.3, 0.02 * in_a_row)
-            time += 0.02 * in_a_row
-            for number in range(decodes):
-                left = warming.left(heats, number * cold, cold)
-                seconds = cold + left * (products + 0.12 * (cold - products))
-                time += cold
-                if time < ends[-1]:
-                    sums[int(np.searchsorted(ends, time))].append(seconds)
-            heats = warming.rested(heats, decodes * cold)
-        alone = [float(np.mean(window)) for window in sums]
-        more = {"in_a_row": in_a_row, "decodes": alone, "products": products}
-        runs.append(SustainedRun("b", 0.8, 0.3, ends, [0.02] * 4, decodes * cold, **more))
-    assert np.mean(runs[0].decodes) > 1.01 * np.mean(runs[1].decodes)
-    assert fit_clock_share(runs, warming) == pytest.approx(0.12, rel=0.1)
-    assert fit_clock_share(runs[1:], warming) == 0.0
-    assert fit_clock_share([*runs[:1], replace(runs[1], batch="another")], warming) == 0.0
-
-
-def test_unified_decodes_count_as_matrix_products_in_whole_steps() -> None:
-    """As far as they keep the SMs busy; the other strategies read their keys without padding."""
-    long = BatchShape.of([(256, 512)], [8192] * 64)
-    few = BatchShape.of([(256, 512)], [8192])
-    times = {name: ProfiledLatency(PROFILE, LLAMA, name).attention_time for name in STRATEGIES}
-    drawing = {name: time(long).drawing / time(long).seconds for name, time in times.items()}
-    assert drawing.pop("unified") > 0.6
-    assert set(drawing.values()) == {0.0}
-    assert times["unified"](few).drawing < 0.2 * times["unified"](few).seconds
-    sustained = {**PROFILE.sustained, "slowdown": 0.1, "layer_gap": 0.0}
-    latency = ProfiledLatency(replace(PROFILE, sustained=sustained), LLAMA, "unified")
-    none = replace(PROFILE, sustained={**sustained, "slowdown": 0.0})
-    parts, time = ProfiledLatency(none, LLAMA, "unified").breakdown(long), times["unified"](long)
-    layers = parts.attention + parts.layers
-    share = (latency.matrix_seconds(320) + time.drawing) / layers
-    assert 0.6 < share < 1.0
-    slower = latency.breakdown(long)
-    assert slower.attention + slower.layers == pytest.approx(layers * (1 + 0.1 * share**2))
-
-
-def test_a_step_of_decodes_feels_the_clock_by_its_share() -> None:
-    none, some = (
-        ProfiledLatency(
-            replace(PROFILE, sustained={**PROFILE.sustained, "clock_share": share}), LLAMA, "serial"
-        )
-        for share in (0.0, 0.25)
-    )
-    products = none.matrix_seconds(8)
-    assert none.clocked_seconds(8, 5e-3) == products
-    assert some.clocked_seconds(8, 5e-3) == pytest.approx(products + 0.25 * (5e-3 - products))
+    assert share == pytest.approx(np.ones(480))
 
 
 def test_a_window_of_decodes_alone_says_nothing_of_steps_with_prefill() -> None:
     """A step of 0.2 s, then 0.7 s of decodes: no step with prefill is in the second window."""
-    run = SustainedRun("a", 0.8, 0.3, (0.4, 0.8, 1.6), (0.25, 0.25, 0.24), between=0.7)
-    found = slowdowns(run, WARMING)
-    assert np.isnan(found).tolist() == [False, True, False]
-    other = SustainedRun("a", 0.8, 0.3, (0.4, 0.8, 1.6), (0.25, 0.26, 0.26))
-    assert all(np.isfinite(astuple(fit_heating([other, run]))))
+    run = made_up(WARMING, 600, PREFILL, 1, 3)
+    run = replace(run, ends=(0.4, 0.8, 1.6), seconds=(0.25, 0.25, 0.24), between=0.7, falls=())
+    assert np.isnan(predicted(run, WARMING)).tolist() == [False, True, False]
+    found = fit_heating([run, made_up(WARMING, 512, PREFILL, 1, 0, is_watched=True)])
+    assert np.isfinite(found.products)
+
+
+def test_a_step_of_decodes_feels_the_clock_by_what_goes_with_it() -> None:
+    latency = ProfiledLatency(PROFILE, LLAMA, "pod")
+    attention = 5e-3 - LLAMA.num_layers * latency._layer_time[8]
+    waits = PROFILE.clock_sensitivity["serial"]["low"]
+    expected = latency.clocked_products(8) + waits * attention
+    assert latency.clocked_seconds(8, 5e-3) == pytest.approx(expected)
+    assert 0.02 < expected / 5e-3 < 0.3
 
 
 @pytest.mark.parametrize("lost", ["mixed", "decode"])
@@ -826,7 +861,19 @@ def test_a_duty_of_which_rows_were_refused_is_left_out(lost: str, tmp_path: Path
     refused = (table["split"] == "1 in 4") & table["strategy"].str.startswith(lost)
     assert refused.sum() == 12
     table[~refused].to_csv(tmp_path / "measurements.csv", index=False)
-    assert 0.01 < calibration.refit(tmp_path).sustained["headroom"] < 0.1
+    found = calibration.refit(tmp_path).sustained
+    assert found["rest"] == pytest.approx(PROFILE.sustained["rest"], rel=0.2)
+
+
+def test_a_profile_of_the_schema_before_is_fitted_again(tmp_path: Path) -> None:
+    copy_of("llama-3-8b", tmp_path)
+    content = json.loads((tmp_path / "profile.json").read_text())
+    old = {**content, "schema": 2, "sustained": {"slowdown": 0.1, "heating": 0.6}}
+    (tmp_path / "profile.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match=r"schema 2, this podsim reads 3; fit .* --refit`"):
+        read_profile(tmp_path, str(tmp_path))
+    assert calibration.refit(tmp_path).to_json() == PROFILE.to_json()
+    assert read_profile(tmp_path, str(tmp_path)).provenance == PROFILE.provenance
 
 
 def test_rows_of_one_pass_stay_as_timed(tmp_path: Path) -> None:

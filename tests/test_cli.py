@@ -385,8 +385,8 @@ def test_many_variants_are_shown_in_as_many_tables_as_it_takes(trace: Path) -> N
 def test_a_damaged_profile_names_the_number(trace: Path, tmp_path: Path) -> None:
     shipped = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b" / "profile.json"
     for part, name, value in (
-        ("sustained", "headroom", -5),
-        ("sustained", "slowdown", float("nan")),
+        ("sustained", "rest", -5),
+        ("sustained", "layer_gap", float("nan")),
         ("launch", "graph", "abc"),
     ):
         content = json.loads(shipped.read_text())

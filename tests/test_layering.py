@@ -17,6 +17,7 @@ SIMULATE = "simulate --arrivals poisson --qps 4 --prompt-tokens 300 --output-tok
 LAYERS = [
     {"errors", "ranks", "workers", "ray_workers", "gpu_sampler", "gpu_power"},
     {"request", "batch", "model", "model_config", "hardware", "config", "graph_sizes", "heat"},
+    {"sensitivity"},
     {"page_groups", "memory_costs", "kvpr", "offloaded_shapes"},
     {"trace_fields", "trace_records", "trace_formats", "trace_rows", "trace_files"},
     {"trace_clients", "trace_folders"},

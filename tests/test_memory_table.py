@@ -199,15 +199,15 @@ def test_the_page_names_what_podsims_own_layers_give() -> None:
         judgements[part] = judged(costs, rows, simulated_layer)
     torchs = judged(costs, pd.read_csv(folder / "layers.csv")).set_index("point")["compute"]
     row = judgements["layers"].set_index("point")
-    for layers, least, most in ((row["compute"], 139, 253), (torchs[row.index], 192, 301)):
+    for layers, least, most in ((row["compute"], 140, 253), (torchs[row.index], 192, 301)):
         assert (round(layers.min() * 1e6), round(layers.max() * 1e6)) == (least, most)
     worst = row["kvpr_error"].abs().sort_values()
     assert worst.iloc[-2].round(3) == 0.023
-    assert (worst.index[-1], worst.iloc[-1].round(3)) == ("llama-2-7b, 2 x 797", 0.114)
+    assert (worst.index[-1], worst.iloc[-1].round(3)) == ("llama-2-7b, 2 x 797", 0.113)
     small = row.loc[worst.index[-1]]
     assert (small["best"], round(small["predicted"])) == (480, 533)
     assert (round(small["split_error"], 2), round(small["regret"], 3)) == (0.11, 0.011)
-    assert row["full_error"].abs().max().round(3) == 0.032
+    assert row["full_error"].abs().max().round(3) == 0.031
     column = judgements["layers-column"][["full_error", "worst_error"]].abs()
     assert column.to_numpy().max() < 0.0035
 

@@ -55,7 +55,7 @@ def test_the_simulation_is_as_near_as_today(comparison: Comparison) -> None:
     assert abs(errors["request_throughput"]) < 0.01
     steps = comparison.steps()
     assert abs(steps.loc["decode", "total"]) < 0.10
-    assert abs(steps.loc["mixed", "total"]) < 0.045
+    assert abs(steps.loc["mixed", "total"]) < 0.05
 
 
 def test_what_is_left_for_an_all_reduce_makes_up_the_gpus_time(comparison: Comparison) -> None:

@@ -92,7 +92,7 @@ def test_memory_waits_for_no_clock_and_endless_intensity_for_nothing_else() -> N
 
 def test_what_chance_adds_to_the_clocks_goes_from_the_times() -> None:
     rows = passes(chance=0.03)
-    seconds, follows = products_at_usual_clock(rows, LLAMA)
+    seconds, follows, _ = products_at_usual_clock(rows, LLAMA)
     assert follows["products"].high == pytest.approx(1.0, abs=0.02)
     assert follows["products"].low == pytest.approx(0.0, abs=0.02)
     many = (rows["num_tokens"] >= 1024).to_numpy()
@@ -107,25 +107,25 @@ def test_points_that_are_timed_oftener_leave_the_pairs_of_the_others() -> None:
     rows = passes(chance=0.03)
     again = rows[(rows["num_tokens"] == rows["num_tokens"].iloc[-1]) & (rows["pass"] == 0)]
     often = pd.concat([rows, again.assign(**{"pass": 2})], ignore_index=True)
-    _, follows = products_at_usual_clock(often, LLAMA)
+    _, follows, _ = products_at_usual_clock(often, LLAMA)
     assert follows["products"].high == pytest.approx(1.0, abs=0.02)
 
 
 def test_what_is_a_points_own_stays() -> None:
     rows = passes(chance=0.002, own=0.03)
-    seconds, _ = products_at_usual_clock(rows, LLAMA)
+    seconds, _, _ = products_at_usual_clock(rows, LLAMA)
     assert np.abs(seconds / rows["seconds"] - 1).max() < 0.01
 
 
 def test_held_out_rows_decide_nothing() -> None:
     rows = passes(chance=0.03)
-    seconds, follows = products_at_usual_clock(rows, LLAMA)
+    seconds, follows, _ = products_at_usual_clock(rows, LLAMA)
     grid = rows["split"] == "grid"
     other = rows.assign(
         seconds=rows["seconds"].where(grid, rows["seconds"] * 3),
         sm_clock_mhz=rows["sm_clock_mhz"].where(grid, 1000.0),
     )
-    again, follows_again = products_at_usual_clock(other, LLAMA)
+    again, follows_again, _ = products_at_usual_clock(other, LLAMA)
     assert follows_again == follows
     assert again[grid].tolist() == seconds[grid].tolist()
 
@@ -148,7 +148,7 @@ def test_rows_without_clocks_or_of_few_points_stay_as_timed() -> None:
     unknown = rows.assign(sm_clock_mhz=np.nan)
     few = rows[rows["num_tokens"].isin(TOKENS[: FEWEST_PAIRS // 5 - 1])]
     for some in (unknown, few):
-        seconds, follows = products_at_usual_clock(some, LLAMA)
+        seconds, follows, _ = products_at_usual_clock(some, LLAMA)
         assert follows == {}
         assert seconds.tolist() == some["seconds"].tolist()
 
@@ -156,7 +156,7 @@ def test_rows_without_clocks_or_of_few_points_stay_as_timed() -> None:
 def test_passes_of_the_shipped_rows_agree_at_their_usual_clocks() -> None:
     rows = calibration._read_passes(SHIPPED / "measurements.csv")
     rows["seconds"] = rows["time_us"] * 1e-6
-    seconds, _ = products_at_usual_clock(rows, LLAMA)
+    seconds, _, _ = products_at_usual_clock(rows, LLAMA)
     many = rows["op"].isin(["qkv", "gate_up", "down"]) & (rows["num_tokens"] >= 512)
     before, after = (apart(rows[many], s[many]) for s in (rows["seconds"], seconds))
     assert np.percentile(before, 90) > 0.05

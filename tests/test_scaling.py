@@ -84,7 +84,8 @@ def test_a_gpu_scaled_to_itself_costs_the_same() -> None:
     same = ProfiledLatency(
         replace(profile, ops=scaling.ops(profile.ops), scaling=scaling), LLAMA, "pod"
     )
-    shape = BatchShape.of([(512, 4096), (30, 30)], [100, 7000])
+    # Numbers of tokens that were measured, where none fewer took longer.
+    shape = BatchShape.of([(400, 4096), (30, 30)], [100, 300, 7000])
     measured = ProfiledLatency(profile, LLAMA, "pod")
     assert same.step_time(shape) == pytest.approx(measured.step_time(shape), rel=1e-12)
 
