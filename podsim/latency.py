@@ -272,7 +272,7 @@ class ProfiledLatency:
         self.seconds_outside = 0.0
 
     def step_time(self, shape: BatchShape) -> float:
-        """In a long row of such steps, as whole steps of a profile are timed; `step_time_at` after
+        """As whole steps of a profile are timed, after some of their own; `step_time_at` after
         others.
         """
         return self._count(shape, self.breakdown(shape).total * self.scale)
@@ -288,7 +288,7 @@ class ProfiledLatency:
         return self._count(shape, seconds * self.scale), drive
 
     def _longer(self, shape: BatchShape, parts: Parts) -> tuple[float, float]:
-        """What the attention and the rest of the layers take longer in a long row of such steps."""
+        """What the attention and the rest of the layers take longer, as whole steps are timed."""
         if self.warming is None:
             return 0.0, 0.0
         drive = self._drive(shape, parts)
@@ -358,9 +358,17 @@ class ProfiledLatency:
         products = self._matrix_seconds_per_token * num_tokens
         quiet = 1.0 - min(1.0, products / (attention + layers))
         layers += self._gaps * (quiet * quiet)
-        clocked = attention * self.attention_follows(shape), self.clocked_products(num_tokens)
-        drawing_power = products, drawing, reading
-        return Parts(attention, layers, once, collectives, *clocked, *drawing_power)
+        return Parts(
+            attention,
+            layers,
+            once,
+            collectives,
+            clocked_attention=attention * self.attention_follows(shape),
+            clocked_layers=self.clocked_products(num_tokens),
+            products=products,
+            drawing=drawing,
+            reading=reading,
+        )
 
     def attention_time(self, shape: BatchShape) -> AttentionTime:
         """Of all layers together, as each is timed alone."""
