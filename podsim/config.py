@@ -348,8 +348,7 @@ def read_toml(path: Path) -> dict[str, object]:
     """Options from a TOML file: `name = value` lines, the names of the command-line options.
 
     Raises InputError, naming file and key, for a file that is missing, broken, has unknown keys or
-    values that are not of their option's type or out of its range; comma lists are of `podsim
-    compare`.
+    values that are not of their option's type; comma lists are of `podsim compare`.
     """
     values = load_toml(path)
     kinds = option_types(Workload) | option_types(Deployment)
@@ -357,20 +356,10 @@ def read_toml(path: Path) -> dict[str, object]:
     for name, value in values.items():
         for one in value.split(",") if isinstance(value, str) else [value]:
             try:
-                _require_in_range(name, converted(name, one, kinds[name]))
+                converted(name, one, kinds[name])
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
     return values
-
-
-def _require_in_range(name: str, value: object) -> None:
-    """Whatever the other options are, which are looked at when all are known."""
-    owner = Deployment if name in option_types(Deployment) else Workload
-    try:
-        owner(**{name: value})  # type: ignore[arg-type]
-    except InputError as error:
-        if str(error).startswith(f"{name} is "):
-            raise
 
 
 def load_toml(path: Path) -> dict[str, object]:
