@@ -1,6 +1,6 @@
 """Held-out errors of the shipped profiles as the README's table, and against the bars; no GPU.
 
-python benchmarks/profile_table.py [--gpu h200]
+python benchmarks/profile_table.py [--gpu h200] [--bias-as-timed]
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from podsim.calibration import model_of, rows_at_usual_clock
 from podsim.collectives import COLLECTIVES_FILE, read_collectives
 from podsim.config import STRATEGIES
+from podsim.held_out import predictions
 from podsim.model import model_named
 from podsim.op_tables import MATRIX_OPS
-from podsim.profile import find_profile
+from podsim.profile import find_profile, read_profile
 
 MODELS = {
     "Llama-3-8B": ("llama-3-8b", 1),
@@ -23,13 +28,14 @@ MODELS = {
     "Llama-3-70B, a share of 4": ("llama-3-70b", 4),
     "Llama-3-70B, a share of 8": ("llama-3-70b", 8),
 }
+ATTENTION_KERNELS = ("prefill", "decode", *STRATEGIES)
 ATTENTION = {"median": 0.03, "p90": 0.08, "bias": 0.01}
 LINEAR = {"median": 0.02, "p90": 0.06}
 OTHERS = {"median": 0.05}
 """Bars: no error may be larger. Steps have none."""
 ROWS = {
     **{f"step {name}": {} for name in STRATEGIES},
-    **{f"attention {name}": ATTENTION for name in ("prefill", "decode", *STRATEGIES)},
+    **{f"attention {name}": ATTENTION for name in ATTENTION_KERNELS},
     **{f"attention {name}, several chunks": ATTENTION for name in ("prefill", *STRATEGIES)},
     **{f"attention {name}, heavy tail": ATTENTION for name in ("decode", *STRATEGIES)},
     **{name: LINEAR for name in (*MATRIX_OPS, "lm_head")},
@@ -42,12 +48,31 @@ Errors = Mapping[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="h200")
-    gpu = parser.parse_args().gpu
+    parser.add_argument("--bias-as-timed", action="store_true", help="of attention, not the table")
+    options = parser.parse_args()
+    gpu = options.gpu
     shares = [model_named(name).shard(gpus) for name, gpus in MODELS.values()]
+    if options.bias_as_timed:
+        folder = Path(__file__).parent.parent / "profiles" / gpu
+        print(bias_as_timed(sorted(p.parent for p in folder.glob("*/profile.json"))).to_string())
+        return
     errors = [find_profile(gpu, share).errors for share in shares]
     table("median / P90 of the error, bias (as timed)", list(MODELS), ROWS, errors)
     print()
     collectives(gpu)
+
+
+def bias_as_timed(folders: Sequence[Path]) -> pd.DataFrame:
+    """Of each profile (column), the mean error of attention (row) against times as timed."""
+    columns = {}
+    for folder in folders:
+        profile = read_profile(folder, str(folder))
+        rows = rows_at_usual_clock(folder, profile)
+        rows = rows[(rows["op"] == "attention") & (rows["split"] == "held_out")]
+        found = predictions(profile, model_of(profile), rows)
+        error = found["predicted"] / found["as_timed"] - 1.0
+        columns[folder.name] = error.groupby(found["kernel"]).mean().round(4)
+    return pd.DataFrame(columns)
 
 
 def collectives(gpu: str) -> None:

@@ -40,6 +40,13 @@ def test_an_error_is_held_against_its_bars_as_fitted_and_as_timed() -> None:
     assert list(missed({**timed, "p90": 0.081}, {"median": 0.05})) == []
 
 
+def test_the_bias_as_timed_is_within_what_the_page_says() -> None:
+    found = profile_table.bias_as_timed([ROOT / "profiles" / "h200" / "yi-6b"])["yi-6b"]
+    assert set(found.index) == {f"attention {name}" for name in profile_table.ATTENTION_KERNELS}
+    assert found["attention prefill"] == pytest.approx(-0.0206, abs=1e-3)
+    assert found.drop("attention prefill").abs().max() < 0.01
+
+
 def test_whole_steps_take_what_their_parts_do_at_the_clock_that_they_ran_at() -> None:
     rows = clock_table.rows_by_clock(ROOT / "validation" / "h200" / "910cdec5" / "profile")
     assert set(rows["op"]) == {"step", "sustained", "duty"}
