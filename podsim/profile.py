@@ -9,7 +9,7 @@ import json
 import math
 import tokenize
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -19,8 +19,10 @@ from typing import Any
 from podsim.attention_features import FEATURES
 from podsim.errors import InputError
 from podsim.hardware import GPUS, Gpu
+from podsim.heat import Warming
 from podsim.model import Model
 from podsim.scaling import Scaling
+from podsim.sensitivity import Sensitivity
 
 SCHEMA_VERSION = 3
 OLDER = (2,)
@@ -47,18 +49,19 @@ class Profile:
     """Geometry, and of each kernel model the coefficients of its features and its overlap."""
     launch: Mapping[str, float]
     """What a graph launch and a kernel in a graph add."""
-    sustained: Mapping[str, float]
-    """How much matrix work slows whole steps down, and how many steps that was fitted on."""
+    sustained: Mapping[str, Any]
+    """`layer_gap` of whole steps, on how many it was fitted, and the numbers of `heat.Warming`."""
     errors: Mapping[str, Mapping[str, Any]]
     """Of each kernel model: relative error on held-out points, and the batch of the worst."""
     hull: Mapping[str, int]
     """The largest values that were measured."""
     clock_falls: Mapping[str, list[float]] = field(default_factory=dict)
-    """`num_tokens`, and of each the `falls`: the highest clock over that of layers over so many
-    tokens, minus 1. The first profiles lack them, as do those of cards that do not tell."""
+    """`num_tokens`, and of each the `falls`: the logarithm of the highest clock over the usual one
+    of layers over so many tokens. The first profiles lack them, as do those of cards that do not
+    tell."""
     clock_sensitivity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """How the times of matrix products (`products`) and of attention under each strategy follow the
-    clock: `row_clocks.Sensitivity`. None of those whose rows are as timed."""
+    clock: `sensitivity.Sensitivity`. None of those whose rows are as timed."""
     scaling: Scaling | None = None
     """None: measured. Otherwise how its costs come from those of another GPU; in no file."""
 
@@ -109,6 +112,7 @@ def find_profile(gpu: str, model: Model, folder: Path | None = None) -> Profile:
         _check_shape(profile, model)
         _check_features(profile, folder)
         _check_numbers(profile)
+        _check_clock(profile, folder)
         return profile
     shipped = _shipped_profiles(gpu)
     for profile in shipped:
@@ -187,10 +191,37 @@ def _check_numbers(profile: Profile) -> None:
     """Whatever times are computed from is a number of at least 0."""
     attention = {part: profile.attention[part] for part in ("geometry", "coefficients", "overlap")}
     parts = {"launch": profile.launch, "ops": profile.ops, "sustained": profile.sustained}
+    parts |= {"clock_falls": profile.clock_falls, "clock_sensitivity": profile.clock_sensitivity}
     for name, value in _leaves({**parts, "attention": attention, "hull": profile.hull}, ""):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (is_number and 0 <= value < math.inf):  # type: ignore[operator]
             raise InputError(f"{profile.source}: {name} is {value!r}, expected a number, 0 or more")
+
+
+def _check_clock(profile: Profile, folder: Path) -> None:
+    """What the clock is predicted from is there whole, or not at all."""
+    watched, falls = profile.sustained, profile.clock_falls
+    names = {item.name for item in fields(Warming)}
+    faults = {f"sustained.{name}": name not in watched for name in sorted(names)}
+    if not names & set(watched):
+        faults = {}
+    elif not faults["sustained.products_at"]:
+        tokens = watched["products_at"]
+        numbers = isinstance(tokens, Mapping) and all(n.isdecimal() for n in tokens)
+        faults["sustained.products_at"] = not numbers
+    if faults or falls:
+        lists = [falls.get(name) for name in ("num_tokens", "falls")]
+        sizes = {len(some) if isinstance(some, list) else 0 for some in lists}
+        faults["clock_falls"] = len(sizes) > 1 or min(sizes) < 2
+    sensitivity = {item.name for item in fields(Sensitivity)}
+    for name, follows in profile.clock_sensitivity.items():
+        faults[f"clock_sensitivity.{name}"] = set(follows) != sensitivity
+    for name, is_fault in faults.items():
+        if is_fault:
+            raise InputError(
+                f"{profile.source}: {name} is not whole; repeat the fit with "
+                f"`podsim profile --refit {folder}`"
+            )
 
 
 def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
@@ -234,6 +265,15 @@ def read_profile(folder: Traversable, source: str, *, to_refit: bool = False) ->
 
 def _check_tables(profile: Profile) -> None:
     """What is looked up by name is a table."""
+    named: dict[str, object] = {
+        name: getattr(profile, name) for name in ("sustained", "clock_falls", "clock_sensitivity")
+    }
+    if isinstance(profile.clock_sensitivity, Mapping):
+        follows = profile.clock_sensitivity.items()
+        named |= {f"clock_sensitivity.{name}": value for name, value in follows}
+    for name, value in named.items():
+        if not isinstance(value, Mapping):
+            raise InputError(f"{profile.source}: {name} is {value!r}, expected a table")
     for op, table in profile.ops.items():
         line: object = table.get("roofline", {}) if isinstance(table, Mapping) else {}
         for name, value in ((f"ops.{op}", table), (f"ops.{op}.roofline", line)):

@@ -396,6 +396,29 @@ def test_a_damaged_profile_names_the_number(trace: Path, tmp_path: Path) -> None
         assert f"{part}.{name} is {value!r}, expected a number, 0 or more" in complaint
 
 
+def test_a_profile_that_tells_half_of_the_clock_is_refused(trace: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).parent.parent / "profiles" / "h200" / "llama-3-8b" / "profile.json"
+    for part, name in (
+        *(("sustained", name) for name in ("rest", "products", "products_at")),
+        ("clock_falls", "falls"),
+        ("clock_sensitivity.pod", "turn"),
+    ):
+        content = json.loads(shipped.read_text())
+        owner = content
+        for step in part.split("."):
+            owner = owner[step]
+        del owner[name]
+        (tmp_path / "profile.json").write_text(json.dumps(content))
+        whole = f"{part}.{name}" if part == "sustained" else part
+        line = f"{whole} is not whole; repeat the fit with `podsim profile --refit {tmp_path}`"
+        assert refusal("simulate", trace, "--profile", tmp_path).endswith(line)
+    content = json.loads(shipped.read_text())
+    content["sustained"]["products_at"] = {"many": 0.4}
+    (tmp_path / "profile.json").write_text(json.dumps(content))
+    complaint = refusal("simulate", trace, "--profile", tmp_path)
+    assert "sustained.products_at is not whole" in complaint
+
+
 def test_lengths_of_made_up_requests_are_refused_with_a_trace(trace: Path) -> None:
     assert "prompt_tokens is '100': of made-up" in refusal(
         "simulate", trace, "--prompt-tokens", "100"
