@@ -1,6 +1,9 @@
 """Held-out errors of the shipped profiles as the README's table, and against the bars; no GPU.
 
-python benchmarks/profile_table.py [--gpu h200] [--bias-as-timed]
+python benchmarks/profile_table.py [--gpu h200]
+python benchmarks/profile_table.py validation/h200/*/profile
+
+Other profiles, a column each under the name of the card that they were measured on.
 """
 
 from __future__ import annotations
@@ -11,15 +14,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from podsim.calibration import model_of, rows_at_usual_clock
 from podsim.collectives import COLLECTIVES_FILE, read_collectives
 from podsim.config import STRATEGIES
-from podsim.held_out import predictions
 from podsim.model import model_named
 from podsim.op_tables import MATRIX_OPS
-from podsim.profile import find_profile, read_profile
+from podsim.profile import Profile, find_profile, read_profile
 
 MODELS = {
     "Llama-3-8B": ("llama-3-8b", 1),
@@ -48,31 +47,22 @@ Errors = Mapping[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="h200")
-    parser.add_argument("--bias-as-timed", action="store_true", help="of attention, not the table")
+    parser.add_argument("profiles", nargs="*", type=Path, help="instead of those that are shipped")
     options = parser.parse_args()
-    gpu = options.gpu
-    shares = [model_named(name).shard(gpus) for name, gpus in MODELS.values()]
-    if options.bias_as_timed:
-        folder = Path(__file__).parent.parent / "profiles" / gpu
-        print(bias_as_timed(sorted(p.parent for p in folder.glob("*/profile.json"))).to_string())
+    if options.profiles:
+        kernels([read_profile(path, str(path)) for path in options.profiles])
         return
-    errors = [find_profile(gpu, share).errors for share in shares]
-    table("median / P90 of the error, bias (as timed)", list(MODELS), ROWS, errors)
+    shares = [model_named(name).shard(gpus) for name, gpus in MODELS.values()]
+    kernels([find_profile(options.gpu, share) for share in shares], list(MODELS))
     print()
-    collectives(gpu)
+    collectives(options.gpu)
 
 
-def bias_as_timed(folders: Sequence[Path]) -> pd.DataFrame:
-    """Of each profile (column), the mean error of attention (row) against times as timed."""
-    columns = {}
-    for folder in folders:
-        profile = read_profile(folder, str(folder))
-        rows = rows_at_usual_clock(folder, profile)
-        rows = rows[(rows["op"] == "attention") & (rows["split"] == "held_out")]
-        found = predictions(profile, model_of(profile), rows)
-        error = found["predicted"] / found["as_timed"] - 1.0
-        columns[folder.name] = error.groupby(found["kernel"]).mean().round(4)
-    return pd.DataFrame(columns)
+def kernels(profiles: Sequence[Profile], names: Sequence[str] | None = None) -> None:
+    """A row for each kernel model, a column for each profile; by their cards without names."""
+    names = names or [profile.provenance["card"] for profile in profiles]
+    errors = [profile.errors for profile in profiles]
+    table("median / P90 of the error, bias (all three as timed)", names, ROWS, errors)
 
 
 def collectives(gpu: str) -> None:
@@ -105,7 +95,8 @@ def table(
 def cell(error: Errors) -> str:
     text = f"{error['median']:.1%} / {error['p90']:.1%}, {error['bias']:+.1%}"
     if "median_as_timed" in error:
-        text += f" ({error['median_as_timed']:.1%} / {error['p90_as_timed']:.1%})"
+        timed = [error[f"{name}_as_timed"] for name in ("median", "p90", "bias")]
+        text += " ({:.1%} / {:.1%}, {:+.1%})".format(*timed)
     return text
 
 
@@ -119,7 +110,7 @@ def missed(error: Errors, bar: Mapping[str, float]) -> Iterator[str]:
         label = name.replace("p90", "P90")
         if abs(error[name]) > most:
             yield label
-        if error.get(f"{name}_as_timed", 0.0) > most:
+        if abs(error.get(f"{name}_as_timed", 0.0)) > most:
             yield f"{label} as timed"
 
 

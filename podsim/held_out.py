@@ -156,7 +156,8 @@ def _error(rows: pd.DataFrame) -> dict[str, object]:
     worst = str(rows["batch"].iloc[int(np.abs(relative).argmax())])
     error = {**error_summary(relative), "worst_batch": worst}
     if not np.array_equal(relative, as_timed):
-        error |= {f"{name}_as_timed": error_summary(as_timed)[name] for name in ("median", "p90")}
+        timed = error_summary(as_timed)
+        error |= {f"{name}_as_timed": timed[name] for name in ("median", "p90", "bias")}
     return error
 
 

@@ -37,8 +37,10 @@ FLOPs a cycle, of the most. This and the following by cross-validation on clocks
 ALIKE_LAYERS = (0.5, 0.125, 0.125, 0.25, 0.25)
 """Layers whose attention is timed: in the same logarithm, and in shares of their time or of peaks,
 see `attention_at_usual_clock`."""
-OTHER_STRATEGY = 0.1
-"""Weight of a point under another strategy, beside one under the same."""
+OTHER_KIND = 0.01
+"""Weight of a point under another strategy or with other sides (prefill, decodes or both), beside
+one of the same kind: prefill alone runs at lower clocks than mixed batches that are alike
+otherwise."""
 AT_THE_MEAN, LEVEL = 0.1, 0.4
 """Points that the mean of all clocks counts as, and those that a level plane does."""
 NOISE_OF_CLOCKS, NOISE_OF_TIMES = 0.03, 0.01
@@ -201,13 +203,14 @@ def _usual_clocks(rows: pd.DataFrame, states: Floats) -> Floats:
     """Of every row: on a plane through the clocks of alike points to fit on, in logarithms."""
     clocks = np.log(rows["sm_clock_mhz"].to_numpy(float))
     batches, _ = pd.factorize(pd.MultiIndex.from_frame(rows[["num_tokens", "prefills", "decodes"]]))
-    strategies, _ = pd.factorize(rows["strategy"])
+    sides = (rows[["prefills", "decodes"]] == "").to_numpy() @ (1, 2)
+    kinds, _ = pd.factorize(pd.MultiIndex.from_arrays([rows["strategy"], sides]))
     grid = (rows["split"] == "grid").to_numpy()
     mean = clocks[grid].mean() if grid.any() else 0.0
     usual = np.empty(len(rows))
     for same in rows.reset_index(drop=True).groupby(_POINT, sort=False).indices.values():
         one = same[0]
-        weights = np.where(strategies[grid] == strategies[one], 1.0, OTHER_STRATEGY)
+        weights = np.where(kinds[grid] == kinds[one], 1.0, OTHER_KIND)
         weights[batches[grid] == batches[one]] = 0.0
         usual[same] = mean + _plane(states[grid] - states[one], clocks[grid] - mean, weights)
     return usual

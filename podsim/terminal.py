@@ -371,12 +371,20 @@ def _errors(of: str, errors: Mapping[str, Mapping[str, float]]) -> Table:
         cells = [f"{error[name]:.1%}" for name in ("median", "p90", "worst")]
         cells.append(f"{error['bias']:+.1%}")
         if has_timed:
-            timed = [error.get(f"{name}_as_timed") for name in ("median", "p90")]
-            cells.append(" / ".join(f"{part:.1%}" for part in timed if part is not None))
+            cells.append(_as_timed(error))
         if has_worst:
             cells.append(str(error["worst_batch"]))
         table.add_row(kernel, f"{error['points']:.0f}", *cells)
     return table
+
+
+def _as_timed(error: Mapping[str, float]) -> str:
+    """Median, P90 and bias; nothing of a kernel whose rows stay as timed."""
+    if "median_as_timed" not in error:
+        return ""
+    text = f"{error['median_as_timed']:.1%} / {error['p90_as_timed']:.1%}"
+    # Profiles of before have no third.
+    return f"{text}, {error['bias_as_timed']:+.1%}" if "bias_as_timed" in error else text
 
 
 # ----------------------------------------------------------------------------------- progress
