@@ -1,10 +1,11 @@
 """How the work behind a step lowers the clock that it runs at.
 
 Under its power limit an H200 runs matrix products and prefill attention at 1.3 to 1.6 GHz, and what
-waits for the memory at 1.7 to 1.8. The limit is on a mean: within some 0.05 s of work the clock
-falls, and by some per cent more within a second. Both are seen in whole steps that are timed one
-after another from rest (`op` "sustained" of a profile's measurements), also with steps of decodes
-alone between them ("duty"), and are fitted to them (`podsim.heat_fitting`).
+waits for the memory at 1.7 to 1.8. Within some 0.05 s of work the clock falls, and stays; a card
+that has been at its limit for most of a second falls some per cent further, all at once. Both are
+seen in whole steps that are timed one after another from rest (`op` "sustained" of a profile's
+measurements), also with steps of decodes alone between them ("duty"), and are fitted to them
+(`podsim.heat_fitting`).
 
 A fall is the logarithm of the highest clock over the clock: the time of what goes with the clock
 grows by its exponential.
@@ -22,11 +23,19 @@ COLD = 1e-3
 hundredth of a per cent, and each of them for many seconds."""
 
 
-class Heats(NamedTuple):
-    """Means of what past steps drove, with weights that fall exponentially into the past."""
+SECOND = 1.0
+"""In which the card looks at whether it was at its limit: a time constant."""
+HALF = (0.45, 0.55)
+"""About half of that time at the limit, and the card falls further: not at all, and in full."""
 
-    fast: float = 0.0
-    slow: float = 0.0
+
+class Heats(NamedTuple):
+    """Means over the past, with weights that fall exponentially."""
+
+    fall: float = 0.0
+    """Of what steps drove: that of the last hundredths of a second,"""
+    limited: float = 0.0
+    """and of whether the card was at its limit, 0 to 1: that of the last second."""
 
 
 class Shares(NamedTuple):
@@ -61,17 +70,15 @@ class Warming:
     idle: float = 0.0
     """What the rest of a step's time takes back: the card draws less than its limit meanwhile."""
     seconds: float = 0.05
-    """Time constant of the fast mean,"""
-    slow_seconds: float = 1.0
-    """and of the slow one,"""
-    slow_share: float = 0.0
-    """of which the fall is so much."""
+    """Time constant of the fall."""
     rest: float = 0.0
     """Fall that a rest and steps of decodes alone drive to."""
     least: float = 0.0
     """Fall that is never less while the card works."""
-    timed: float = 0.0
-    """The slow mean at which whole steps of a profile are timed: what ran for seconds before."""
+    at_limit: float = 0.05
+    """So far beyond the rest the card is at its limit, and less far in part."""
+    lower: float = 0.0
+    """What a card at its limit falls further that was there for most of the last second."""
 
     @classmethod
     def of(cls, sustained: Mapping[str, Any]) -> Warming | None:
@@ -85,7 +92,7 @@ class Warming:
     @property
     def at_rest(self) -> Heats:
         """After a long rest, or long after the last step with prefill."""
-        return Heats(self.rest, self.rest)
+        return Heats(self.rest)
 
     def drive(self, num_tokens: int, shares: Shares) -> float:
         """What the heats near in a row of steps with so many tokens."""
@@ -93,23 +100,43 @@ class Warming:
         working = fall * shares.products + self.attention * shares.attention
         return working + self.decodes * shares.decodes - self.idle * shares.idle
 
+    def limited(self, fall: float) -> float:
+        """How far the card is at its limit, 0 to 1."""
+        return min(max((fall - self.rest) / self.at_limit, 0.0), 1.0)
+
     def fall(self, heats: Heats) -> float:
         """At these heats."""
-        share = self.slow_share
-        return max((1.0 - share) * heats.fast + share * heats.slow, self.least)
+        low, high = HALF
+        for_long = min(max((heats.limited - low) / (high - low), 0.0), 1.0)
+        return max(heats.fall + self.lower * for_long * self.limited(heats.fall), self.least)
 
     def fall_as_timed(self, drive: float) -> float:
-        """Of a whole step of a profile, after some of its own."""
-        return self.fall(Heats(drive, self.timed))
+        """Of a whole step of a profile, after many of its own."""
+        return self.fall(Heats(drive, self.limited(drive)))
 
     def fall_in(self, drive: float, heats: Heats, seconds: float) -> float:
         """Mean over a step of so many seconds that begins at these heats."""
-        return self.fall(
-            Heats(
-                _mean(drive, heats.fast, seconds, self.seconds),
-                _mean(drive, heats.slow, seconds, self.slow_seconds),
-            )
+        fall = _mean(drive, heats.fall, seconds, self.seconds)
+        return self.fall(Heats(fall, _mean(self.limited(fall), heats.limited, seconds, SECOND)))
+
+    def worked(self, heats: Heats, drive: float, seconds: float) -> Heats:
+        """The heats after a step of so many seconds with this drive."""
+        limited = self.limited(_mean(drive, heats.fall, seconds, self.seconds))
+        return Heats(
+            _after(drive, heats.fall, seconds, self.seconds),
+            _after(limited, heats.limited, seconds, SECOND),
         )
+
+    def rested(self, heats: Heats, seconds: float) -> Heats:
+        """The heats after so many seconds without a step that has prefill."""
+        tau, beyond = self.seconds, max((heats.fall - self.rest) / self.at_limit, 0.0)
+        in_full = min(seconds, tau * math.log(beyond)) if beyond > 1.0 else 0.0
+        limited = _after(1.0, heats.limited, in_full, SECOND)
+        # Then less and less, as the fall itself.
+        left = seconds - in_full
+        slow, fast = math.exp(-left / SECOND), math.exp(-left / tau)
+        limited = limited * slow + min(beyond, 1.0) * tau / (SECOND - tau) * (slow - fast)
+        return Heats(_after(self.rest, heats.fall, seconds, tau), limited)
 
     def left(self, heats: Heats, since: float, seconds: float) -> float:
         """What goes with the clock takes longer in a step of decodes alone, as a share of its time.
@@ -117,28 +144,20 @@ class Warming:
         The step takes `seconds` and begins `since` seconds after those heats. Its own time is
         measured at rest. Once this is 0, it is so until the next step with prefill.
         """
-        # One that is below the rest, after a short prompt, does not make up for the other: what is
-        # left would come back then.
-        rest, share, tau, slow_tau = self.rest, self.slow_share, self.seconds, self.slow_seconds
-        fast = (1.0 - share) * max(heats.fast - rest, 0.0) * math.exp(-since / tau)
-        slow = share * max(heats.slow - rest, 0.0) * math.exp(-since / slow_tau)
-        fast *= tau / seconds * (1.0 - math.exp(-seconds / tau))
-        slow *= slow_tau / seconds * (1.0 - math.exp(-seconds / slow_tau))
-        beyond = max(rest + fast + slow, self.least) - max(rest, self.least)
+        rest = self.rest
+        # A fall that is below the rest, after a short prompt, would come back: it is none.
+        fall = rest + max(heats.fall - rest, 0.0) * math.exp(-since / self.seconds)
+        fall = _mean(rest, fall, seconds, self.seconds)
+        limited = self.rested(heats, since + seconds / 2).limited
+        beyond = self.fall(Heats(fall, limited)) - max(rest, self.least)
         return math.expm1(beyond) if beyond > COLD else 0.0
-
-    def rested(self, heats: Heats, seconds: float) -> Heats:
-        """The heats after so many seconds without a step that has prefill."""
-        return self.worked(heats, self.rest, seconds)
-
-    def worked(self, heats: Heats, drive: float, seconds: float) -> Heats:
-        """The heats after so many seconds of a drive."""
-        return Heats(
-            drive + (heats.fast - drive) * math.exp(-seconds / self.seconds),
-            drive + (heats.slow - drive) * math.exp(-seconds / self.slow_seconds),
-        )
 
 
 def _mean(drive: float, heat: float, seconds: float, tau: float) -> float:
     """Of a heat that nears a drive for so many seconds."""
     return drive + (heat - drive) * tau / seconds * (1.0 - math.exp(-seconds / tau))
+
+
+def _after(drive: float, heat: float, seconds: float, tau: float) -> float:
+    """A heat that neared a drive for so many seconds."""
+    return drive + (heat - drive) * math.exp(-seconds / tau)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from podsim.heat import Shares, Warming
+from podsim.heat import HALF, SECOND, Shares, Warming
 from podsim.row_clocks import TO_THE_BOTTOM
 
 Floats = NDArray[np.float64]
@@ -26,21 +26,20 @@ SEARCHED = {
     "decodes": (0.0, 1.0, 0.2, 0.1),
     "idle": (0.0, 1.0, 0.1, 0.0),
     "seconds": (0.005, 0.3, 0.05, 0.03),
-    "slow_seconds": (0.3, 10.0, 1.0, 0.6),
-    "slow_share": (0.0, 0.9, 0.2, 0.1),
     "rest": (0.0, 0.3, 0.1, 0.05),
     "least": (0.0, 0.3, 0.1, 0.05),
-    "timed": (0.0, 0.5, 0.3, 0.2),
+    "at_limit": (0.01, 0.3, 0.05, 0.1),
+    "lower": (0.0, 0.2, 0.04, 0.03),
 }
 """Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
 which the better end counts."""
 OF_OTHER_CARDS = {
-    **{"attention": 0.344, "decodes": 0.181, "idle": 0.191, "rest": 0.108, "least": 0.084},
-    **{"seconds": 0.046, "slow_seconds": 1.08, "slow_share": 0.283, "timed": 0.265},
+    **{"attention": 0.297, "decodes": 0.175, "idle": 0.13, "rest": 0.112, "least": 0.085},
+    **{"seconds": 0.049, "at_limit": 0.062, "lower": 0.039},
 }
-"""Medians of six H200s, for profiles whose steps tell too little: all of them for those without
+"""Medians of seven H200s, for profiles whose steps tell too little: all of them for those without
 steps of decodes between others (`--quick`), and, of those from before clocks were read,"""
-WITHOUT_CLOCKS = ("decodes", "idle", "timed")
+WITHOUT_CLOCKS = ("decodes", "idle")
 """which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
 
@@ -189,11 +188,13 @@ def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArra
     """Of cells of a run: the share of steps with prefill, the fall, and the window."""
     share, window = run.course
     # Above the rest, from which a run begins.
-    drives = share * (warming.drive(run.num_tokens, run.shares) - warming.rest)
-    slow = warming.slow_share
-    falls = warming.rest + (1.0 - slow) * _heats(drives, warming.seconds)
-    falls += slow * _heats(drives, warming.slow_seconds)
-    falls = np.maximum(falls, warming.least)
+    beyond = _heats(
+        share * (warming.drive(run.num_tokens, run.shares) - warming.rest), warming.seconds
+    )
+    limited = np.clip(beyond / warming.at_limit, 0.0, 1.0)
+    low, high = HALF
+    for_long = np.clip((_heats(limited, SECOND) - low) / (high - low), 0.0, 1.0)
+    falls = np.maximum(warming.rest + beyond + warming.lower * for_long * limited, warming.least)
     return share, falls, window
 
 

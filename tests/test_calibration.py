@@ -636,11 +636,10 @@ WARMING = Warming(
     decodes=0.2,
     idle=0.1,
     seconds=0.06,
-    slow_seconds=1.2,
-    slow_share=0.2,
     rest=0.12,
     least=0.08,
-    timed=0.25,
+    at_limit=0.06,
+    lower=0.04,
 )
 
 
@@ -651,8 +650,34 @@ def test_what_a_step_drives_is_the_mean_over_what_it_does() -> None:
     assert WARMING.drive(512, shares) == pytest.approx(0.6 * 0.5 + others)
     assert WARMING.drive(513, shares) == pytest.approx(0.6 * 0.4 + others)
     assert Shares(0.8, 0.4, 0.3).idle == 0.0  # overlapped
-    assert WARMING.fall(Heats(0.3, 0.1)) == pytest.approx(0.8 * 0.3 + 0.2 * 0.1)
-    assert WARMING.fall(Heats(0.0, 0.1)) == 0.08
+
+
+def test_a_card_at_its_limit_for_half_of_a_second_falls_further() -> None:
+    for limited, fall in ((0.0, 0.3), (0.45, 0.3), (0.5, 0.32), (0.55, 0.34), (1.0, 0.34)):
+        assert WARMING.fall(Heats(0.3, limited)) == pytest.approx(fall)
+    assert WARMING.fall(Heats(0.15, 1.0)) == pytest.approx(0.15 + 0.04 * 0.5)  # half at its limit
+    assert WARMING.fall(Heats(0.0, 1.0)) == 0.08
+    heats, falls = WARMING.at_rest, []
+    for _ in range(200):  # steps of 10 ms
+        falls.append(WARMING.fall_in(0.4, heats, 0.01))
+        heats = WARMING.worked(heats, 0.4, 0.01)
+    assert falls[59] < 0.4 < falls[59] + 1e-4  # after 0.6 s; e^-0.6 of a second is over a half
+    assert falls[85:] == pytest.approx([0.44] * 115)  # e^-0.85 is under 0.45
+    limited = WARMING.rested(heats, 1.0).limited
+    assert WARMING.fall_in(0.4, Heats(0.4, limited), 0.01) == pytest.approx(0.4)  # forgotten
+
+
+def test_a_rest_is_the_same_in_one_and_in_many_pieces() -> None:
+    for heats in (Heats(0.4, 0.9), Heats(0.15, 0.3), Heats(0.1, 0.5), Heats(0.12, 0.0)):
+        for pieces in (2, 100):
+            rested = heats
+            for _ in range(pieces):
+                rested = WARMING.rested(rested, 0.3 / pieces)
+            assert rested == pytest.approx(WARMING.rested(heats, 0.3))
+    moments = np.linspace(0, 0.3, 300_001)  # against the integral
+    at_limit = np.clip(0.28 * np.exp(-moments / 0.06) / 0.06, 0, 1)
+    kept = 0.9 * math.exp(-0.3) + np.trapezoid(at_limit * np.exp(moments - 0.3), moments)
+    assert WARMING.rested(Heats(0.4, 0.9), 0.3).limited == pytest.approx(float(kept), rel=1e-6)
 
 
 def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
@@ -665,30 +690,31 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
     row = latency.clock_fall(512)
     assert 0.2 < row < drive < 0.5
 
-    def at(fast: float, slow: float) -> float:
+    def at(fall: float, limited: float) -> float:
         moments = np.linspace(0, in_all, 1001)
-        fast = np.mean(drive + (fast - drive) * np.exp(-moments / 0.06))
-        slow = np.mean(drive + (slow - drive) * np.exp(-moments / 1.2))
-        slower = math.exp(0.8 * fast + 0.2 * slow - row) - 1
+        fall = float(np.mean(drive + (fall - drive) * np.exp(-moments / 0.06)))
+        on = min(max((fall - 0.12) / 0.06, 0.0), 1.0)
+        limited = float(np.mean(on + (limited - on) * np.exp(-moments)))
+        fall += 0.04 * on * min(max((limited - 0.45) / 0.1, 0.0), 1.0)
+        slower = math.exp(fall - row) - 1
         return in_all + (parts.clocked_attention + parts.clocked_layers) * slower
 
-    heat, time, fast, slow = Heat(latency), 0.0, 0.12, 0.12
+    heat, time, heats = Heat(latency), 0.0, WARMING.at_rest
     for _ in range(500):
         seconds = heat.step_time(prompt, time)
-        assert seconds == pytest.approx(at(fast, slow), rel=1e-4)
-        fast += (drive - fast) * (1 - math.exp(-seconds / 0.06))
-        slow += (drive - slow) * (1 - math.exp(-seconds / 1.2))
+        assert seconds == pytest.approx(at(*heats), rel=1e-4)
+        heats = WARMING.worked(heats, drive, seconds)
         time += seconds
     assert time > 5.0
-    assert seconds == pytest.approx(at(drive, drive), rel=1e-3)  # a long row
-    assert latency.step_time(prompt) == pytest.approx(at(drive, 0.25), rel=1e-3)  # as timed
-    assert at(0.12, 0.12) < 0.9 * seconds
+    assert seconds == pytest.approx(at(drive, 1.0), rel=1e-3)  # a long row
+    assert latency.step_time(prompt) == pytest.approx(seconds, rel=1e-3)  # as timed
+    assert at(0.12, 0.0) < 0.9 * seconds
     decode = BatchShape.of([], [100] * 64)
     cold = latency.step_time(decode)
-    moments = np.linspace(0, cold, 1001)  # it feels what is left of the heats
-    left = 0.8 * (fast - 0.12) * np.exp(-moments / 0.06)
-    left += 0.2 * (slow - 0.12) * np.exp(-moments / 1.2)
-    hot = cold + latency.clocked_seconds(64, cold) * math.expm1(float(left.mean()))
+    moments = np.linspace(0, cold, 1001)  # it feels what is left of the fall
+    left = float(np.mean((heats.fall - 0.12) * np.exp(-moments / 0.06)))
+    left += 0.04 * min(left / 0.06, 1.0)
+    hot = cold + latency.clocked_seconds(64, cold) * math.expm1(left)
     assert heat.step_time(decode, time) == pytest.approx(hot, rel=1e-4)
     assert 1.01 < hot / cold < 1.1
     assert heat.step_time(decode, time + 100.0) == pytest.approx(cold, rel=1e-9)
@@ -698,9 +724,10 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
         one_by_one.append(heat.step_time(contexts, start))
         start += one_by_one[-1]
     assert heat.decode_run_times(decode, 40, time) == one_by_one
-    rested = [0.12 + (h - 0.12) * math.exp(-0.06 / tau) for h, tau in ((fast, 0.06), (slow, 1.2))]
+    rested = WARMING.rested(heats, 0.06)
+    assert rested.fall == pytest.approx(0.12 + (heats.fall - 0.12) / math.e)
     assert heat.step_time(prompt, time + 0.06) == pytest.approx(at(*rested), rel=1e-4)
-    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.12, 0.12), rel=1e-4)
+    assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.12, 0.0), rel=1e-4)
 
 
 def test_a_profile_whose_steps_were_not_watched_knows_nothing_of_the_clock() -> None:
@@ -783,7 +810,7 @@ def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
     for run in runs:
         assert predicted(run, found) == pytest.approx(run.seconds, rel=0.01)
         drives = [each.drive(run.num_tokens, run.shares) for each in (found, WARMING)]
-        falls = [found.fall(Heats(drive, drive)) for drive in drives]
+        falls = [found.fall_as_timed(drive) for drive in drives]
         assert falls[0] == pytest.approx(falls[1], abs=0.02)
 
 
@@ -865,12 +892,13 @@ def test_a_duty_of_which_rows_were_refused_is_left_out(lost: str, tmp_path: Path
     assert found["rest"] == pytest.approx(PROFILE.sustained["rest"], rel=0.2)
 
 
-def test_a_profile_of_the_schema_before_is_fitted_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schema", [2, 3])
+def test_a_profile_of_a_schema_before_is_fitted_again(schema: int, tmp_path: Path) -> None:
     copy_of("llama-3-8b", tmp_path)
     content = json.loads((tmp_path / "profile.json").read_text())
-    old = {**content, "schema": 2, "sustained": {"slowdown": 0.1, "heating": 0.6}}
+    old = {**content, "schema": schema, "sustained": {"slow_share": 0.1, "slow_seconds": 0.6}}
     (tmp_path / "profile.json").write_text(json.dumps(old))
-    with pytest.raises(InputError, match=r"schema 2, this podsim reads 3; fit .* --refit`"):
+    with pytest.raises(InputError, match=rf"schema {schema}, this podsim reads 4; fit .* --refit`"):
         read_profile(tmp_path, str(tmp_path))
     assert calibration.refit(tmp_path).to_json() == PROFILE.to_json()
     assert read_profile(tmp_path, str(tmp_path)).provenance == PROFILE.provenance

@@ -302,7 +302,7 @@ def test_a_profile_that_is_not_the_fit_of_its_rows_is_refused(sound: Path) -> No
     ("path", "by"),
     [("clock_sensitivity.pod.turn", 1.001), ("clock_sensitivity.pod.low", 1.001),
      ("clock_sensitivity.products.steepness", 1.001), ("sustained.rest", 1.001),
-     ("sustained.slow_seconds", 0.999), ("launch.graph", 1.001)],
+     ("sustained.at_limit", 0.999), ("launch.graph", 1.001)],
 )  # fmt: skip
 def test_a_number_that_was_tampered_with_a_little_is_refused(
     sound: Path, path: str, by: float
