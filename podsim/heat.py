@@ -78,7 +78,9 @@ class Warming:
     at_limit: float = 0.05
     """So far beyond the rest the card is at its limit, and less far in part."""
     lower: float = 0.0
-    """What a card at its limit falls further that was there for most of the last second."""
+    """What a card at its limit falls further that was there for most of the last second,"""
+    timed: float = 1.0
+    """and the part of it that is in whole steps as a profile times them, one soon after another."""
 
     @classmethod
     def of(cls, sustained: Mapping[str, Any]) -> Warming | None:
@@ -106,13 +108,14 @@ class Warming:
 
     def fall(self, heats: Heats) -> float:
         """At these heats."""
-        low, high = HALF
-        for_long = min(max((heats.limited - low) / (high - low), 0.0), 1.0)
-        return max(heats.fall + self.lower * for_long * self.limited(heats.fall), self.least)
+        return self._fall(heats.fall, _for_long(heats.limited))
 
     def fall_as_timed(self, drive: float) -> float:
-        """Of a whole step of a profile, after many of its own."""
-        return self.fall(Heats(drive, self.limited(drive)))
+        """Of a whole step of a profile, after some of its own."""
+        return self._fall(drive, self.timed)
+
+    def _fall(self, fall: float, for_long: float) -> float:
+        return max(fall + self.lower * for_long * self.limited(fall), self.least)
 
     def fall_in(self, drive: float, heats: Heats, seconds: float) -> float:
         """Mean over a step of so many seconds that begins at these heats."""
@@ -144,13 +147,20 @@ class Warming:
         The step takes `seconds` and begins `since` seconds after those heats. Its own time is
         measured at rest. Once this is 0, it is so until the next step with prefill.
         """
-        rest = self.rest
-        # A fall that is below the rest, after a short prompt, would come back: it is none.
-        fall = rest + max(heats.fall - rest, 0.0) * math.exp(-since / self.seconds)
-        fall = _mean(rest, fall, seconds, self.seconds)
-        limited = self.rested(heats, since + seconds / 2).limited
-        beyond = self.fall(Heats(fall, limited)) - max(rest, self.least)
+        rest, tau = self.rest, self.seconds
+        if heats.fall <= rest:  # a fall below the rest, after a short prompt, would come back
+            return 0.0
+        mean = math.exp(-since / tau) * tau / seconds * (1.0 - math.exp(-seconds / tau))
+        # What is left is gone long before the card forgets that it was at its limit.
+        fall = self._fall(rest + (heats.fall - rest) * mean, _for_long(heats.limited))
+        beyond = fall - max(rest, self.least)
         return math.expm1(beyond) if beyond > COLD else 0.0
+
+
+def _for_long(limited: float) -> float:
+    """How far a card has been at its limit for long, 0 to 1."""
+    low, high = HALF
+    return min(max((limited - low) / (high - low), 0.0), 1.0)
 
 
 def _mean(drive: float, heat: float, seconds: float, tau: float) -> float:

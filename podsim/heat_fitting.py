@@ -30,16 +30,17 @@ SEARCHED = {
     "least": (0.0, 0.3, 0.1, 0.05),
     "at_limit": (0.01, 0.3, 0.05, 0.1),
     "lower": (0.0, 0.2, 0.04, 0.03),
+    "timed": (0.0, 1.0, 0.7, 0.4),
 }
 """Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
 which the better end counts."""
 OF_OTHER_CARDS = {
-    **{"attention": 0.297, "decodes": 0.175, "idle": 0.13, "rest": 0.112, "least": 0.085},
-    **{"seconds": 0.049, "at_limit": 0.062, "lower": 0.039},
+    **{"attention": 0.29, "decodes": 0.167, "idle": 0.122, "rest": 0.111, "least": 0.085},
+    **{"seconds": 0.048, "at_limit": 0.064, "lower": 0.04, "timed": 0.64},
 }
 """Medians of seven H200s, for profiles whose steps tell too little: all of them for those without
 steps of decodes between others (`--quick`), and, of those from before clocks were read,"""
-WITHOUT_CLOCKS = ("decodes", "idle")
+WITHOUT_CLOCKS = ("decodes", "idle", "timed")
 """which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
 

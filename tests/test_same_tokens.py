@@ -241,7 +241,7 @@ def test_the_page_says_what_a_page_group_took(same_tokens, served_on_the_h200):
 
 @pytest.mark.parametrize(
     ("us", "simulated", "off"),
-    [(None, (3.41, 3.18), (-1.86, -1.01)), (46.3, (4.98, None), None), (61.8, (6.84, None), None)],
+    [(None, (3.52, 3.25), (-1.75, -0.94)), (46.3, (5.12, None), None), (61.8, (7.02, None), None)],
 )
 def test_the_page_says_what_other_times_of_mapping_would_give(
     same_tokens, tmp_path, us, simulated, off
@@ -262,7 +262,7 @@ def test_the_page_says_what_other_times_of_mapping_would_give(
         assert rows["points off"].tolist() == pytest.approx(off, abs=0.02)
         waits = by_part.loc[("vattention", "simulated"), "mapping_ms"]
         assert waits == pytest.approx(0.46, abs=0.005)
-    assert rows["points off"].abs().max() < 2.1
+    assert rows["points off"].abs().max() < 2.25
 
 
 def test_every_kind_has_room_for_the_same_requests(same_tokens):
