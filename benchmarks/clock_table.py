@@ -1,7 +1,7 @@
 """Whole steps by the clock that they ran at, beside what is predicted; no GPU.
 
-    python benchmarks/clock_table.py validation/h200/910cdec5/profile
-    python benchmarks/clock_table.py validation/h200/f3856bbc/summary-serial-1024-0.95
+    python benchmarks/clock_table.py validation/h200/d0bdb33a/profile
+    python benchmarks/clock_table.py validation/h200/a928efd1/summary-serial-1024-0.95
 
 Of a profile: its steps with prefill under serial, timed alone or, one after another from rest, in
 windows of seconds. Of recordings whose engine noted the clock of every step: all steps, by kind.

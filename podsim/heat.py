@@ -104,7 +104,7 @@ class Warming:
 
     def limited(self, fall: float) -> float:
         """How far the card is at its limit, 0 to 1."""
-        return min(max((fall - self.rest) / self.at_limit, 0.0), 1.0)
+        return smooth((fall - self.rest) / self.at_limit)
 
     def fall(self, heats: Heats) -> float:
         """At these heats."""
@@ -135,10 +135,14 @@ class Warming:
         tau, beyond = self.seconds, max((heats.fall - self.rest) / self.at_limit, 0.0)
         in_full = min(seconds, tau * math.log(beyond)) if beyond > 1.0 else 0.0
         limited = _after(1.0, heats.limited, in_full, SECOND)
-        # Then less and less, as the fall itself.
-        left = seconds - in_full
-        slow, fast = math.exp(-left / SECOND), math.exp(-left / tau)
-        limited = limited * slow + min(beyond, 1.0) * tau / (SECOND - tau) * (slow - fast)
+        # Then less and less, by the square and the cube of what is left of the fall (`smooth`).
+        part, left = min(beyond, 1.0), seconds - in_full
+        forgotten = math.exp(-left / SECOND)
+        limited *= forgotten
+        for share, power in ((3.0, 2), (-2.0, 3)):
+            mine = tau / power
+            still = share * part**power * mine / (SECOND - mine)
+            limited += still * (forgotten - math.exp(-left / mine))
         return Heats(_after(self.rest, heats.fall, seconds, tau), limited)
 
     def left(self, heats: Heats, since: float, seconds: float) -> float:
@@ -160,7 +164,13 @@ class Warming:
 def _for_long(limited: float) -> float:
     """How far a card has been at its limit for long, 0 to 1."""
     low, high = HALF
-    return min(max((limited - low) / (high - low), 0.0), 1.0)
+    return smooth((limited - low) / (high - low))
+
+
+def smooth(part: float) -> float:
+    """0 below 0, 1 above 1, and without a kink between: fits find their end."""
+    part = min(max(part, 0.0), 1.0)
+    return part * part * (3.0 - 2.0 * part)
 
 
 def _mean(drive: float, heat: float, seconds: float, tau: float) -> float:

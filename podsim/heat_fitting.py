@@ -35,8 +35,8 @@ SEARCHED = {
 """Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
 which the better end counts."""
 OF_OTHER_CARDS = {
-    **{"attention": 0.29, "decodes": 0.167, "idle": 0.122, "rest": 0.111, "least": 0.085},
-    **{"seconds": 0.048, "at_limit": 0.064, "lower": 0.04, "timed": 0.64},
+    **{"attention": 0.289, "decodes": 0.169, "idle": 0.12, "rest": 0.111, "least": 0.085},
+    **{"seconds": 0.048, "at_limit": 0.067, "lower": 0.04, "timed": 0.62},
 }
 """Medians of seven H200s, for profiles whose steps tell too little: all of them for those without
 steps of decodes between others (`--quick`), and, of those from before clocks were read,"""
@@ -192,11 +192,17 @@ def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArra
     beyond = _heats(
         share * (warming.drive(run.num_tokens, run.shares) - warming.rest), warming.seconds
     )
-    limited = np.clip(beyond / warming.at_limit, 0.0, 1.0)
+    limited = _smooth(beyond / warming.at_limit)
     low, high = HALF
-    for_long = np.clip((_heats(limited, SECOND) - low) / (high - low), 0.0, 1.0)
+    for_long = _smooth((_heats(limited, SECOND) - low) / (high - low))
     falls = np.maximum(warming.rest + beyond + warming.lower * for_long * limited, warming.least)
     return share, falls, window
+
+
+def _smooth(part: Floats) -> Floats:
+    """`podsim.heat.smooth` of many."""
+    part = np.clip(part, 0.0, 1.0)
+    return part * part * (3.0 - 2.0 * part)
 
 
 def _heats(drives: Floats, tau: float) -> Floats:

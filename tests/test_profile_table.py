@@ -57,7 +57,7 @@ def test_an_error_is_held_against_its_bars_as_fitted_and_as_timed() -> None:
 
 
 def test_whole_steps_take_what_their_parts_do_at_the_clock_that_they_ran_at() -> None:
-    rows = clock_table.rows_by_clock(ROOT / "validation" / "h200" / "910cdec5" / "profile")
+    rows = clock_table.rows_by_clock(ROOT / "validation" / "h200" / "d0bdb33a" / "profile")
     assert set(rows["op"]) == {"step", "sustained", "duty"}
     sizes = rows.groupby("op")[["sum of parts", "by clock"]].agg(lambda some: some.abs().median())
     assert (sizes.loc[["step", "sustained"], "by clock"] < 0.012).all()
