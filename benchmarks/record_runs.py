@@ -66,6 +66,8 @@ WARM_UP = 20.0
 """Seconds that an engine serves before it is recorded."""
 START_SECONDS = 35.0 + WARM_UP
 """An engine's own time before its first run, about: weights, graphs, the host's time, warm-up."""
+HOST_SECONDS = 7.0
+"""In which the host's time is measured before each run, about."""
 HOST = {
     "host_overhead": 1.9e-4,
     "host_overhead_per_request": 1.3e-6,
@@ -268,10 +270,10 @@ def show_plan(setups: Sequence[Setup], out: Path, within: float) -> None:
 
 
 def missing_runs(setups: Sequence[Setup], out: Path) -> list[tuple[Setup, Run, float]]:
-    """The runs that are not there yet, of no card, and the seconds that each takes."""
+    """The runs that are not there yet, of no card, and the seconds that each takes, about."""
     there = {path.parent.name for path in out.rglob(ENGINE_FILE)}
     return [
-        (setup, run, seconds(setup, run.trace))
+        (setup, run, HOST_SECONDS + seconds(setup, run.trace))
         for setup in setups
         for run in setup.runs()
         if run.name not in there
@@ -299,20 +301,18 @@ def record(setups: Sequence[Setup], out: Path, deadline: float) -> Iterator[str]
     warm_at = time.monotonic() + WARM_UP
     while time.monotonic() < warm_at:
         server.serve(warm_up_trace(setups[0]), step_time)
-    budget = 0
     for setup, run, each in expected:
         if time.monotonic() + each > deadline:
             yield f"{run.name}: no time left"
             continue
-        if setup.token_budget != budget:
-            budget = setup.token_budget
-            server.set_token_budget(budget)
-            server.host_time = host = server.measure_host_time(_on_progress)
-            yield (
-                f"{setup.name}: host {host.fixed * 1e6:.0f} us a step, "
-                f"{host.per_request * 1e6:.1f} us a request, "
-                f"{host.with_prefill * 1e6:.0f} us with prefill"
-            )
+        server.set_token_budget(setup.token_budget)
+        # Before every run: the same machine takes a third more or less some minutes later.
+        server.host_time = host = server.measure_host_time(_on_progress)
+        yield (
+            f"{run.name}: host {host.fixed * 1e6:.0f} us a step, "
+            f"{host.per_request * 1e6:.1f} us a request, "
+            f"{host.with_prefill * 1e6:.0f} us with prefill"
+        )
         served = server.serve(run.trace, step_time)
         options = {
             "group": setup.group,

@@ -127,10 +127,11 @@ def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -
         found = warming(parameters)
         errors = []
         for batch in batches:
-            logs = np.concatenate([np.log(predicted(run, found) / run.seconds) for run in batch])
+            means = [(run, *_means(run, found)) for run in batch]
+            logs = np.concatenate([np.log(seconds / run.seconds) for run, seconds, _ in means])
             logs = logs[np.isfinite(logs)]
             errors.append(logs if batch[0].is_exact else logs - logs.mean())
-            errors += [_mean_falls(run, found) - run.falls for run in batch if run.falls]
+            errors += [falls - run.falls for run, _, falls in means if run.falls]
         settled = [found.fall_as_timed(step.drive(found)) - step.fall for step in steps]
         errors.append(np.array(settled))
         together: Floats = np.concatenate(errors)
@@ -165,15 +166,14 @@ def predicted(run: SustainedRun, warming: Warming) -> Floats:
 
     NaN where decodes alone take a whole window.
     """
+    return _means(run, warming)[0]
+
+
+def _means(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats]:
+    """That, and the mean falls of the clock."""
     share, falls, window = _course(run, warming)
     slower = _window_means(run, np.expm1(falls - run.row_fall), share, window)
-    return np.asarray(run.layers + run.clocked * slower)
-
-
-def _mean_falls(run: SustainedRun, warming: Warming) -> Floats:
-    """The same of the clock."""
-    share, falls, window = _course(run, warming)
-    return _window_means(run, falls, share, window)
+    return run.layers + run.clocked * slower, _window_means(run, falls, share, window)
 
 
 def _window_means(
