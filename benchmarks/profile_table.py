@@ -9,6 +9,7 @@ Other profiles, a column each under the name of the card that they were measured
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from podsim.collectives import COLLECTIVES_FILE, read_collectives
 from podsim.config import STRATEGIES
+from podsim.errors import InputError
 from podsim.model import model_named
 from podsim.op_tables import MATRIX_OPS
 from podsim.profile import Profile, find_profile, read_profile
@@ -50,7 +52,10 @@ def main() -> None:
     parser.add_argument("profiles", nargs="*", type=Path, help="instead of those that are shipped")
     options = parser.parse_args()
     if options.profiles:
-        kernels([read_profile(path, str(path)) for path in options.profiles])
+        try:
+            kernels([read_profile(path, str(path)) for path in options.profiles])
+        except InputError as error:
+            sys.exit(f"Error: {error}")
         return
     shares = [model_named(name).shard(gpus) for name, gpus in MODELS.values()]
     kernels([find_profile(options.gpu, share) for share in shares], list(MODELS))

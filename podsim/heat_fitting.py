@@ -107,7 +107,7 @@ class TimedStep(NamedTuple):
 
 
 def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -> Warming:
-    """Falls, time constants and shares: the least relative errors of the windows' steps, of their
+    """Falls, and how fast they come: the least relative errors of the windows' steps, of their
     clocks where these were read, and of the clocks of other whole steps.
     """
     from scipy.optimize import least_squares  # takes half a second to load, and only fits need it

@@ -382,9 +382,8 @@ def _as_timed(error: Mapping[str, float]) -> str:
     """Median, P90 and bias; nothing of a kernel whose rows stay as timed."""
     if "median_as_timed" not in error:
         return ""
-    text = f"{error['median_as_timed']:.1%} / {error['p90_as_timed']:.1%}"
-    # Profiles of before have no third.
-    return f"{text}, {error['bias_as_timed']:+.1%}" if "bias_as_timed" in error else text
+    median, p90, bias = (error[f"{name}_as_timed"] for name in ("median", "p90", "bias"))
+    return f"{median:.1%} / {p90:.1%}, {bias:+.1%}"
 
 
 # ----------------------------------------------------------------------------------- progress

@@ -841,7 +841,7 @@ def test_few_steps_tell_what_products_drive_alone() -> None:
 
 
 def test_clocks_of_other_whole_steps_count() -> None:
-    """They are timed with a slow mean of their own, which is found too."""
+    """How much of the second fall is in them is found too."""
     runs = [
         made_up(WARMING, 1024, LONG, 1, 0),
         *(made_up(WARMING, 600, SMALL, 1, rest) for rest in (0, 3)),

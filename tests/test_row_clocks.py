@@ -143,6 +143,23 @@ def test_the_usual_clock_of_a_point_does_not_know_its_own() -> None:
     assert _usual_clocks(faster, states)[one] == pytest.approx(usual[one], abs=1e-4)
 
 
+def test_batches_have_the_usual_clock_of_their_kind() -> None:
+    """Prefill alone at 1,500 MHz, mixed batches at 1,600 and, under pod, at 1,550; else alike."""
+    kinds = [("serial", "64@64", "", 1500.0), ("serial", "64@64", "1x9", 1600.0)]
+    kinds.append(("pod", "64@64", "1x9", 1550.0))
+    rows = pd.DataFrame(
+        [
+            ("attention", strategy, "grid", tokens, prefills, decodes, clock)
+            for strategy, prefills, decodes, clock in kinds
+            for tokens in range(100, 200)
+        ],
+        columns=[*("op", "strategy", "split", "num_tokens", "prefills", "decodes"), "sm_clock_mhz"],
+    )
+    alike = np.zeros((len(rows), 1))
+    found = np.exp(_usual_clocks(rows, alike))
+    assert found == pytest.approx(rows["sm_clock_mhz"].to_numpy(), abs=5.0)
+
+
 def test_rows_without_clocks_or_of_few_points_stay_as_timed() -> None:
     rows = passes(chance=0.03)
     unknown = rows.assign(sm_clock_mhz=np.nan)
