@@ -54,7 +54,8 @@ def steps(model: Model, longest: int, budget: int) -> Iterator[StepInputs]:
         decodes = [r for r in requests if r.num_emitted_tokens and not r.is_finished]
         waiting = [r for r in requests if not r.num_emitted_tokens]
         chunks = [Chunk(r, min(r.num_uncomputed_tokens, budget - 8)) for r in waiting[:1]]
-        inputs = StepInputs.of(chunks, decodes, tokens, slot)
+        latest = {r: tokens[r][r.num_computed_tokens] for r in decodes}
+        inputs = StepInputs.of(chunks, decodes, tokens, latest, slot)
         for request, n in chunks:
             request.num_emitted_tokens += n == request.num_uncomputed_tokens
             request.num_computed_tokens += n

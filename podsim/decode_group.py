@@ -7,6 +7,7 @@ for the group, so that a step costs the same for one request and for a thousand.
 from __future__ import annotations
 
 import heapq
+from operator import attrgetter
 from typing import Protocol
 
 from podsim.request import Request
@@ -180,13 +181,15 @@ class ListedDecodes:
         return min(r.num_output_tokens - r.num_emitted_tokens for r in self._members)
 
     def advance(self, num_steps: int) -> list[Request]:
+        finished = []
         for request in self._members:
             request.num_computed_tokens += num_steps
             request.num_emitted_tokens += num_steps
-        finished = [request for request in self.requests() if request.is_finished]
-        self._members = [request for request in self._members if not request.is_finished]
-        return finished
+            if request.num_emitted_tokens == request.num_output_tokens:
+                finished.append(request)
+        if finished:
+            self._members = [request for request in self._members if not request.is_finished]
+        return sorted(finished, key=_admission)
 
 
-def _admission(request: Request) -> int:
-    return request.admission
+_admission = attrgetter("admission")

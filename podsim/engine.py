@@ -13,7 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +121,24 @@ class Mapping(Protocol):
         """Called before each batch is computed: what it reads and writes is mapped on return."""
 
 
+class _Computed(NamedTuple):
+    """A step whose tokens are there, and which is still to be recorded."""
+
+    inputs: StepInputs
+    requests: Sequence[Request]
+    """Whose tokens came out, and"""
+    tokens: Sequence[int]
+    start: float
+    end: float
+    num_waiting: int
+    num_running: int
+    num_used_blocks: int
+    gpu_seconds: float
+    table_seconds: float
+    mapping_seconds: float
+    mapped_page_groups: int
+
+
 class Engine:
     """Serves requests; see the module docstring.
 
@@ -152,7 +170,11 @@ class Engine:
         self._free_slots = list(range(num_slots))
         self._slot: dict[Request, int] = {}
         self._tokens: dict[Request, NDArray[np.int32]] = {}
-        """Prompt and emitted tokens of the requests that are not finished."""
+        """Prompt and emitted tokens of the requests that are not finished, but of `_unrecorded`."""
+        self._latest: dict[Request, int] = {}
+        """The latest token of each."""
+        self._unrecorded: _Computed | None = None
+        """The latest step, until the next one is under way: the GPU is not to wait for this."""
         rng = np.random.default_rng(seed)
         length = PROMPT_STARTS + max_model_len
         self._text = rng.integers(vocab_size, size=length, dtype=np.int32)
@@ -173,6 +195,7 @@ class Engine:
                 self.clock.wait_until(self._coming[0].arrival_time)
                 now = self.clock.now()
             else:
+                self._record_latest()
                 return self.recording
 
     def _receive_until(self, time: float) -> int:
@@ -224,32 +247,49 @@ class Engine:
                 request.scheduled_time = start
             elif request.num_preemptions:
                 self.recording.log.record_resumption(request, start)
+                self._record_latest()  # it computes the tokens that it emitted again
         decodes = self.scheduler.decodes.requests() if batch.num_decodes else []
         new_blocks, allotting = self._allot(batch, decodes)
-        inputs = StepInputs.of(batch.prefills, decodes, self._tokens, self._slot, new_blocks)
+        inputs = StepInputs.of(
+            batch.prefills, decodes, self._tokens, self._latest, self._slot, new_blocks
+        )
         sampled_for = [r for r, n in batch.prefills if n == r.num_uncomputed_tokens] + decodes
         if self.mapping is not None:
             self.mapping.begin(batch, self.scheduler.decodes)
         sampled = self.forward.run(inputs, self._foreseer(batch, decodes))
         end = self.clock.now()
         self._receive_until(end)
-        self._record_step(inputs.shape, start, end)
-        is_paged = isinstance(self.kv_cache, PagedBlocks)
-        preparing = allotting + self.forward.table_seconds if is_paged else 0.0
-        self.recording.table_seconds.append(preparing)
-        mapping = self.mapping
-        self.recording.mapping_seconds.append(0.0 if mapping is None else mapping.seconds)
-        self.recording.mapped_page_groups.append(0 if mapping is None else mapping.page_groups)
-        self._deliver(sampled_for, sampled.tolist())
+        tokens = sampled.tolist()
+        self._latest.update(zip(sampled_for, tokens, strict=True))
+        is_paged, mapping = isinstance(self.kv_cache, PagedBlocks), self.mapping
+        self._record_latest()
+        self._unrecorded = _Computed(
+            inputs,
+            sampled_for,
+            tokens,
+            start,
+            end,
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(self.scheduler.running),
+            num_used_blocks=self.kv_cache.num_used_blocks,
+            gpu_seconds=self.forward.gpu_seconds,
+            table_seconds=allotting + self.forward.table_seconds if is_paged else 0.0,
+            mapping_seconds=0.0 if mapping is None else mapping.seconds,
+            mapped_page_groups=0 if mapping is None else mapping.page_groups,
+        )
         self._book(batch, end)
         return end
 
     def _foreseer(self, batch: Batch, decodes: Sequence[Request]) -> Foresee:
-        """Says what follows a step that is being computed, and again whenever a request comes."""
+        """Says what follows a step that is being computed, and again whenever a request comes.
+
+        The GPU being busy, the step before is recorded too.
+        """
         asked = False
 
         def foresee() -> Lengths | None:
             nonlocal asked
+            self._record_latest()
             if not self._receive_until(self.clock.now()) and asked:
                 return None
             asked = True
@@ -291,21 +331,28 @@ class Engine:
         started = time.perf_counter()
         return self.kv_cache.allot(batch.prefills, decodes), time.perf_counter() - started
 
-    def _deliver(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
-        """Each request's next token, of the step that was recorded last."""
-        for request, token in zip(requests, tokens, strict=True):
-            self._tokens[request][request.num_known_tokens] = token
-        self.recording.token_request.extend([request.request_id for request in requests])
-        self.recording.token_step.extend([len(self.recording.shapes) - 1] * len(requests))
-
-    def _record_step(self, shape: BatchShape, start: float, end: float) -> None:
-        self.recording.shapes.append(shape)
-        self.recording.gpu_seconds.append(self.forward.gpu_seconds)
-        waiting, used = len(self.scheduler.waiting), self.kv_cache.num_used_blocks
+    def _record_latest(self) -> None:
+        """Record the latest step, if it is not, and put its tokens behind those they follow."""
+        if self._unrecorded is None:
+            return
+        step, self._unrecorded = self._unrecorded, None
+        recording, shape = self.recording, step.inputs.shape
+        recording.shapes.append(shape)
+        recording.gpu_seconds.append(step.gpu_seconds)
+        recording.table_seconds.append(step.table_seconds)
+        recording.mapping_seconds.append(step.mapping_seconds)
+        recording.mapped_page_groups.append(step.mapped_page_groups)
+        recording.token_request.extend([request.request_id for request in step.requests])
+        recording.token_step.extend([len(recording.shapes) - 1] * len(step.requests))
         prefills, num_prefill_tokens, num_decodes, context_sum, _, _ = shape
-        num_running = len(self.scheduler.running)
-        same = 0, len(prefills), num_prefill_tokens, num_decodes, context_sum, num_running
-        self.recording.log.record_steps(start, [end], [waiting], [used], same)
+        same = 0, len(prefills), num_prefill_tokens, num_decodes, context_sum, step.num_running
+        recording.log.record_steps(
+            step.start, [step.end], [step.num_waiting], [step.num_used_blocks], same
+        )
+        positions = step.inputs.positions[step.inputs.sample_rows].tolist()
+        for request, position, token in zip(step.requests, positions, step.tokens, strict=True):
+            if request in self._tokens:  # and not finished
+                self._tokens[request][position + 1] = token
 
     def _book(self, batch: Batch, end: float) -> None:
         completed = self.scheduler.complete(batch, 1)
@@ -322,4 +369,4 @@ class Engine:
         request.finish_time = end
         self.recording.log.record_request(request)
         self._give_back_slot(request)
-        del self._tokens[request]
+        del self._tokens[request], self._latest[request]

@@ -112,7 +112,7 @@ class DecodeSteps:
         self.plain = StepBuffers(*sizes)
         self.cache = PagedBlocks(num_requests * per_slot, block_size, num_requests)
         self.requests = [Request(i, 0.0, context, longest) for i in range(num_requests)]
-        self.tokens = dict.fromkeys(self.requests, np.zeros(longest, np.int32))
+        self.latest = dict.fromkeys(self.requests, 0)
         self.preparing: list[float] = []
         self.copying: dict[str, list[float]] = {"paged": [], "plain": []}
         for request in self.requests:
@@ -156,7 +156,7 @@ class DecodeSteps:
         return choosing + self.paged.table_seconds
 
     def _inputs(self, new_blocks: Sequence[NewBlocks]) -> StepInputs:
-        return StepInputs.of((), self.requests, self.tokens, self.slots, new_blocks)
+        return StepInputs.of((), self.requests, {}, self.latest, self.slots, new_blocks)
 
 
 def _seconds_on_gpu(work: Callable[[], None]) -> float:

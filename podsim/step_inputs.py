@@ -84,10 +84,13 @@ class StepInputs:
         chunks: Sequence[Chunk],
         decodes: Sequence[Request],
         tokens: Mapping[Request, NDArray[np.int32]],
+        latest: Mapping[Request, int],
         slot: Mapping[Request, int],
         new_blocks: Sequence[NewBlocks] = (),
     ) -> StepInputs:
-        """Of requests whose prompt and emitted tokens, and KV slot, are given."""
+        """Of chunks whose prompt and emitted tokens are given, and of decodes whose latest
+        token is; each has a KV slot.
+        """
         ids, positions, slots, sample_rows, shapes = [], [], [], [], []
         row = 0
         for request, n in chunks:
@@ -101,10 +104,10 @@ class StepInputs:
                 sample_rows.append(row - 1)
         computed = [request.num_computed_tokens for request in decodes]
         own_slots = [slot[request] for request in decodes]
-        latest = [tokens[r][c] for r, c in zip(decodes, computed, strict=True)]
+        decoded = np.array([latest[request] for request in decodes], np.int32)
         sample_rows += range(row, row + len(decodes))
         return cls(
-            np.concatenate([*ids, np.array(latest, np.int32)]),
+            np.concatenate([*ids, decoded]),
             np.concatenate([*positions, np.array(computed, np.int32)]),
             np.concatenate([*slots, np.array(own_slots, np.int32)]),
             np.array(sample_rows, np.int32),

@@ -85,7 +85,8 @@ class Served:
         waiting = [(self.requests[i], self.slot[self.requests[i]]) for i in waiting]
         chunks = [Chunk(self.requests[i], n) for i, n in chunks]
         decodes = [self.requests[i] for i in decodes]
-        inputs = StepInputs.of(chunks, decodes, self.tokens, self.slot)
+        latest = {r: self.tokens[r][r.num_computed_tokens] for r in decodes}
+        inputs = StepInputs.of(chunks, decodes, self.tokens, latest, self.slot)
         foresee = partial(Lengths.after, chunks, decodes, self.slot, waiting, 96)
         sampled = self.llama.run(inputs, foresee).copy()
         logits = self.llama.logits[: len(sampled)].float()

@@ -276,7 +276,8 @@ class Stepped:
                 assert self.cache.take(1)
         new_blocks = self.cache.allot(chunks, decodes)
         slot = {r: self.cache.slot_of(r) for r in self.requests}
-        inputs = StepInputs.of(chunks, decodes, self.tokens, slot, new_blocks)
+        latest = {r: self.tokens[r][r.num_computed_tokens] for r in decodes}
+        inputs = StepInputs.of(chunks, decodes, self.tokens, latest, slot, new_blocks)
         sampled = self.llama.run(inputs).copy()
         logits = self.llama.logits[: len(sampled)].float()
         done = [r for r, n in chunks if n == r.num_uncomputed_tokens] + decodes
