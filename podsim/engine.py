@@ -349,7 +349,7 @@ class Engine:
         recording.log.record_steps(
             step.start, [step.end], [step.num_waiting], [step.num_used_blocks], same
         )
-        positions = step.inputs.positions[step.inputs.sample_rows].tolist()
+        positions = step.inputs.lengths.positions[step.inputs.sample_rows].tolist()
         for request, position, token in zip(step.requests, positions, step.tokens, strict=True):
             if request in self._tokens:  # and not finished
                 self._tokens[request][position + 1] = token

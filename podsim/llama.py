@@ -11,7 +11,7 @@ the others, and gathers all logits.
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
@@ -38,10 +38,6 @@ NORM_EPS = 1e-5
 ROPE_BASE = 500000.0
 MAX_CHUNKS = 16
 """Prefill chunks that a captured step has room for; one with more is launched kernel by kernel."""
-
-FIRST_LAYERS = 2
-"""Layers of a step's first graph: what launches soonest, and keeps the GPU busy for as long as
-launching the others takes."""
 
 PREFILL, DECODE, MIXED, DECODE_HEAVY = KINDS = ("prefill", "decode", "mixed", "decode-heavy")
 
@@ -122,7 +118,7 @@ class Llama:
             for kind in self._kinds
             for size in graph_sizes(max_requests if kind == DECODE else max_tokens)
         }
-        self._crowded: dict[tuple[str, int], tuple[CapturedPlan, Sequence[Captured]]] = {}
+        self._crowded: dict[tuple[str, int], tuple[CapturedPlan, Captured]] = {}
         self._heads = {
             size: Captured(partial(self._head, size)) for size in graph_sizes(max_requests)
         }
@@ -178,6 +174,7 @@ class Llama:
         if on_gpu and (self.group is None or self.group.is_first):
             self.clocks = StepClocks(self._plan_sizes["num_sms"])
         self.sampled_host = torch.zeros(rows, dtype=torch.int64, pin_memory=on_gpu)
+        self._sampled_rows: NDArray[np.int64] = self.sampled_host.numpy()
         self.cos_sin = rope.rope_table(self.max_len, model.head_dim, ROPE_BASE, self.device)
 
     def _room_of_any_step(self) -> Room:
@@ -209,9 +206,7 @@ class Llama:
         one = self._config(self.strategy) == self._config(self.strategy, decode_heavy=True)
         return (PREFILL, DECODE, MIXED) if one else KINDS
 
-    def _step_of(
-        self, kind: str, size: int, max_chunks: int
-    ) -> tuple[CapturedPlan, Sequence[Captured]]:
+    def _step_of(self, kind: str, size: int, max_chunks: int) -> tuple[CapturedPlan, Captured]:
         """A batch with one side only runs that side's own kernel, whatever the strategy."""
         strategy = self.strategy if kind in (MIXED, DECODE_HEAVY) else "serial"
         plan = CapturedPlan(
@@ -226,8 +221,7 @@ class Llama:
         if self._workspaces is None:
             self._workspaces = plan.workspaces()
         plan.use(*self._workspaces)
-        first = Captured(partial(self._first_layers, size, strategy, plan))
-        return plan, (first, Captured(partial(self._other_layers, size, strategy, plan)))
+        return plan, Captured(partial(self._layers, size, strategy, plan))
 
     # ---- a step
 
@@ -248,7 +242,7 @@ class Llama:
         if self.group is not None:
             self.group.send_step(*launch)
         self._compute(launch, foresee)
-        return self.sampled_host[: len(step.sample_rows)].numpy()
+        return self._sampled_rows[: len(step.sample_rows)]
 
     def follow(self) -> NoReturn:
         """Compute the steps of the group's first rank, until this process is ended."""
@@ -273,7 +267,9 @@ class Llama:
                 self._prepare(lengths)
             if self._end is None or self._end.query():
                 return
-            time.sleep(0)  # for other threads of this process: one maps memory
+            # For other threads of this process: one maps memory. Not time.sleep(0), which takes
+            # 50 us, in which a processor grows slow too.
+            os.sched_yield()
 
     def _prepare(self, lengths: Lengths) -> None:
         if not lengths.num_tokens:
@@ -284,10 +280,10 @@ class Llama:
             self.inputs.prepare(plan, lengths)
 
     def _queue(self, launch: _Launch) -> None:
-        self.inputs.copy()
-        _, graphs = self._parts(launch)
-        for graph in graphs:
-            graph.run()
+        if self.page_size:  # how much is copied depends on the table
+            self.inputs.copy()
+        _, layers = self._parts(launch)
+        layers.run()
         if n := launch.num_sampled:
             self._heads[n].run()
         if self.clocks is not None:
@@ -305,7 +301,7 @@ class Llama:
             graph_size(num_sampled),
         )
 
-    def _parts(self, launch: _Launch) -> tuple[CapturedPlan, Sequence[Captured]]:
+    def _parts(self, launch: _Launch) -> tuple[CapturedPlan, Captured]:
         key = (KINDS[launch.kind], launch.size)
         if not launch.is_crowded:
             return self._steps[key]
@@ -323,35 +319,28 @@ class Llama:
         group = self.model.num_q_heads // self.model.num_kv_heads
         return DECODE_HEAVY if is_decode_heavy(chunks, contexts, group) else MIXED
 
-    def _first_layers(self, size: int, strategy: str, plan: CapturedPlan) -> None:
-        """From the token ids to the output of FIRST_LAYERS."""
+    def _layers(self, size: int, strategy: str, plan: CapturedPlan) -> None:
+        """From the token ids to the final norm of every token."""
+        if not self.page_size:
+            self.inputs.copy()  # launched with the rest, in a fraction of the time
         if self._begun is not None:
             self._begun.record()  # in the graph: launching it is the host's time, not the GPU's
         if self.clocks is not None:
             self.clocks.begin()
-        self._embed(self.inputs.token_ids[:size], self.residual[:size])
-        self._layers(slice(FIRST_LAYERS), size, strategy, plan)
-
-    def _other_layers(self, size: int, strategy: str, plan: CapturedPlan) -> None:
-        """From there to the final norm of every token."""
-        self._layers(slice(FIRST_LAYERS, None), size, strategy, plan)
-        hidden, normed, residual = self.hidden[:size], self.normed[:size], self.residual[:size]
-        rmsnorm.rmsnorm(hidden, self.weights.norm, NORM_EPS, normed, residual)
-
-    def _layers(self, which: slice, size: int, strategy: str, plan: CapturedPlan) -> None:
         inputs, n = self.inputs, size
         positions, slots = inputs.positions[:n], inputs.slots[:n]
         residual, hidden, normed = self.residual[:n], self.hidden[:n], self.normed[:n]
         qkv, q, attended = self.qkv[:n], self.q[:n], self.attended[:n]
         gate_up, activated = self.gate_up[:n], self.activated[:n]
+        self._embed(inputs.token_ids[:n], residual)
         # With slots of one row each the launcher asks for a table of one row; its kernel
         # reads on, in the table of all positions, as far as these go.
         cos_sin = self.cos_sin[:1] if self.page_size else self.cos_sin
-        layers = list(zip(self.weights.layers, self.caches, strict=True))
-        for layer, (k_cache, v_cache) in layers[which]:
-            is_first = layer is self.weights.layers[0]  # finds the embedding in the residual itself
-            source, carried = (residual, None) if is_first else (hidden, residual)
+        carried = None  # the first norm finds the embedding in the residual itself
+        for layer, (k_cache, v_cache) in zip(self.weights.layers, self.caches, strict=True):
+            source = residual if carried is None else hidden
             rmsnorm.rmsnorm(source, layer.attention_norm, NORM_EPS, normed, carried)
+            carried = residual
             torch.mm(normed, layer.qkv.t(), out=qkv)
             written = self._written(k_cache), self._written(v_cache)
             rope.rope_and_cache(qkv, positions, slots, cos_sin, *written, q)
@@ -363,6 +352,7 @@ class Llama:
             silu_mul.silu_mul(gate_up, activated)
             torch.mm(activated, layer.down.t(), out=hidden)
             self._add_up(hidden)
+        rmsnorm.rmsnorm(hidden, self.weights.norm, NORM_EPS, normed, residual)
 
     def _embed(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         rows = token_ids
@@ -401,8 +391,7 @@ class Llama:
 
     def capture(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Capture a CUDA graph of every size; `on_progress` is told how many of how many."""
-        parts = [graph for _, graphs in self._steps.values() for graph in graphs]
-        parts += self._heads.values()
+        parts = [captured for _, captured in self._steps.values()] + list(self._heads.values())
         self.inputs.device.zero_()  # no requests: the warm-up reads and writes nothing of theirs
         # NCCL's own threads may call CUDA meanwhile: only this thread is held to the rules then.
         capture(parts, "global" if self.group is None else "thread_local", on_progress)

@@ -24,7 +24,7 @@ from podsim.kernels.plan import PAGE_SIZES, Room
 from podsim.measure_kernels import paging
 from podsim.request import Request
 from podsim.step_buffers import StepBuffers
-from podsim.step_inputs import StepInputs
+from podsim.step_inputs import Lengths
 
 ROUNDS = 3
 REQUESTS = (1, 8, 32, 128, 512)
@@ -112,7 +112,6 @@ class DecodeSteps:
         self.plain = StepBuffers(*sizes)
         self.cache = PagedBlocks(num_requests * per_slot, block_size, num_requests)
         self.requests = [Request(i, 0.0, context, longest) for i in range(num_requests)]
-        self.latest = dict.fromkeys(self.requests, 0)
         self.preparing: list[float] = []
         self.copying: dict[str, list[float]] = {"paged": [], "plain": []}
         for request in self.requests:
@@ -121,7 +120,7 @@ class DecodeSteps:
         self.slots = {request: self.cache.slot_of(request) for request in self.requests}
         for request in self.requests:
             request.num_computed_tokens = context
-        self.paged.slots_of(self._inputs(new_blocks))
+        self._enter(new_blocks)
 
     @property
     def seconds(self) -> float:
@@ -150,13 +149,15 @@ class DecodeSteps:
         started = time.perf_counter()
         new_blocks = self.cache.allot((), self.requests)
         choosing = time.perf_counter() - started
-        self.paged.slots_of(self._inputs(new_blocks))
+        self._enter(new_blocks)
         for request in self.requests:
             request.num_computed_tokens += 1
         return choosing + self.paged.table_seconds
 
-    def _inputs(self, new_blocks: Sequence[NewBlocks]) -> StepInputs:
-        return StepInputs.of((), self.requests, {}, self.latest, self.slots, new_blocks)
+    def _enter(self, new_blocks: Sequence[NewBlocks]) -> None:
+        lengths = [(r.num_computed_tokens + 1, self.slots[r]) for r in self.requests]
+        step = Lengths((), lengths)
+        self.paged.slots_of(step.slots, step.positions, new_blocks)
 
 
 def _seconds_on_gpu(work: Callable[[], None]) -> float:

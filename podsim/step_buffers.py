@@ -11,12 +11,13 @@ Padding tokens write to a KV slot, or block, that no request has.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from podsim.block_tables import BlockTable
+from podsim.block_tables import BlockTable, NewBlocks
 from podsim.graph_sizes import graph_size
 from podsim.kernels.plan import CapturedPlan, Decode, PrefillChunk, Room
 from podsim.step_inputs import Lengths, StepInputs
@@ -55,8 +56,10 @@ class StepBuffers:
         self.block_table = table.view(table_shape) if page_size else None
         *self._host_parts, entries = (part.numpy() for part in self.host.split(sizes))
         self._table = BlockTable(entries.reshape(table_shape), page_size) if page_size else None
-        self._prepared_lists = np.zeros_like(self._host_parts[-1])
         self._prepared: tuple[CapturedPlan, Lengths] | None = None
+        """What these are of:"""
+        self._positions, self._slots = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self._lists = np.zeros_like(self._host_parts[-1])
         self.table_seconds = 0.0
 
     def fill(
@@ -65,46 +68,48 @@ class StepBuffers:
         """Put a step into the host's block, padded to `num_tokens`; padding goes to this slot."""
         token_ids, positions, slots, sample_rows, lists = self._host_parts
         n, m = len(step.token_ids), len(step.sample_rows)
+        if self._prepared != (plan, step.lengths):
+            self.prepare(plan, step.lengths)
         token_ids[:n], token_ids[n:num_tokens] = step.token_ids, 0
-        positions[:n], positions[n:num_tokens] = step.positions, 0
-        slots[:n], slots[n:num_tokens] = self.slots_of(step), padding_slot
+        positions[:n], positions[n:num_tokens] = self._positions, 0
+        slots[:n] = self.slots_of(self._slots, self._positions, step.new_blocks)
+        slots[n:num_tokens] = padding_slot
         sample_rows[:m], sample_rows[m:] = step.sample_rows, 0
-        if self._prepared == (plan, step.lengths):
-            lists[:] = self._prepared_lists
-        else:
-            _write(lists, plan, step.lengths)
+        lists[:] = self._lists
 
     def prepare(self, plan: CapturedPlan, lengths: Lengths) -> None:
-        """Make the lists of a step that may be filled in next, while another one is computed.
+        """Make what follows from a step's lengths, while another is computed if it is foreseen.
 
         Apart from the host's block, which the GPU may still be reading.
         """
         self._prepared = None
-        _write(self._prepared_lists, plan, lengths)
+        self._positions, self._slots = lengths.positions, lengths.slots
+        chunks = [PrefillChunk(*chunk) for chunk in lengths.chunks]
+        plan.write(self._lists, chunks, [Decode(*decode) for decode in lengths.decodes])
         self._prepared = plan, lengths
 
-    def slots_of(self, step: StepInputs) -> NDArray[np.int32]:
-        """Where k and v of each token go, after the step's new blocks are in the table.
+    def slots_of(
+        self,
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        new_blocks: Sequence[NewBlocks],
+    ) -> NDArray[np.int32]:
+        """Where k and v of tokens go, after the step's new blocks are in the table.
 
         In a paged cache the slots of one row each that begin at every row (`Llama._written`): there
         a token is at its position in the slot that begins so many rows before its own.
         """
         if self._table is None:
-            return step.slots
+            return slots
         started = time.perf_counter()
-        self._table.enter(step.new_blocks)
-        slots = self._table.rows(step.slots, step.positions) - step.positions
-        rows_in_use = int(step.slots.max()) + 1
+        self._table.enter(new_blocks)
+        found = self._table.rows(slots, positions) - positions
+        rows_in_use = int(slots.max()) + 1
         self._copied = self._before_table + rows_in_use * self._table.entries.shape[1]
         self.table_seconds = time.perf_counter() - started
-        return slots
+        return found
 
     def copy(self) -> None:
         """Queue the copy of what a step reads to the device; all of it where nobody fills."""
         used = self._copied
         self.device[:used].copy_(self.host[:used], non_blocking=True)
-
-
-def _write(lists: NDArray[np.int32], plan: CapturedPlan, lengths: Lengths) -> None:
-    chunks = [PrefillChunk(*chunk) for chunk in lengths.chunks]
-    plan.write(lists, chunks, [Decode(*decode) for decode in lengths.decodes])

@@ -26,6 +26,18 @@ class Lengths(NamedTuple):
     def num_tokens(self) -> int:
         return sum(num_tokens for num_tokens, _, _ in self.chunks) + len(self.decodes)
 
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """[num_tokens]: of each token, in its request."""
+        chunks = [np.arange(context - n, context, dtype=np.int32) for n, context, _ in self.chunks]
+        return np.concatenate([*chunks, np.array([c - 1 for c, _ in self.decodes], np.int32)])
+
+    @property
+    def slots(self) -> NDArray[np.int32]:
+        """[num_tokens]: the KV slot of each token."""
+        chunks = [np.full(n, slot, np.int32) for n, _, slot in self.chunks]
+        return np.concatenate([*chunks, np.array([slot for _, slot in self.decodes], np.int32)])
+
     @classmethod
     def after(
         cls,
@@ -69,9 +81,6 @@ class StepInputs:
 
     token_ids: NDArray[np.int32]
     """[num_tokens]"""
-    positions: NDArray[np.int32]
-    slots: NDArray[np.int32]
-    """KV slot of each token."""
     sample_rows: NDArray[np.int32]
     """Tokens whose successors come out: the last of each completed prompt, and all decodes."""
     lengths: Lengths
@@ -91,27 +100,21 @@ class StepInputs:
         """Of chunks whose prompt and emitted tokens are given, and of decodes whose latest
         token is; each has a KV slot.
         """
-        ids, positions, slots, sample_rows, shapes = [], [], [], [], []
+        ids, sample_rows, shapes = [], [], []
         row = 0
         for request, n in chunks:
             first = request.num_computed_tokens
             ids.append(tokens[request][first : first + n])
-            positions.append(np.arange(first, first + n, dtype=np.int32))
-            slots.append(np.full(n, slot[request], np.int32))
             shapes.append((n, first + n, slot[request]))
             row += n
             if n == request.num_uncomputed_tokens:
                 sample_rows.append(row - 1)
-        computed = [request.num_computed_tokens for request in decodes]
-        own_slots = [slot[request] for request in decodes]
         decoded = np.array([latest[request] for request in decodes], np.int32)
         sample_rows += range(row, row + len(decodes))
         return cls(
             np.concatenate([*ids, decoded]),
-            np.concatenate([*positions, np.array(computed, np.int32)]),
-            np.concatenate([*slots, np.array(own_slots, np.int32)]),
             np.array(sample_rows, np.int32),
-            Lengths(shapes, [(c + 1, own) for c, own in zip(computed, own_slots, strict=True)]),
+            Lengths(shapes, [(r.num_computed_tokens + 1, slot[r]) for r in decodes]),
             new_blocks,
         )
 

@@ -42,11 +42,11 @@ class PhysicalForward:
         if isinstance(self.cache, PagedBlocks):
             self._check(inputs.new_blocks)
             self.table.enter(inputs.new_blocks)
-            rows = self.table.rows(inputs.slots, inputs.positions)
+            rows = self.table.rows(inputs.lengths.slots, inputs.lengths.positions)
             assert len(set(rows.tolist())) == len(rows), "two tokens in one place"
             self.memory[rows] = inputs.token_ids
         else:
-            self.slots[inputs.slots, inputs.positions] = inputs.token_ids
+            self.slots[inputs.lengths.slots, inputs.lengths.positions] = inputs.token_ids
         lengths = [
             *inputs.lengths.chunks,
             *((1, context, slot) for context, slot in inputs.lengths.decodes),

@@ -58,7 +58,7 @@ class MadeUpForward:
     def run(self, inputs, foresee):
         self.gpu_seconds = LengthLatency().step_time(inputs.shape)
         self.clock.time += self.gpu_seconds
-        self.cache[inputs.slots, inputs.positions] = inputs.token_ids
+        self.cache[inputs.lengths.slots, inputs.lengths.positions] = inputs.token_ids
         lengths = [(n, context, slot) for n, context, slot in inputs.lengths.chunks]
         lengths += [(1, context, slot) for context, slot in inputs.lengths.decodes]
         starts = np.cumsum([0, *(n for n, _, _ in lengths)])
@@ -96,7 +96,9 @@ class WatchedMapping:
         compute = forward.run
 
         def run(inputs, foresee):
-            assert self.mapped[inputs.slots, inputs.positions].all(), "written where nothing is"
+            assert self.mapped[inputs.lengths.slots, inputs.lengths.positions].all(), (
+                "written where nothing is"
+            )
             return compute(inputs, foresee)
 
         forward.run = run
