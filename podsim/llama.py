@@ -286,12 +286,12 @@ class Llama:
         layers.run()
         if n := launch.num_sampled:
             self._heads[n].run()
-        if self.clocks is not None:
-            self.clocks.end()
         if n:
             self.sampled_host[:n].copy_(self.sampled[:n], non_blocking=True)
         if self._end:
             self._end.record()
+        if self.clocks is not None:
+            self.clocks.end()
 
     def _launch_of(self, lengths: Lengths, num_sampled: int) -> _Launch:
         return _Launch(
@@ -323,10 +323,10 @@ class Llama:
         """From the token ids to the final norm of every token."""
         if not self.page_size:
             self.inputs.copy()  # launched with the rest, in a fraction of the time
-        if self._begun is not None:
-            self._begun.record()  # in the graph: launching it is the host's time, not the GPU's
         if self.clocks is not None:
             self.clocks.begin()
+        if self._begun is not None:
+            self._begun.record()  # in the graph: launching it is the host's time, not the GPU's
         inputs, n = self.inputs, size
         positions, slots = inputs.positions[:n], inputs.slots[:n]
         residual, hidden, normed = self.residual[:n], self.hidden[:n], self.normed[:n]

@@ -115,6 +115,17 @@ class Served:
         }
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python collects no garbage meanwhile: that would hold up a step."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Server:
     """A model on this machine's GPU, ready to serve traces under one deployment.
 
@@ -166,15 +177,13 @@ class Server:
         engine = self._engine(step_time, seed, clock)
         if clocks is not None:
             clocks.clear()
-        gc.collect()
-        gc.disable()  # a collection would hold up a step
-        try:
-            with (sampling or gpu_samples)(clock.now) as samples:
-                clock.start()  # now that all is ready, so that the first request waits for nothing
-                recording = engine.serve(requests_of(trace))
-        finally:
-            gc.enable()
-            _end_mapping(engine)
+        with _without_collections():
+            try:
+                with (sampling or gpu_samples)(clock.now) as samples:
+                    clock.start()  # now that all is ready: the first request waits for nothing
+                    recording = engine.serve(requests_of(trace))
+            finally:
+                _end_mapping(engine)
         self._count_from_the_last_start(recording)
         if clocks is not None:
             recording.sm_clock_mhz.extend(clocks.megahertz())
@@ -254,6 +263,7 @@ class Server:
         yield
         memory.apply([Change(0, 0, 1, maps=False)])
 
+    @_without_collections()
     def measure_host_time(self, on_progress: Progress) -> HostTime:
         """Serve batches of short requests, and see how long a step takes beside the GPU's work.
 

@@ -1,8 +1,8 @@
 """The SM clock that each step of an engine runs at, from the SMs' own cycle counters.
 
 One small kernel at the start of a step's graph notes cycles and nanoseconds of every SM, one behind
-the step notes how fast they went by. A step takes some microseconds longer for it, and the host
-copies nothing until it is asked. `podsim.gpu_sampler` has the driver's clock, of now and then.
+the step notes how fast they went by: both while the GPU would wait for the host. The host copies
+nothing until it is asked. `podsim.gpu_sampler` has the driver's clock, of now and then.
 """
 
 from __future__ import annotations
