@@ -5,7 +5,8 @@ waits for the memory at 1.7 to 1.8. Within some 0.05 s of work the clock falls, 
 that has been at its limit for most of a second falls some per cent further, all at once. Both are
 seen in whole steps that are timed one after another from rest (`op` "sustained" of a profile's
 measurements), also with steps of decodes alone between them ("duty"), and are fitted to them
-(`podsim.heat_fitting`).
+(`podsim.heat_fitting`). A part of the fall is there from the first moment of a step, by how much of
+its time matrix products take.
 
 A fall is the logarithm of the highest clock over the clock: the time of what goes with the clock
 grows by its exponential.
@@ -36,6 +37,15 @@ class Heats(NamedTuple):
     """Of what steps drove: that of the last hundredths of a second,"""
     limited: float = 0.0
     """and of whether the card was at its limit, 0 to 1: that of the last second."""
+
+
+class Drive(NamedTuple):
+    """What a step does to the clock."""
+
+    fall: float
+    """That the heats near in a row of such steps."""
+    at_once: float
+    """That there is from its first moment on."""
 
 
 class Shares(NamedTuple):
@@ -74,7 +84,11 @@ class Warming:
     rest: float = 0.0
     """Fall that a rest and steps of decodes alone drive to."""
     least: float = 0.0
-    """Fall that is never less while the card works."""
+    """Fall that is never less while the card works,"""
+    at_once: float = 0.0
+    """and what nothing but matrix products adds to that, before any heat."""
+    follows: float = 1.0
+    """Of what goes with the clock where operations are timed alone, how much does in a step."""
     at_limit: float = 0.05
     """So far beyond the rest the card is at its limit, and less far in part."""
     lower: float = 0.0
@@ -96,11 +110,15 @@ class Warming:
         """After a long rest, or long after the last step with prefill."""
         return Heats(self.rest)
 
-    def drive(self, num_tokens: int, shares: Shares) -> float:
-        """What the heats near in a row of steps with so many tokens."""
+    def drive(self, num_tokens: int, shares: Shares) -> Drive:
+        """Of a step with prefill of so many tokens."""
+        products, attention, decodes = shares
         fall = self.products_at.get(num_tokens, self.products)
-        working = fall * shares.products + self.attention * shares.attention
-        return working + self.decodes * shares.decodes - self.idle * shares.idle
+        working = fall * products + self.attention * attention
+        return Drive(
+            working + self.decodes * decodes - self.idle * shares.idle,
+            self.least + self.at_once * min(products, 1.0),
+        )
 
     def limited(self, fall: float) -> float:
         """How far the card is at its limit, 0 to 1."""
@@ -108,25 +126,32 @@ class Warming:
 
     def fall(self, heats: Heats) -> float:
         """At these heats."""
-        return self._fall(heats.fall, _for_long(heats.limited))
+        return max(self._fall(heats.fall, _for_long(heats.limited)), self.least)
 
-    def fall_as_timed(self, drive: float) -> float:
+    def fall_as_timed(self, drive: Drive) -> float:
         """Of a whole step of a profile, after some of its own."""
-        return self._fall(drive, self.timed)
+        return max(self._fall(drive.fall, self.timed), drive.at_once)
 
     def _fall(self, fall: float, for_long: float) -> float:
-        return max(fall + self.lower * for_long * self.limited(fall), self.least)
+        return fall + self.lower * for_long * self.limited(fall)
 
-    def fall_in(self, drive: float, heats: Heats, seconds: float) -> float:
-        """Mean over a step of so many seconds that begins at these heats."""
-        fall = _mean(drive, heats.fall, seconds, self.seconds)
-        return self.fall(Heats(fall, _mean(self.limited(fall), heats.limited, seconds, SECOND)))
+    def fall_in(self, drive: Drive, heats: Heats, seconds: float) -> float:
+        """Mean over a step with prefill of so many seconds that begins at these heats."""
+        fall = _mean(drive.fall, heats.fall, seconds, self.seconds)
+        limited = _mean(self.limited(fall), heats.limited, seconds, SECOND)
+        return max(self._fall(fall, _for_long(limited)), drive.at_once)
 
-    def worked(self, heats: Heats, drive: float, seconds: float) -> Heats:
+    def slower(self, fall: float, as_timed: float) -> float:
+        """What goes with the clock takes so much longer, as a share of its time at the fall that it
+        was timed at; in steps with prefill.
+        """
+        return self.follows * math.expm1(fall - as_timed)
+
+    def worked(self, heats: Heats, drive: Drive, seconds: float) -> Heats:
         """The heats after a step of so many seconds with this drive."""
-        limited = self.limited(_mean(drive, heats.fall, seconds, self.seconds))
+        limited = self.limited(_mean(drive.fall, heats.fall, seconds, self.seconds))
         return Heats(
-            _after(drive, heats.fall, seconds, self.seconds),
+            _after(drive.fall, heats.fall, seconds, self.seconds),
             _after(limited, heats.limited, seconds, SECOND),
         )
 
@@ -156,7 +181,7 @@ class Warming:
             return 0.0
         mean = math.exp(-since / tau) * tau / seconds * (1.0 - math.exp(-seconds / tau))
         # What is left is gone long before the card forgets that it was at its limit.
-        fall = self._fall(rest + (heats.fall - rest) * mean, _for_long(heats.limited))
+        fall = self.fall(Heats(rest + (heats.fall - rest) * mean, heats.limited))
         beyond = fall - max(rest, self.least)
         return math.expm1(beyond) if beyond > COLD else 0.0
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from podsim.heat import HALF, SECOND, Shares, Warming
+from podsim.heat import HALF, SECOND, Drive, Shares, Warming
 from podsim.row_clocks import TO_THE_BOTTOM
 
 Floats = NDArray[np.float64]
@@ -28,6 +28,8 @@ SEARCHED = {
     "seconds": (0.005, 0.3, 0.05, 0.03),
     "rest": (0.0, 0.3, 0.1, 0.05),
     "least": (0.0, 0.3, 0.1, 0.05),
+    "at_once": (0.0, 0.3, 0.1, 0.05),
+    "follows": (0.5, 1.2, 0.9, 1.0),
     "at_limit": (0.01, 0.3, 0.05, 0.1),
     "lower": (0.0, 0.2, 0.04, 0.03),
     "timed": (0.0, 1.0, 0.7, 0.4),
@@ -35,12 +37,13 @@ SEARCHED = {
 """Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
 which the better end counts."""
 OF_OTHER_CARDS = {
-    **{"attention": 0.289, "decodes": 0.169, "idle": 0.12, "rest": 0.111, "least": 0.085},
-    **{"seconds": 0.048, "at_limit": 0.067, "lower": 0.04, "timed": 0.62},
+    **{"attention": 0.286, "decodes": 0.149, "idle": 0.117, "rest": 0.087, "least": 0.049},
+    **{"at_once": 0.147, "follows": 0.87, "seconds": 0.048, "at_limit": 0.077, "lower": 0.042},
+    **{"timed": 0.55},
 }
 """Medians of seven H200s, for profiles whose steps tell too little: all of them for those without
 steps of decodes between others (`--quick`), and, of those from before clocks were read,"""
-WITHOUT_CLOCKS = ("decodes", "idle", "timed")
+WITHOUT_CLOCKS = ("decodes", "idle", "at_once", "follows", "timed")
 """which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
 
@@ -102,7 +105,7 @@ class TimedStep(NamedTuple):
     fall: float
     """As which it was timed."""
 
-    def drive(self, warming: Warming) -> float:
+    def drive(self, warming: Warming) -> Drive:
         return warming.drive(self.num_tokens, self.shares)
 
 
@@ -173,7 +176,8 @@ def _means(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats]:
     """That, and the mean falls of the clock."""
     share, falls, window = _course(run, warming)
     slower = _window_means(run, np.expm1(falls - run.row_fall), share, window)
-    return run.layers + run.clocked * slower, _window_means(run, falls, share, window)
+    seconds = run.layers + run.clocked * warming.follows * slower
+    return seconds, _window_means(run, falls, share, window)
 
 
 def _window_means(
@@ -188,15 +192,14 @@ def _window_means(
 def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """Of cells of a run: the share of steps with prefill, the fall, and the window."""
     share, window = run.course
+    drive = warming.drive(run.num_tokens, run.shares)
     # Above the rest, from which a run begins.
-    beyond = _heats(
-        share * (warming.drive(run.num_tokens, run.shares) - warming.rest), warming.seconds
-    )
+    beyond = _heats(share * (drive.fall - warming.rest), warming.seconds)
     limited = _smooth(beyond / warming.at_limit)
     low, high = HALF
     for_long = _smooth((_heats(limited, SECOND) - low) / (high - low))
-    falls = np.maximum(warming.rest + beyond + warming.lower * for_long * limited, warming.least)
-    return share, falls, window
+    falls = warming.rest + beyond + warming.lower * for_long * limited
+    return share, np.maximum(falls, drive.at_once), window
 
 
 def _smooth(part: Floats) -> Floats:

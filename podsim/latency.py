@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -15,7 +14,7 @@ from podsim.attention_model import AttentionModel
 from podsim.batch import BatchShape
 from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
-from podsim.heat import Heats, Shares, Warming
+from podsim.heat import Drive, Heats, Shares, Warming
 from podsim.model import Model
 from podsim.op_tables import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
 from podsim.profile import Profile
@@ -72,8 +71,8 @@ class WarmsUp(Protocol):
     warming: Warming | None
     """None: it knows nothing of the clock."""
 
-    def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
-        """Seconds of a step with prefill, and its drive: what the heats near meanwhile."""
+    def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, Drive]:
+        """Seconds of a step with prefill, and what it does to the clock."""
 
     def clocked_seconds(self, num_decodes: int, seconds: float) -> float:
         """Of a step of so many decodes alone, which takes `seconds`: what goes with the clock."""
@@ -277,36 +276,28 @@ class ProfiledLatency:
         """
         return self._count(shape, self.breakdown(shape).total * self.scale)
 
-    def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, float]:
+    def step_time_at(self, shape: BatchShape, heats: Heats) -> tuple[float, Drive]:
         """See `WarmsUp`."""
+        assert self.warming is not None
         parts = self.parts(shape)
         seconds = parts.attention + parts.layers + parts.once + parts.collectives
-        drive = self._drive(shape, parts)
-        assert self.warming is not None
+        drive = self.drive(self.warming, shape.num_tokens, parts.shares)
         fall = self.warming.fall_in(drive, heats, seconds)
-        seconds += (parts.clocked_attention + parts.clocked_layers) * self._slower(shape, fall)
+        slower = self.warming.slower(fall, self.clock_fall(shape.num_tokens))
+        seconds += (parts.clocked_attention + parts.clocked_layers) * slower
         return self._count(shape, seconds * self.scale), drive
 
     def _longer(self, shape: BatchShape, parts: Parts) -> tuple[float, float]:
         """What the attention and the rest of the layers take longer, as whole steps are timed."""
         if self.warming is None:
             return 0.0, 0.0
-        drive = self._drive(shape, parts)
-        slower = self._slower(shape, self.warming.fall_as_timed(drive))
+        fall = self.warming.fall_as_timed(self.drive(self.warming, shape.num_tokens, parts.shares))
+        slower = self.warming.slower(fall, self.clock_fall(shape.num_tokens))
         return parts.clocked_attention * slower, parts.clocked_layers * slower
 
-    def _slower(self, shape: BatchShape, fall: float) -> float:
-        """At a fall of the clock, what goes with it takes so much longer than its parts as timed;
-        a share of its time.
-        """
-        return math.expm1(fall - self.clock_fall(shape.num_tokens))
-
-    def _drive(self, shape: BatchShape, parts: Parts) -> float:
-        return self.drive(shape.num_tokens, parts.shares)
-
-    def drive(self, num_tokens: int, shares: Shares) -> float:
-        """See `heat.Warming`; 0 if it knows nothing of the clock."""
-        return 0.0 if self.warming is None else self.warming.drive(self._padded(num_tokens), shares)
+    def drive(self, warming: Warming, num_tokens: int, shares: Shares) -> Drive:
+        """What a step with prefill of so many tokens, before padding, does to the clock."""
+        return warming.drive(self._padded(num_tokens), shares)
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -126,9 +124,10 @@ def _warmth(
                 continue
             full = model.matrix_seconds(num_tokens) / durations[i]
             heats = warming.rested(heats, starts[i] - time)
-            drive = model.drive(num_tokens, Shares(full, attention[i] / durations[i], 0.0))
+            shares = Shares(full, attention[i] / durations[i], 0.0)
+            drive = model.drive(warming, num_tokens, shares)
             fall = warming.fall_in(drive, heats, durations[i])
-            found[i] = 1.0 + follows * math.expm1(fall - model.clock_fall(num_tokens))
+            found[i] = 1.0 + follows * warming.slower(fall, model.clock_fall(num_tokens))
             heats = warming.worked(heats, drive, durations[i])
             time = starts[i] + durations[i]
     return found
