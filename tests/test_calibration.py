@@ -629,13 +629,13 @@ def test_a_duty_of_which_rows_were_refused_is_left_out(lost: str, tmp_path: Path
     assert found["rest"] == pytest.approx(PROFILE.sustained["rest"], rel=0.2)
 
 
-@pytest.mark.parametrize("schema", [2, 3])
+@pytest.mark.parametrize("schema", [2, 3, 4])
 def test_a_profile_of_a_schema_before_is_fitted_again(schema: int, tmp_path: Path) -> None:
     copy_of("llama-3-8b", tmp_path)
     content = json.loads((tmp_path / "profile.json").read_text())
     old = {**content, "schema": schema, "sustained": {"slow_share": 0.1, "slow_seconds": 0.6}}
     (tmp_path / "profile.json").write_text(json.dumps(old))
-    with pytest.raises(InputError, match=rf"schema {schema}, this podsim reads 4; fit .* --refit`"):
+    with pytest.raises(InputError, match=rf"schema {schema}, this podsim reads 5; fit .* --refit`"):
         read_profile(tmp_path, str(tmp_path))
     assert calibration.refit(tmp_path).to_json() == PROFILE.to_json()
     assert read_profile(tmp_path, str(tmp_path)).provenance == PROFILE.provenance

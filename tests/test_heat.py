@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from podsim.batch import BatchShape
-from podsim.heat import Heats, Shares, Warming, smooth
+from podsim.heat import Drive, Heats, Shares, Warming, smooth
 from podsim.heat_fitting import (
     OF_OTHER_CARDS,
     WITHOUT_CLOCKS,
@@ -35,6 +35,8 @@ WARMING = Warming(
     seconds=0.06,
     rest=0.12,
     least=0.08,
+    at_once=0.15,
+    follows=0.9,
     at_limit=0.06,
     lower=0.04,
 )
@@ -44,9 +46,25 @@ def test_what_a_step_drives_is_the_mean_over_what_it_does() -> None:
     shares = Shares(products=0.6, attention=0.2, decodes=0.1)
     assert shares.idle == pytest.approx(0.1)
     others = 0.2 * 0.45 + 0.1 * 0.2 - 0.1 * 0.1
-    assert WARMING.drive(512, shares) == pytest.approx(0.6 * 0.5 + others)
-    assert WARMING.drive(513, shares) == pytest.approx(0.6 * 0.4 + others)
+    at_once = 0.08 + 0.6 * 0.15
+    assert WARMING.drive(512, shares) == pytest.approx(Drive(0.6 * 0.5 + others, at_once))
+    assert WARMING.drive(513, shares) == pytest.approx(Drive(0.6 * 0.4 + others, at_once))
+    assert WARMING.drive(513, Shares(1.2, 0.0, 0.0)).at_once == pytest.approx(0.08 + 0.15)
     assert Shares(0.8, 0.4, 0.3).idle == 0.0  # overlapped
+
+
+def test_a_part_of_the_fall_is_there_at_once() -> None:
+    drive = Drive(fall=0.4, at_once=0.2)
+    falls = [WARMING.fall_in(drive, Heats(fall), 0.001) for fall in (0.0, 0.12, 0.15, 0.3)]
+    assert falls[:3] == [0.2, 0.2, 0.2]  # whatever was before, until the heat is beyond it
+    assert falls[3] == pytest.approx(0.3, abs=1e-3)
+    assert WARMING.fall_as_timed(Drive(fall=0.1, at_once=0.2)) == 0.2
+    assert WARMING.fall(Heats(0.1)) == 0.1  # decodes alone do not have it
+
+
+def test_steps_follow_the_clock_less_than_their_parts() -> None:
+    assert WARMING.slower(0.3, as_timed=0.3) == 0.0
+    assert WARMING.slower(0.3, as_timed=0.2) == pytest.approx(0.9 * (math.exp(0.1) - 1))
 
 
 def test_a_smooth_step_has_its_ends_and_its_middle() -> None:
@@ -59,14 +77,14 @@ def test_a_card_at_its_limit_for_half_of_a_second_falls_further() -> None:
         assert WARMING.fall(Heats(0.3, limited)) == pytest.approx(fall)
     assert WARMING.fall(Heats(0.15, 1.0)) == pytest.approx(0.15 + 0.04 * 0.5)  # half at its limit
     assert WARMING.fall(Heats(0.0, 1.0)) == 0.08
-    heats, falls = WARMING.at_rest, []
+    heats, falls, drive = WARMING.at_rest, [], Drive(0.4, at_once=0.1)
     for _ in range(200):  # steps of 10 ms
-        falls.append(WARMING.fall_in(0.4, heats, 0.01))
-        heats = WARMING.worked(heats, 0.4, 0.01)
+        falls.append(WARMING.fall_in(drive, heats, 0.01))
+        heats = WARMING.worked(heats, drive, 0.01)
     assert falls[59] < 0.4 < falls[59] + 1e-4  # after 0.6 s; e^-0.6 of a second is over a half
     assert falls[85:] == pytest.approx([0.44] * 115)  # e^-0.85 is under 0.45
     limited = WARMING.rested(heats, 1.0).limited
-    assert WARMING.fall_in(0.4, Heats(0.4, limited), 0.01) == pytest.approx(0.4)  # forgotten
+    assert WARMING.fall_in(drive, Heats(0.4, limited), 0.01) == pytest.approx(0.4)  # forgotten
 
 
 def test_a_rest_is_the_same_in_one_and_in_many_pieces() -> None:
@@ -89,9 +107,10 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
     prompt = BatchShape.of([(512, 512)])
     parts = latency.parts(prompt)
     in_all = parts.attention + parts.layers + parts.once
-    drive = WARMING.drive(512, parts.shares)
+    drive, at_once = WARMING.drive(512, parts.shares)
     row = latency.clock_fall(512)
     assert 0.2 < row < drive < 0.5
+    assert 0.2 < at_once < row
 
     def at(fall: float, limited: float) -> float:
         moments = np.linspace(0, in_all, 1001)
@@ -99,14 +118,14 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
         on = smooth((fall - 0.12) / 0.06)
         limited = float(np.mean(on + (limited - on) * np.exp(-moments)))
         fall += 0.04 * on * smooth((limited - 0.45) / 0.1)
-        slower = math.exp(fall - row) - 1
+        slower = 0.9 * (math.exp(max(fall, at_once) - row) - 1)
         return in_all + (parts.clocked_attention + parts.clocked_layers) * slower
 
     heat, time, heats = Heat(latency), 0.0, WARMING.at_rest
     for _ in range(500):
         seconds = heat.step_time(prompt, time)
         assert seconds == pytest.approx(at(*heats), rel=1e-4)
-        heats = WARMING.worked(heats, drive, seconds)
+        heats = WARMING.worked(heats, Drive(drive, at_once), seconds)
         time += seconds
     assert time > 5.0
     assert seconds == pytest.approx(at(drive, 1.0), rel=1e-3)  # a long row
@@ -167,7 +186,7 @@ def made_up(
     while time < ends[-1]:
         for _ in range(in_a_row):
             fall = warming.fall_in(drive, heats, 0.02)
-            step = 0.02 + clocked * math.expm1(fall - row)
+            step = 0.02 + clocked * warming.slower(fall, row)
             heats, time = warming.worked(heats, drive, step), time + step
             window = int(np.searchsorted(ends, time))
             if window < len(ends):
@@ -215,6 +234,7 @@ def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
         drives = [each.drive(run.num_tokens, run.shares) for each in (found, WARMING)]
         falls = [found.fall_as_timed(drive) for drive in drives]
         assert falls[0] == pytest.approx(falls[1], abs=0.02)
+    assert found.follows == pytest.approx(0.9, abs=0.1)
 
 
 def test_without_clocks_decodes_and_rests_drive_what_they_do_on_other_cards() -> None:
@@ -245,8 +265,9 @@ def test_clocks_of_other_whole_steps_count() -> None:
     ]
     hotter, other = replace(WARMING, attention=0.6), Shares(0.4, 0.55, 0.0)
     steps = [timed_step(hotter, 700, shares) for shares in (LONG, other, PREFILL, SMALL)]
-    without, beside = fit_heating(runs).drive(700, other), fit_heating(runs, steps * 20)
-    assert without + 0.02 < beside.drive(700, other) <= hotter.drive(700, other) + 0.01
+    without, beside = fit_heating(runs), fit_heating(runs, steps * 20)
+    falls = [warming.drive(700, other).fall for warming in (without, beside, hotter)]
+    assert falls[0] + 0.01 < falls[1] <= falls[2] + 0.01
     as_timed = [beside.fall_as_timed(step.drive(beside)) for step in steps]
     assert as_timed == pytest.approx([step.fall for step in steps], abs=0.02)
 
