@@ -241,7 +241,7 @@ def test_the_page_says_what_a_page_group_took(same_tokens, served_on_the_h200):
 
 @pytest.mark.parametrize(
     ("us", "simulated", "off"),
-    [(None, (3.52, 3.25), (-1.75, -0.94)), (46.3, (5.12, None), None), (61.8, (7.02, None), None)],
+    [(None, (3.49, 3.23), (-1.78, -0.96)), (46.3, (5.12, None), None), (61.8, (7.02, None), None)],
 )
 def test_the_page_says_what_other_times_of_mapping_would_give(
     same_tokens, tmp_path, us, simulated, off
