@@ -8,7 +8,8 @@ windows of seconds. Of recordings whose engine noted the clock of every step: al
 
 Their parts were timed at another clock. `by clock` is what the parts take at the clock of the step,
 over what was measured, minus 1: matrix products and attention follow the clock as the passes of the
-profile over one point do (`clock_sensitivity`), and nothing else does. Profiles read the clocks of
+profile over one point do (`clock_sensitivity`), in steps with prefill by `follows` of that, and
+nothing else does. Profiles read the clocks of
 windows, and engines note those of steps, since 2026-11-22. Of a recording, `predicted` is what the
 simulator says, which predicts the clock too. Errors are means, `scatter` standard deviations.
 """
@@ -47,7 +48,9 @@ class Parts:
         """Their sum, without the host, and at another clock."""
         parts = self._latency.parts(shape)
         total = parts.attention + parts.layers + parts.once
+        warming = self._latency.warming
         slower = self.clock(shape.num_tokens) / megahertz - 1.0
+        slower *= 1.0 if warming is None or not shape.prefills else warming.follows
         return total, total + (parts.clocked_attention + parts.clocked_layers) * slower
 
     def clock(self, num_tokens: int) -> float:
