@@ -234,6 +234,67 @@ def test_the_next_step_is_foreseen(num_blocks):
         assert 0.5 * len(steps) < right < len(steps)
 
 
+class Remembering(MadeUpForward):
+    """Knows all tokens of each request that there were when one came out."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.known: set[tuple[int, ...]] = set()
+
+    def run(self, inputs, foresee):
+        found = super().run(inputs, foresee)
+        lengths = [chunk[1:] for chunk in inputs.lengths.chunks] + list(inputs.lengths.decodes)
+        ends = np.cumsum(
+            [n for n, _, _ in inputs.lengths.chunks] + [1] * len(inputs.lengths.decodes)
+        )
+        for end, (context, slot) in zip(ends, lengths, strict=True):
+            if end - 1 in inputs.sample_rows:
+                self.known.add(tuple(self.cache[slot, :context].tolist()))
+        return found
+
+
+def test_what_is_computed_again_are_the_tokens_that_came_out():
+    known = []
+    for num_blocks in (40, 400):
+        made = []
+
+        def kind(*args, made=made):
+            made.append(Remembering(*args))
+            return made[0]
+
+        deployment = Deployment(
+            token_budget=400, max_num_seqs=16, max_model_len=400, num_blocks=num_blocks
+        )
+        recording = serve(random_trace(1), deployment, num_blocks, kind=kind)
+        assert len(recording.log.preempted_id) > 0 or num_blocks == 400
+        known.append(made[0].known)
+    assert known[0] == known[1]
+    assert len(known[0]) > 1000
+
+
+def test_a_step_is_recorded_while_the_next_one_is_computed(monkeypatch):
+    seen = []
+
+    class Looking(MadeUpForward):
+        def run(self, inputs, foresee):
+            before = len(recorded)
+            foresee()
+            seen.append((before, len(recorded)))
+            return super().run(inputs, foresee)
+
+    recorded: list[object] = []
+    record = Engine._record_latest
+
+    def watched(engine):
+        record(engine)
+        recorded[:] = engine.recording.shapes
+
+    monkeypatch.setattr(Engine, "_record_latest", watched)
+    deployment = Deployment(token_budget=400, max_num_seqs=16, max_model_len=400)
+    recording = serve(random_trace(2, num_requests=5), deployment, 400, kind=Looking)
+    assert seen == [(max(step - 1, 0), step) for step in range(len(recording.shapes))]
+
+
 def test_a_request_that_cannot_be_served_is_refused():
     trace = Trace.of((0.0, 10, 2), (0.0, 300, 200))
     deployment = Deployment(token_budget=64, max_num_seqs=4, max_model_len=400)
