@@ -95,6 +95,9 @@ class Llama:
         self.num_blocks = num_blocks
         if page_size and not max_len <= num_blocks * page_size:
             raise ValueError(f"max_len {max_len} is more than {num_blocks} blocks hold")
+        # Not with a block table, of which as much is copied as is in use, nor from the memory that
+        # processes share, which was not tried.
+        self._copies_in_graph = not page_size and group is None
         self._padding_slot = num_blocks * page_size if page_size else max_requests
         self._plan_sizes: dict[str, Any] = {
             "num_q_heads": model.num_q_heads,
@@ -280,7 +283,7 @@ class Llama:
             self.inputs.prepare(plan, lengths)
 
     def _queue(self, launch: _Launch) -> None:
-        if self.page_size:  # how much is copied depends on the table
+        if not self._copies_in_graph:
             self.inputs.copy()
         _, layers = self._parts(launch)
         layers.run()
@@ -321,7 +324,7 @@ class Llama:
 
     def _layers(self, size: int, strategy: str, plan: CapturedPlan) -> None:
         """From the token ids to the final norm of every token."""
-        if not self.page_size:
+        if self._copies_in_graph:
             self.inputs.copy()  # launched with the rest, in a fraction of the time
         if self.clocks is not None:
             self.clocks.begin()
