@@ -186,13 +186,13 @@ def test_a_share_has_a_shape_and_a_profile_of_its_own() -> None:
 def test_a_profile_of_a_share_is_refitted_as_one(
     profile_of: Callable[[Model], Path],
 ) -> None:
-    share = LLAMA.shard(4)
+    share = LARGE.shard(4)
     folder = profile_of(share)
-    rows = ROOT / "profiles/h200/llama-3-8b/measurements.csv"
+    rows = ROOT / "profiles/h200/llama-3-70b-tp4/measurements.csv"
     (folder / rows.name).write_bytes(rows.read_bytes())
     refitted = calibration.refit(folder)
     assert find_profile("h200", share, folder).ops == refitted.ops
-    assert (refitted.model, refitted.shape) == ("llama-3-8b-tp4", share.shape)
+    assert (refitted.model, refitted.shape) == ("llama-3-70b-tp4", share.shape)
 
 
 # --------------------------------------------------------------------------------------- memory
