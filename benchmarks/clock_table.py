@@ -1,15 +1,15 @@
 """Whole steps by the clock that they ran at, beside what is predicted; no GPU.
 
     python benchmarks/clock_table.py validation/h200/d0bdb33a/profile
-    python benchmarks/clock_table.py validation/h200/a928efd1/summary-serial-1024-0.95
+    python benchmarks/clock_table.py validation/h200/2b883af9/summary-serial-1024-0.95
 
 Of a profile: its steps with prefill under serial, timed alone or, one after another from rest, in
 windows of seconds. Of recordings whose engine noted the clock of every step: all steps, by kind.
 
 Their parts were timed at another clock. `by clock` is what the parts take at the clock of the step,
 over what was measured, minus 1: matrix products and attention follow the clock as the passes of the
-profile over one point do (`clock_sensitivity`), in steps with prefill by `follows` of that, and
-nothing else does. Profiles read the clocks of
+profile over one point do (`clock_sensitivity`), in steps with prefill by `follows` of that and
+`longer` by a share, and nothing else does. Profiles read the clocks of
 windows, and engines note those of steps, since 2026-11-22. Of a recording, `predicted` is what the
 simulator says, which predicts the clock too. Errors are means, `scatter` standard deviations.
 """
@@ -49,8 +49,11 @@ class Parts:
         parts = self._latency.parts(shape)
         total = parts.attention + parts.layers + parts.once
         warming = self._latency.warming
-        slower = self.clock(shape.num_tokens) / megahertz - 1.0
-        slower *= 1.0 if warming is None or not shape.prefills else warming.follows
+        fall = math.log(self._highest / megahertz)
+        as_timed = self._latency.clock_fall(shape.num_tokens)
+        slower = math.expm1(fall - as_timed)
+        if warming is not None and shape.prefills:
+            slower = warming.slower(fall, as_timed)
         return total, total + (parts.clocked_attention + parts.clocked_layers) * slower
 
     def clock(self, num_tokens: int) -> float:
@@ -60,7 +63,8 @@ class Parts:
 
 def rows_by_clock(folder: Path) -> pd.DataFrame:
     """Of each step with prefill of a profile: batch, clocks of its parts and its own, errors."""
-    parts = Parts(read_profile(folder, str(folder)), "serial")
+    profile = read_profile(folder, str(folder))
+    parts = {name: Parts(profile, name) for name in ("serial", "pod")}
     rows = read_measurements(folder / "measurements.csv")
     rows = rows[rows["op"].isin(["step", "sustained", "duty"]) & (rows["prefills"] != "")]
     rows = rows[rows["sm_clock_mhz"].notna() & ~rows["strategy"].str.startswith("decode ")]
@@ -68,9 +72,10 @@ def rows_by_clock(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(_errors(parts, rows))
 
 
-def _errors(parts: Parts, rows: pd.DataFrame) -> Iterator[dict[str, object]]:
+def _errors(parts: dict[str, Parts], rows: pd.DataFrame) -> Iterator[dict[str, object]]:
     for shape, row in zip(shapes_of(rows), rows.itertuples(), strict=True):
-        total, by_clock = parts.seconds(shape, row.sm_clock_mhz)
+        mine = parts.get(row.split, parts["serial"])
+        total, by_clock = mine.seconds(shape, row.sm_clock_mhz)
         measured = float(row.time_us) * 1e-6
         yield {
             "op": row.op,
@@ -78,7 +83,7 @@ def _errors(parts: Parts, rows: pd.DataFrame) -> Iterator[dict[str, object]]:
             "decodes": row.decodes,
             "split or window": row.split if row.op == "step" else row.strategy,
             "tokens": shape.num_tokens,
-            "MHz of parts": round(parts.clock(shape.num_tokens)),
+            "MHz of parts": round(mine.clock(shape.num_tokens)),
             "MHz": round(row.sm_clock_mhz),
             "sum of parts": total / measured - 1.0,
             "by clock": by_clock / measured - 1.0,

@@ -148,7 +148,8 @@ class AttentionModel:
         if strategy == "streams":  # whose prefill is that on a part of the SMs
             side = self._prefill_side(tiles, 0)
             prefill = side.seconds + load * side.loaded_seconds
-        return AttentionTime(seconds, side.busy * prefill, decode)
+        drawing = side.busy * prefill
+        return AttentionTime(seconds, drawing, decode, max(0.0, drawing + decode - seconds))
 
     def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""
@@ -172,7 +173,10 @@ class AttentionModel:
         high = dot(coefficients, unified_features(shape, work, geometry, 0.0))
         load = drawn(shape.num_tokens, high, work, geometry)
         seconds = high + coefficients[DRAWN] * work.makespan * load
-        return AttentionTime(seconds, work.busy * seconds)
+        reading = self.decode_seconds(
+            shape.num_decodes, shape.decode_context_sum, shape.decode_context_max
+        )
+        return AttentionTime(seconds, work.busy * seconds, reading)
 
     def _compute_unified_work(self, chunks: Tiles, decodes: DecodeTiles) -> TileWork:
         return tile_work(chunks, self.geometry, decode_tile_blocks(decodes))

@@ -320,7 +320,8 @@ def _timed_steps(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator
     latency = ProfiledLatency(profile, model, "serial")
     falls = _falls(profile.provenance, steps["sm_clock_mhz"])
     for shape, fall in zip(shapes_of(steps), falls, strict=bool(falls)):
-        yield TimedStep(shape.num_tokens, latency.parts(shape).shares, fall)
+        n = shape.num_tokens
+        yield TimedStep(n, latency.parts(shape).shares, fall, latency.fall_beyond(n))
 
 
 def sustained_runs(folder: Path, model: Model) -> list[SustainedRun]:
@@ -330,11 +331,12 @@ def sustained_runs(folder: Path, model: Model) -> list[SustainedRun]:
 
 
 def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Iterator[SustainedRun]:
-    latency = ProfiledLatency(profile, model, "serial")
+    latencies = {name: ProfiledLatency(profile, model, name) for name in ("serial", "pod")}
     rows = rows[rows["op"].isin(["sustained", "duty"])]
     for key, run in rows.groupby(["op", "prefills", "decodes", "split"], sort=False):
         op, prefills, decoded, split = map(str, key)
         shape = shapes_of(run.head(1))[0]
+        latency = latencies.get(split, latencies["serial"])
         parts = latency.parts(shape)
         layers = parts.attention + parts.layers
         decodes = run[run["strategy"].str.startswith("decode ")]
@@ -351,6 +353,7 @@ def _sustained_runs(profile: Profile, model: Model, rows: pd.DataFrame) -> Itera
             clocked=parts.clocked_attention + parts.clocked_layers,
             row_fall=latency.clock_fall(shape.num_tokens),
             shares=parts.shares,
+            beyond=latency.fall_beyond(shape.num_tokens),
             ends=[float(text.split()[-2]) for text in mixed["strategy"]],
             seconds=(mixed["seconds"] - parts.once).tolist(),
             falls=_falls(profile.provenance, mixed["sm_clock_mhz"]),

@@ -49,7 +49,7 @@ class Drive(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Of a step with prefill, shares of its time. Overlapped, they may be more than 1."""
+    """Of a step with prefill, what it does as shares of its time: overlapped, more than 1."""
 
     products: float
     """Of matrix products."""
@@ -57,10 +57,12 @@ class Shares(NamedTuple):
     """Of prefill attention, as far as it keeps the SMs busy."""
     decodes: float
     """Of decode attention."""
+    overlapped: float = 0.0
+    """Of what runs beside other work: by so much a step is shorter."""
 
     @property
     def idle(self) -> float:
-        """Of the rest."""
+        """For how long none of the first three runs."""
         return max(0.0, 1.0 - self.products - self.attention - self.decodes)
 
 
@@ -77,6 +79,8 @@ class Warming:
     """Fall under nothing but prefill attention on all SMs,"""
     decodes: float = 0.0
     """and under nothing but decode attention, if there is prefill in the step."""
+    overlap: float = 0.0
+    """What work adds that runs beside other work: the card draws for both at once."""
     idle: float = 0.0
     """What the rest of a step's time takes back: the card draws less than its limit meanwhile."""
     seconds: float = 0.05
@@ -88,7 +92,9 @@ class Warming:
     at_once: float = 0.0
     """and what nothing but matrix products adds to that, before any heat."""
     follows: float = 1.0
-    """Of what goes with the clock where operations are timed alone, how much does in a step."""
+    """Of what goes with the clock where operations are timed alone, how much does in a step,"""
+    longer: float = 0.0
+    """and what it takes longer there at the same clock, as a share."""
     at_limit: float = 0.05
     """So far beyond the rest the card is at its limit, and less far in part."""
     lower: float = 0.0
@@ -110,13 +116,15 @@ class Warming:
         """After a long rest, or long after the last step with prefill."""
         return Heats(self.rest)
 
-    def drive(self, num_tokens: int, shares: Shares) -> Drive:
-        """Of a step with prefill of so many tokens."""
-        products, attention, decodes = shares
-        fall = self.products_at.get(num_tokens, self.products)
-        working = fall * products + self.attention * attention
+    def drive(self, num_tokens: int, shares: Shares, beyond: float = 0.0) -> Drive:
+        """Of a step with prefill of so many tokens, whose layers alone are timed at a fall so far
+        beyond that of numbers near it: their matrix kernels draw as much more.
+        """
+        products, attention, decodes, overlapped = shares
+        fall = self.products_at.get(num_tokens, self.products + beyond)
+        working = fall * products + self.attention * attention + self.decodes * decodes
         return Drive(
-            working + self.decodes * decodes - self.idle * shares.idle,
+            working + self.overlap * overlapped - self.idle * shares.idle,
             self.least + self.at_once * min(products, 1.0),
         )
 
@@ -145,7 +153,7 @@ class Warming:
         """What goes with the clock takes so much longer, as a share of its time at the fall that it
         was timed at; in steps with prefill.
         """
-        return self.follows * math.expm1(fall - as_timed)
+        return self.longer + self.follows * math.expm1(fall - as_timed)
 
     def worked(self, heats: Heats, drive: Drive, seconds: float) -> Heats:
         """The heats after a step of so many seconds with this drive."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -24,12 +24,14 @@ SEARCHED = {
     "products": (0.0, 2.0, 0.4, 0.3),
     "attention": (0.0, 2.0, 0.5, 0.4),
     "decodes": (0.0, 1.0, 0.2, 0.1),
+    "overlap": (0.0, 2.0, 0.4, 0.2),
     "idle": (0.0, 1.0, 0.1, 0.0),
     "seconds": (0.005, 0.3, 0.05, 0.03),
     "rest": (0.0, 0.3, 0.1, 0.05),
     "least": (0.0, 0.3, 0.1, 0.05),
     "at_once": (0.0, 0.3, 0.1, 0.05),
     "follows": (0.5, 1.2, 0.9, 1.0),
+    "longer": (0.0, 0.03, 0.003, 0.006),
     "at_limit": (0.01, 0.3, 0.05, 0.1),
     "lower": (0.0, 0.2, 0.04, 0.03),
     "timed": (0.0, 1.0, 0.7, 0.4),
@@ -37,13 +39,18 @@ SEARCHED = {
 """Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
 which the better end counts."""
 OF_OTHER_CARDS = {
-    **{"attention": 0.286, "decodes": 0.149, "idle": 0.117, "rest": 0.087, "least": 0.049},
-    **{"at_once": 0.147, "follows": 0.87, "seconds": 0.048, "at_limit": 0.077, "lower": 0.042},
-    **{"timed": 0.55},
+    **{"attention": 0.268, "decodes": 0.191, "overlap": 0.498, "idle": 0.126, "rest": 0.094},
+    **{"least": 0.05, "at_once": 0.145, "follows": 0.884, "longer": 0.005, "seconds": 0.051},
+    **{"at_limit": 0.086, "lower": 0.043, "timed": 0.588},
 }
-"""Medians of seven H200s, for profiles whose steps tell too little: all of them for those without
-steps of decodes between others (`--quick`), and, of those from before clocks were read,"""
-WITHOUT_CLOCKS = ("decodes", "idle", "at_once", "follows", "timed")
+"""Medians of nine H200s (`benchmarks/heat_table.py validation/h200/*/profile`), for profiles whose
+steps tell too little: all of them for those without steps of decodes between others (`--quick`); of
+those whose steps hardly overlap,"""
+LEAST_OVERLAP = 0.01
+WITHOUT_LONG = ("decodes", "overlap")
+"""which are medians of four, as short contexts hardly tell them; and, of those from before clocks
+were read,"""
+WITHOUT_CLOCKS = ("decodes", "overlap", "idle", "at_once", "follows", "longer", "timed")
 """which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
 
@@ -61,6 +68,8 @@ class SustainedRun:
     row_fall: float
     """as which the parts are timed at this fall."""
     shares: Shares
+    beyond: float = 0.0
+    """See `TimedStep`."""
     ends: Sequence[float]
     """Seconds at which windows end, the first of which begins with the run."""
     seconds: Sequence[float]
@@ -78,12 +87,6 @@ class SustainedRun:
     """Seconds of steps of decodes alone after them,"""
     in_a_row: int = 1
     """and how many steps with prefill there are before."""
-
-    @cached_property
-    def course(self) -> tuple[Floats, NDArray[np.int64]]:
-        """Of cells of CELL seconds from the start: the share of steps with prefill, the window."""
-        cells = np.arange(round(self.ends[-1] / CELL), dtype=np.float64) * CELL
-        return self.share(cells), np.searchsorted(self.ends, cells + CELL / 2)
 
     def share(self, cells: Floats) -> Floats:
         """Of cells from the run's start, how much steps with prefill take."""
@@ -104,9 +107,11 @@ class TimedStep(NamedTuple):
     shares: Shares
     fall: float
     """As which it was timed."""
+    beyond: float = 0.0
+    """By how much the layers of so many tokens are timed lower than those of numbers near."""
 
     def drive(self, warming: Warming) -> Drive:
-        return warming.drive(self.num_tokens, self.shares)
+        return warming.drive(self.num_tokens, self.shares, self.beyond)
 
 
 def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -> Warming:
@@ -118,7 +123,11 @@ def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -
     known = _known(runs, steps)
     searched = [name for name in SEARCHED if name not in known]
     watched = sorted({run.num_tokens for run in runs if run.is_watched})
-    batches = [list(some) for _, some in groupby(runs, key=lambda run: run.batch)]
+    courses = _Courses(runs)
+    seconds = np.concatenate([run.seconds for run in runs])
+    unread = [[math.nan] * len(run.ends) for run in runs]
+    clocks = np.concatenate([run.falls or nan for run, nan in zip(runs, unread, strict=True)])
+    course_alone = _windows_of_inexact(runs)
 
     def warming(parameters: Floats) -> Warming:
         values = parameters.tolist()
@@ -128,16 +137,12 @@ def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -
 
     def residuals(parameters: Floats) -> Floats:
         found = warming(parameters)
-        errors = []
-        for batch in batches:
-            means = [(run, *_means(run, found)) for run in batch]
-            logs = np.concatenate([np.log(seconds / run.seconds) for run, seconds, _ in means])
-            logs = logs[np.isfinite(logs)]
-            errors.append(logs if batch[0].is_exact else logs - logs.mean())
-            errors += [falls - run.falls for run, _, falls in means if run.falls]
+        predicted_seconds, falls = courses.means(found)
+        logs = np.log(predicted_seconds / seconds)
+        for windows in course_alone:
+            logs[windows] -= np.nanmean(logs[windows])
         settled = [found.fall_as_timed(step.drive(found)) - step.fall for step in steps]
-        errors.append(np.array(settled))
-        together: Floats = np.concatenate(errors)
+        together: Floats = np.concatenate([logs, falls - clocks, settled])
         return np.asarray(together[np.isfinite(together)])
 
     every = [SEARCHED[name] for name in [*searched, *("products" for _ in watched)]]
@@ -156,12 +161,26 @@ def fit_heating(runs: Sequence[SustainedRun], steps: Sequence[TimedStep] = ()) -
     return warming(min(searches, key=lambda found: found.cost).x)
 
 
+def _windows_of_inexact(runs: Sequence[SustainedRun]) -> list[slice]:
+    """Of batches of which only the course counts."""
+    found, first = [], 0
+    for _, some in groupby(runs, key=lambda run: run.batch):
+        batch = list(some)
+        last = first + sum(len(run.ends) for run in batch)
+        found += [] if batch[0].is_exact else [slice(first, last)]
+        first = last
+    return found
+
+
 def _known(runs: Sequence[SustainedRun], steps: Sequence[TimedStep]) -> dict[str, float]:
     if not any(run.between for run in runs):
         return OF_OTHER_CARDS
+    untold: tuple[str, ...] = ()
     if not steps or not any(run.falls for run in runs):
-        return {name: OF_OTHER_CARDS[name] for name in WITHOUT_CLOCKS}
-    return {}
+        untold = WITHOUT_CLOCKS
+    elif not any(run.shares.overlapped > LEAST_OVERLAP for run in runs):
+        untold = WITHOUT_LONG
+    return {name: OF_OTHER_CARDS[name] for name in untold}
 
 
 def predicted(run: SustainedRun, warming: Warming) -> Floats:
@@ -169,37 +188,50 @@ def predicted(run: SustainedRun, warming: Warming) -> Floats:
 
     NaN where decodes alone take a whole window.
     """
-    return _means(run, warming)[0]
+    return _Courses([run]).means(warming)[0]
 
 
-def _means(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats]:
-    """That, and the mean falls of the clock."""
-    share, falls, window = _course(run, warming)
-    slower = _window_means(run, np.expm1(falls - run.row_fall), share, window)
-    seconds = run.layers + run.clocked * warming.follows * slower
-    return seconds, _window_means(run, falls, share, window)
+class _Courses:
+    """Runs side by side, each a row of cells."""
 
+    def __init__(self, runs: Sequence[SustainedRun]) -> None:
+        self._runs = runs
+        cells = np.arange(round(max(run.ends[-1] for run in runs) / CELL), dtype=np.float64) * CELL
+        self._share = np.array([run.share(cells) for run in runs])
+        sizes = [len(run.ends) + 1 for run in runs]  # with a window for what comes after the end
+        firsts = np.cumsum([0, *sizes])
+        ended = [np.searchsorted(run.ends, cells + CELL / 2) for run in runs]
+        self._window = (np.array(ended) + firsts[:-1, None]).ravel()
+        self._windows = np.delete(np.arange(firsts[-1]), firsts[1:] - 1)
+        self._worked = np.bincount(self._window, self._share.ravel(), firsts[-1])[self._windows]
+        self._worked[self._worked == 0.0] = np.nan
+        each = [len(run.ends) for run in runs]
+        self._layers = np.repeat([run.layers for run in runs], each)
+        self._clocked = np.repeat([run.clocked for run in runs], each)
+        self._row_falls = np.array([[run.row_fall] for run in runs])
 
-def _window_means(
-    run: SustainedRun, values: Floats, share: Floats, window: NDArray[np.int64]
-) -> Floats:
-    """Of cells' values, weighted by the share of steps with prefill; NaN where there are none."""
-    weights = np.bincount(window, share, len(run.ends))
-    weights[weights == 0.0] = np.nan
-    return np.asarray(np.bincount(window, share * values, len(run.ends)) / weights)
+    def means(self, warming: Warming) -> tuple[Floats, Floats]:
+        """Of all windows of all runs, mean seconds of the steps' layers, and falls of the clock."""
+        falls = self._falls(warming)
+        slower = self._means_of(np.expm1(falls - self._row_falls))
+        longer = warming.longer + warming.follows * slower
+        return self._layers + self._clocked * longer, self._means_of(falls)
 
+    def _means_of(self, values: Floats) -> Floats:
+        """In windows, weighted by the share of steps with prefill; NaN where there are none."""
+        sums = np.bincount(self._window, (self._share * values).ravel())
+        return np.asarray(sums[self._windows] / self._worked)
 
-def _course(run: SustainedRun, warming: Warming) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Of cells of a run: the share of steps with prefill, the fall, and the window."""
-    share, window = run.course
-    drive = warming.drive(run.num_tokens, run.shares)
-    # Above the rest, from which a run begins.
-    beyond = _heats(share * (drive.fall - warming.rest), warming.seconds)
-    limited = _smooth(beyond / warming.at_limit)
-    low, high = HALF
-    for_long = _smooth((_heats(limited, SECOND) - low) / (high - low))
-    falls = warming.rest + beyond + warming.lower * for_long * limited
-    return share, np.maximum(falls, drive.at_once), window
+    def _falls(self, warming: Warming) -> Floats:
+        drives = [warming.drive(run.num_tokens, run.shares, run.beyond) for run in self._runs]
+        driven, at_once = (np.array(column)[:, None] for column in zip(*drives, strict=True))
+        # Above the rest, from which a run begins.
+        beyond = _heats(self._share * (driven - warming.rest), warming.seconds)
+        limited = _smooth(beyond / warming.at_limit)
+        low, high = HALF
+        for_long = _smooth((_heats(limited, SECOND) - low) / (high - low))
+        falls = warming.rest + beyond + warming.lower * for_long * limited
+        return np.asarray(np.maximum(falls, at_once))
 
 
 def _smooth(part: Floats) -> Floats:
@@ -209,9 +241,10 @@ def _smooth(part: Floats) -> Floats:
 
 
 def _heats(drives: Floats, tau: float) -> Floats:
-    """Of each cell the mean of its heat, which is 0 at first."""
+    """Of each cell of each row the mean of its heat, which is 0 at first."""
     from scipy.signal import lfilter
 
     kept = np.exp(-CELL / tau)
     ends = lfilter([1 - kept], [1, -kept], drives)
-    return np.asarray((np.concatenate([[0.0], ends[:-1]]) + ends) / 2)
+    before = np.concatenate([np.zeros((len(ends), 1)), ends[:, :-1]], axis=1)
+    return np.asarray((before + ends) / 2)

@@ -16,7 +16,14 @@ from podsim.collectives import StepCollectives
 from podsim.graph_sizes import graph_size
 from podsim.heat import Drive, Heats, Shares, Warming
 from podsim.model import Model
-from podsim.op_tables import LAYER_OPS, MATRIX_OPS, SAMPLED_OPS, TOKEN_OPS, op_seconds
+from podsim.op_tables import (
+    LAYER_OPS,
+    MATRIX_OPS,
+    SAMPLED_OPS,
+    TOKEN_OPS,
+    beyond_neighbours,
+    op_seconds,
+)
 from podsim.profile import Profile
 from podsim.roofline import attention_traffic, product_traffic
 from podsim.scaling import Attention, AttentionTime, ScaledAttention
@@ -194,7 +201,9 @@ class Parts(NamedTuple):
     drawing: float
     """and attention would,"""
     reading: float
-    """and decodes beside prefill would take alone."""
+    """and decodes beside prefill would take alone,"""
+    beside: float
+    """of which so much is saved by running both at once."""
 
     @property
     def shares(self) -> Shares:
@@ -202,7 +211,12 @@ class Parts(NamedTuple):
         be what the rest does.
         """
         seconds = self.attention + self.layers + self.once
-        return Shares(self.products / seconds, self.drawing / seconds, self.reading / seconds)
+        return Shares(
+            self.products / seconds,
+            self.drawing / seconds,
+            self.reading / seconds,
+            self.beside / seconds,
+        )
 
 
 class Hull(NamedTuple):
@@ -261,7 +275,7 @@ class ProfiledLatency:
         self._attention_follows = sensitivity_of(profile, strategy)
         self._one_side_follows = sensitivity_of(profile, "serial")
         self._clocked_products = _clocked_products(profile, model, graph_padding)
-        self._clock_falls = _clock_falls(profile, graph_padding)
+        self._clock_falls, self._falls_beyond = _clock_falls(profile, graph_padding)
         self._matrix_seconds_per_token: float = (
             model.num_layers * profile.attention["geometry"]["linear_token_seconds"] * matrix_ratio
         )
@@ -297,7 +311,7 @@ class ProfiledLatency:
 
     def drive(self, warming: Warming, num_tokens: int, shares: Shares) -> Drive:
         """What a step with prefill of so many tokens, before padding, does to the clock."""
-        return warming.drive(self._padded(num_tokens), shares)
+        return warming.drive(self._padded(num_tokens), shares, self.fall_beyond(num_tokens))
 
     def _count(self, shape: BatchShape, seconds: float) -> float:
         self.seconds_predicted += seconds
@@ -336,11 +350,15 @@ class ProfiledLatency:
         """At which layers over so many tokens are timed: see `podsim.heat`."""
         return self._clock_falls[min(num_tokens, len(self._clock_falls) - 1)]
 
+    def fall_beyond(self, num_tokens: int) -> float:
+        """By how much that lies beyond the fall of numbers of tokens near it."""
+        return self._falls_beyond[min(num_tokens, len(self._falls_beyond) - 1)]
+
     def parts(self, shape: BatchShape) -> Parts:
         """What a step's kernels take as each is timed alone, and the gaps between them."""
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
         num_tokens = num_prefill_tokens + num_decodes
-        attention, drawing, reading = self.attention_time(shape)
+        attention, drawing, reading, beside = self.attention_time(shape)
         layers, once, collectives = self._beside_attention(
             num_tokens, num_sampled, num_decodes + len(prefills)
         )
@@ -359,13 +377,13 @@ class ProfiledLatency:
             products=products,
             drawing=drawing,
             reading=reading,
+            beside=beside,
         )
 
     def attention_time(self, shape: BatchShape) -> AttentionTime:
         """Of all layers together, as each is timed alone."""
-        seconds, drawing, reading = self.attention.time(self.strategy, shape)
         n = self.num_layers
-        return AttentionTime(n * seconds, n * drawing, n * reading)
+        return AttentionTime(*(n * each for each in self.attention.time(self.strategy, shape)))
 
     def _beside_attention(
         self, num_tokens: int, num_sampled: int, num_requests: int
@@ -525,14 +543,18 @@ def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
     )
 
 
-def _clock_falls(profile: Profile, graph_padding: bool) -> list[float]:
-    """For every number of tokens that was measured; 0 in a profile without clocks."""
+def _clock_falls(profile: Profile, graph_padding: bool) -> tuple[list[float], list[float]]:
+    """For every number of tokens that was measured, and how far each lies beyond those near it; 0
+    in a profile without clocks.
+    """
     if not profile.clock_falls:
-        return [0.0]
-    measured = profile.clock_falls["num_tokens"]
-    table = {"num_tokens": measured, "seconds": profile.clock_falls["falls"]}
-    falls: list[float] = op_seconds(table, _token_counts(int(measured[-1]), graph_padding)).tolist()
-    return falls
+        return [0.0], [0.0]
+    measured, falls = profile.clock_falls["num_tokens"], profile.clock_falls["falls"]
+    num_tokens = _token_counts(int(measured[-1]), graph_padding)
+    beyond = beyond_neighbours(np.array(measured), np.array(falls))
+    tables = ({"num_tokens": measured, "seconds": values} for values in (falls, beyond))
+    found, beside = (op_seconds(table, num_tokens).tolist() for table in tables)
+    return found, beside
 
 
 def sensitivity_of(profile: Profile, name: str) -> Sensitivity:

@@ -326,10 +326,12 @@ class Bench:
         self._layer.draw()
         if job.kind in ("sustained", "duty"):
             assert job.point is not None
-            steps = [Timed("step", self._layer.forward(job.point, "serial"))] * job.mixed_steps
+            steps = [Timed("step", self._layer.forward(job.point, job.attention))] * job.mixed_steps
             if job.decode_steps:
-                decodes = replace(job.point, prefills=())
-                steps += [Timed("step", self._layer.forward(decodes, "serial"))] * job.decode_steps
+                decodes = Timed(
+                    "step", self._layer.forward(replace(job.point, prefills=()), "serial")
+                )
+                steps += [decodes] * job.decode_steps
             return SustainedSequence(job, steps, self._clock, fault)
         repeats = STEP_REPEATS if job.kind == "step" else REPEATS
         return GraphSequence(self._ops(job), self._clock, fault, repeats, self._begin(job))

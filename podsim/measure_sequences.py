@@ -46,12 +46,11 @@ Fault = Callable[[], str]
 
 
 def captured(launch: Launch) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what is launched, compiled and warmed up."""
+    """A CUDA graph of what is launched, which is compiled by a first launch."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            launch()
+        launch()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -60,7 +59,7 @@ def captured(launch: Launch) -> torch.cuda.CUDAGraph:
 
 
 class Timed:
-    """An operation captured as a CUDA graph, compiled and warmed up.
+    """An operation captured as a CUDA graph, and compiled.
 
     It keeps the operation, because the graph reads tensors that only the operation refers to.
     """

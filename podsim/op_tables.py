@@ -65,6 +65,20 @@ def op_seconds(table: OpTable, num_tokens: ArrayLike) -> Floats:
     return found
 
 
+NEIGHBOURHOOD = 0.25
+"""Numbers of tokens are near each other that differ by so much at most."""
+
+
+def beyond_neighbours(num_tokens: NDArray[np.int64], values: Floats) -> Floats:
+    """How far each value lies beyond the median of those near it, of the same alignment."""
+    aligned = num_tokens % ALIGNED == 0
+    found = np.zeros(len(values))
+    for i, n in enumerate(num_tokens):
+        near = (np.abs(num_tokens / n - 1.0) <= NEIGHBOURHOOD) & (aligned == aligned[i])
+        found[i] = values[i] - np.median(values[near])
+    return found
+
+
 def roofline_seconds(line: Mapping[str, float], num_tokens: NDArray[np.int64]) -> Floats:
     """Of the line that `fit_roofline` finds; 0 without one."""
     seconds = line.get("fixed", 0.0) + line.get("per_token", 0.0) * num_tokens

@@ -45,6 +45,7 @@ class PagedLatency(ProfiledLatency):
             clocked_attention=parts.clocked_attention * ratio,
             drawing=parts.drawing * ratio,
             reading=parts.reading * ratio,
+            beside=parts.beside * ratio,
         )
 
     def table_seconds(self, shape: BatchShape) -> float:

@@ -38,7 +38,7 @@ class AttentionPoint:
     prefills: tuple[tuple[int, int], ...]
     decode_contexts: tuple[int, ...]
     split: str
-    """"grid" to fit on, "held_out" to judge by."""
+    """"grid" to fit on, "held_out" to judge by; of steps one after another, how they are timed."""
 
     @property
     def num_tokens(self) -> int:
@@ -198,6 +198,20 @@ def burst_points() -> list[AttentionPoint]:
     behind is seen there.
     """
     return [AttentionPoint(((1024, 4096),), (2048,) * 8, split) for split in ("8 in 16", "1 in 32")]
+
+
+def long_points() -> list[AttentionPoint]:
+    """A full token budget with long contexts, timed for seconds; the split is the strategy.
+
+    The memory draws power too, and what runs beside other work draws more than behind it: how far
+    both let the clock fall is seen where they are a large part of a step.
+    """
+    batches = (((1008, 12288), 16, 12288), ((976, 8192), 48, 16384))
+    return [
+        AttentionPoint((chunk,), (context,) * decodes, strategy)
+        for chunk, decodes, context in batches
+        for strategy in ("serial", "pod")
+    ]
 
 
 def _prefill_grid() -> list[AttentionPoint]:

@@ -40,7 +40,10 @@ FIT_TOLERANCE = 1e-5
 CEILING_DIGITS = 1e-5
 """Relative difference of a ceiling from its row's that is none: it has 6 digits, and the time 4
 decimals of a microsecond."""
-SLACK = {"errors": 2e-4, "ops": 2e-10, "attention.overlap": 2e-6, "clock_sensitivity": 1e-6}
+SLACK = {
+    **{"errors": 2e-4, "ops": 2e-10, "attention.overlap": 2e-6, "clock_sensitivity": 1e-6},
+    **{f"sustained.{name}": 1e-8 for name in ("decodes", "overlap", "longer", "lower", "timed")},
+}
 """Differences that are none whatever the number: twice the last digit of those that the file holds
 rounded, and how near a bound of 0 a search ends."""
 

@@ -24,6 +24,7 @@ from podsim.points import (
     duty_points,
     graph_points,
     linear_points,
+    long_points,
     more_held_out,
     points_behind_edges,
     points_between,
@@ -106,6 +107,13 @@ class Job:
     """Of a duty: steps of the batch in a row, and those of its decodes alone that follow."""
 
     @property
+    def attention(self) -> str:
+        """The strategy of whole steps: of those one after another the split tells it, or it is
+        serial.
+        """
+        return self.strategy or (self.split if self.split in STRATEGIES else "serial")
+
+    @property
     def keys(self) -> tuple[Key, ...]:
         """Of the rows that it gives, in order."""
         ops = {"linear": tuple(LAYER_OPS), "once": ONCE_OPS}.get(self.kind, (self.kind,))
@@ -183,8 +191,9 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
     """The ceilings, then every point in each pass, in an order that mixes small and large.
 
     The sizes of CUDA graphs that no other point has come after all that, then the duties, the usual
-    token budgets again, more batches of several chunks, and the numbers behind edges of tiles. With
-    `quick`, one point in ten of each kind, whole steps once, and not those.
+    token budgets again, more batches of several chunks, the numbers behind edges of tiles, and long
+    contexts for seconds. With `quick`, one point in ten of each kind, whole steps once, and not
+    those.
     """
     rng = np.random.default_rng(0)
     linear = linear_points(rng)
@@ -200,9 +209,7 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         *(_jobs_of("step", point) for point in step_points(batches, num_steps)),
     ]
     turns = [Turn(Job("ceiling", "", 0, strategy=name), 0) for name in CEILINGS]
-    turns += [
-        Turn(Job("sustained", point.split, point.num_tokens, point), 0) for point in sustained
-    ]
+    turns += [_sustained(point) for point in sustained]
     once = quick or model.num_layers > MOST_LAYERS_TWICE
     for number in range(PASSES):
         for index in rng.permutation(len(groups)):
@@ -218,7 +225,12 @@ def plan_profile(model: Model, gpu: Gpu, quick: bool = False) -> Plan:
         turns += _in_passes(rng, [_jobs_of("attention", point) for point in chunks])
         turns += _mixed(rng, points_behind_edges([*linear, *graph_points(linear)]))
         turns += _held_out_again(rng, linear, [*batches, *chunks])
+        turns += [_sustained(point) for point in long_points()]
     return Plan(tuple(turns), quick)
+
+
+def _sustained(point: AttentionPoint) -> Turn:
+    return Turn(Job("sustained", point.split, point.num_tokens, point), 0)
 
 
 def _duty(point: AttentionPoint) -> Turn:

@@ -102,6 +102,8 @@ class AttentionTime(NamedTuple):
     Decodes as tiles (unified), whose rows are mostly padding, do so too."""
     reading: float = 0.0
     """Seconds that decodes beside prefill would take alone: the memory draws power too."""
+    beside: float = 0.0
+    """Seconds by which kernels of both sides are shorter for running at once."""
 
 
 class Attention(Protocol):

@@ -12,8 +12,10 @@ import pytest
 from podsim.batch import BatchShape
 from podsim.heat import Drive, Heats, Shares, Warming, smooth
 from podsim.heat_fitting import (
+    CELL,
     OF_OTHER_CARDS,
     WITHOUT_CLOCKS,
+    WITHOUT_LONG,
     SustainedRun,
     TimedStep,
     fit_heating,
@@ -21,6 +23,7 @@ from podsim.heat_fitting import (
 )
 from podsim.latency import ConstantLatency, Heat, ProfiledLatency
 from podsim.model import model_named
+from podsim.op_tables import beyond_neighbours
 from podsim.profile import find_profile
 
 LLAMA = model_named("llama-3-8b")
@@ -31,12 +34,14 @@ WARMING = Warming(
     products_at={512: 0.5},
     attention=0.45,
     decodes=0.2,
+    overlap=0.3,
     idle=0.1,
     seconds=0.06,
     rest=0.12,
     least=0.08,
     at_once=0.15,
     follows=0.9,
+    longer=0.004,
     at_limit=0.06,
     lower=0.04,
 )
@@ -50,7 +55,21 @@ def test_what_a_step_drives_is_the_mean_over_what_it_does() -> None:
     assert WARMING.drive(512, shares) == pytest.approx(Drive(0.6 * 0.5 + others, at_once))
     assert WARMING.drive(513, shares) == pytest.approx(Drive(0.6 * 0.4 + others, at_once))
     assert WARMING.drive(513, Shares(1.2, 0.0, 0.0)).at_once == pytest.approx(0.08 + 0.15)
-    assert Shares(0.8, 0.4, 0.3).idle == 0.0  # overlapped
+    assert Shares(0.8, 0.4, 0.3, 0.5).idle == 0.0
+    beyond = WARMING.drive(513, shares, beyond=0.03).fall
+    assert beyond == pytest.approx(0.6 * 0.43 + others)  # its matrix kernels draw more
+    assert WARMING.drive(512, shares, beyond=0.03) == WARMING.drive(512, shares)  # was watched
+    beside = shares._replace(overlapped=0.05)
+    assert WARMING.drive(512, beside).fall == pytest.approx(0.6 * 0.5 + others + 0.05 * 0.3)
+
+
+def test_what_lies_beyond_its_neighbours_is_seen_among_those_of_the_same_kernels() -> None:
+    num_tokens = np.array([256, 272, 288, 289, 304, 320, 336, 640, 672, 704])
+    falls = np.array([0.20, 0.20, 0.26, 0.50, 0.22, 0.22, 0.23, 0.31, 0.35, 0.33])
+    found = beyond_neighbours(num_tokens, falls)
+    assert found[2] == pytest.approx(0.04)  # of six aligned ones from 256 to 336 the median is 0.22
+    assert found[3] == 0.0  # the only one that is not aligned
+    assert found[7:] == pytest.approx([-0.02, 0.02, 0.0])
 
 
 def test_a_part_of_the_fall_is_there_at_once() -> None:
@@ -63,8 +82,8 @@ def test_a_part_of_the_fall_is_there_at_once() -> None:
 
 
 def test_steps_follow_the_clock_less_than_their_parts() -> None:
-    assert WARMING.slower(0.3, as_timed=0.3) == 0.0
-    assert WARMING.slower(0.3, as_timed=0.2) == pytest.approx(0.9 * (math.exp(0.1) - 1))
+    assert WARMING.slower(0.3, as_timed=0.3) == 0.004
+    assert WARMING.slower(0.3, as_timed=0.2) == pytest.approx(0.004 + 0.9 * (math.exp(0.1) - 1))
 
 
 def test_a_smooth_step_has_its_ends_and_its_middle() -> None:
@@ -118,7 +137,7 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
         on = smooth((fall - 0.12) / 0.06)
         limited = float(np.mean(on + (limited - on) * np.exp(-moments)))
         fall += 0.04 * on * smooth((limited - 0.45) / 0.1)
-        slower = 0.9 * (math.exp(max(fall, at_once) - row) - 1)
+        slower = 0.004 + 0.9 * (math.exp(max(fall, at_once) - row) - 1)
         return in_all + (parts.clocked_attention + parts.clocked_layers) * slower
 
     heat, time, heats = Heat(latency), 0.0, WARMING.at_rest
@@ -216,6 +235,7 @@ def timed_step(warming: Warming, num_tokens: int, shares: Shares) -> TimedStep:
 
 PREFILL, LONG = Shares(0.9, 0.05, 0.0), Shares(0.6, 0.35, 0.0)
 MIXED, SMALL = Shares(0.6, 0.1, 0.2), Shares(0.3, 0.05, 0.1)
+BEHIND, BESIDE = Shares(0.4, 0.15, 0.43), Shares(0.45, 0.17, 0.48, 0.12)
 
 
 def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
@@ -224,10 +244,11 @@ def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
         made_up(WARMING, 1024, LONG, 1, 0),
         made_up(WARMING, 600, SMALL, 1, 0),
         *(made_up(WARMING, 600, MIXED, 1, rest) for rest in (0, 1, 3, 7)),
+        *(made_up(WARMING, 1024, shares, 1, 0) for shares in (BEHIND, BESIDE)),
     ]
     found = fit_heating(runs, [timed_step(WARMING, 700, s) for s in (PREFILL, LONG, MIXED, SMALL)])
     assert found.products_at == {512: pytest.approx(0.5, rel=0.15)}
-    for name in ("products", "attention", "rest"):
+    for name in ("products", "attention", "decodes", "overlap", "rest"):
         assert getattr(found, name) == pytest.approx(getattr(WARMING, name), rel=0.15), name
     for run in runs:
         assert predicted(run, found) == pytest.approx(run.seconds, rel=0.015)
@@ -250,6 +271,18 @@ def test_without_clocks_decodes_and_rests_drive_what_they_do_on_other_cards() ->
     assert found.attention != OF_OTHER_CARDS["attention"]
 
 
+def test_short_contexts_do_not_tell_what_decodes_drive() -> None:
+    runs = [
+        made_up(WARMING, 1024, LONG, 1, 0),
+        *(made_up(WARMING, 600, MIXED, 1, rest) for rest in (0, 3)),
+    ]
+    found = fit_heating(runs, [timed_step(WARMING, 700, LONG)])
+    assert {name: getattr(found, name) for name in WITHOUT_LONG} == {
+        name: OF_OTHER_CARDS[name] for name in WITHOUT_LONG
+    }
+    assert found.idle != OF_OTHER_CARDS["idle"]
+
+
 def test_few_steps_tell_what_products_drive_alone() -> None:
     true = replace(WARMING, **OF_OTHER_CARDS)
     found = fit_heating([made_up(true, 600, PREFILL, 1, 0), made_up(true, 1024, MIXED, 1, 0)])
@@ -265,11 +298,12 @@ def test_clocks_of_other_whole_steps_count() -> None:
     ]
     hotter, other = replace(WARMING, attention=0.6), Shares(0.4, 0.55, 0.0)
     steps = [timed_step(hotter, 700, shares) for shares in (LONG, other, PREFILL, SMALL)]
-    without, beside = fit_heating(runs), fit_heating(runs, steps * 20)
-    falls = [warming.drive(700, other).fall for warming in (without, beside, hotter)]
-    assert falls[0] + 0.01 < falls[1] <= falls[2] + 0.01
-    as_timed = [beside.fall_as_timed(step.drive(beside)) for step in steps]
-    assert as_timed == pytest.approx([step.fall for step in steps], abs=0.02)
+    missed = [
+        max(abs(found.fall_as_timed(step.drive(found)) - step.fall) for step in steps)
+        for found in (fit_heating(runs), fit_heating(runs, steps * 20))
+    ]
+    assert missed[0] > missed[1] + 0.01
+    assert missed[1] < 0.02
 
 
 def test_steps_whose_products_were_not_timed_tell_their_course_alone() -> None:
@@ -284,8 +318,7 @@ def test_steps_whose_products_were_not_timed_tell_their_course_alone() -> None:
 def test_steps_without_decodes_between_them_take_all_the_time() -> None:
     """Also where a number of steps ends exactly with a cell."""
     run = replace(made_up(WARMING, 512, PREFILL, 1, 0), ends=(0.1, 0.4, 2.4), seconds=[0.02] * 3)
-    share, _ = run.course
-    assert share == pytest.approx(np.ones(480))
+    assert run.share(np.arange(480) * CELL) == pytest.approx(np.ones(480))
 
 
 def test_a_window_of_decodes_alone_says_nothing_of_steps_with_prefill() -> None:

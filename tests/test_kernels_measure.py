@@ -74,6 +74,7 @@ JOBS = [
     *(Job("attention", "grid", MIXED.num_tokens, MIXED, name) for name in STRATEGIES),
     *(Job("step", "grid", MIXED.num_tokens, MIXED, name) for name in ("pod",)),
     Job("sustained", "sustained", MIXED.num_tokens, MIXED),
+    Job("sustained", "pod", MIXED.num_tokens, MIXED),
     Job("duty", "1 in 1", MIXED.num_tokens, MIXED),
     Job("duty", "1 in 3", MIXED.num_tokens, MIXED, decode_steps=2),
     Job("duty", "2 in 3", MIXED.num_tokens, MIXED, mixed_steps=2, decode_steps=1),

@@ -23,7 +23,7 @@ from podsim.graph_sizes import graph_sizes
 from podsim.hardware import gpu_named
 from podsim.model import model_named
 from podsim.op_tables import ALIGNED, LAYER_OPS
-from podsim.points import NUM_STEPS, sustained_points
+from podsim.points import NUM_STEPS, long_points, sustained_points
 from podsim.profile import find_profile, read_profile
 from podsim.profile_checks import check_profile
 from podsim.profile_extend import reopen
@@ -156,6 +156,12 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     while plan.turns[num].job.kind == "sustained":
         num += 1
     assert num == len(CEILINGS) + len(sustained_points())
+    long = [turn.job for turn in plan.turns[-len(long_points()) :]]
+    assert [job.attention for job in long] == ["serial", "pod"] * 2
+    assert {(job.kind, job.num_tokens) for job in long} == {("sustained", 1024)}
+    assert {job.attention for job in (turn.job for turn in plan.turns[len(CEILINGS) : num])} == {
+        "serial"
+    }
     duties = [turn.job for turn in plan.turns if turn.job.kind == "duty"]
     counts = {job.split: (job.mixed_steps, job.decode_steps) for job in duties}
     assert counts["1 in 1"] == (1, 0)
@@ -163,7 +169,11 @@ def test_a_plan_is_every_point_in_both_passes_after_the_ceilings() -> None:
     assert counts["8 in 16"] == (8, 8)
     assert set(counts) == {"1 in 1", "1 in 2", "1 in 4", "1 in 8", "8 in 16", "1 in 32"}
     first, second = (
-        [turn.job for turn in plan.turns[num:] if turn.number == number and turn.job not in duties]
+        [
+            turn.job
+            for turn in plan.turns[num:]
+            if turn.number == number and turn.job.kind not in ("sustained", "duty")
+        ]
         for number in (0, 1)
     )
     assert first != second
@@ -370,7 +380,7 @@ def test_every_graph_size_is_planned_after_what_earlier_plans_had() -> None:
     late = list(dropwhile(lambda turn: turn.number != 1, plan.turns))
     first_late = next(i for i, turn in enumerate(late) if turn.number == 0)
     kinds = {turn.job.kind for turn in late[first_late:]}
-    assert kinds == {"linear", "once", "duty", "attention"}
+    assert kinds == {"linear", "once", "duty", "attention", "sustained"}
 
 
 def test_more_batches_of_several_chunks_are_judged_by() -> None:

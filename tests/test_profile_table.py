@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import clock_table
+import heat_table
 import profile_table
 import pytest
 from profile_table import missed
 
+from podsim.heat_fitting import OF_OTHER_CARDS
 from podsim.model import model_named
 from podsim.profile import find_profile
+from podsim.profile_plan import SUSTAINED_ENDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +57,24 @@ def test_an_error_is_held_against_its_bars_as_fitted_and_as_timed() -> None:
         "bias as timed",
     ]
     assert list(missed({**timed, "p90": 0.081}, {"median": 0.05})) == []
+
+
+def test_what_profiles_take_from_other_cards_is_the_median_of_those_that_tell_it() -> None:
+    """After another fit of them: the last line of the command that `heat_fitting` names."""
+    folders = sorted((ROOT / "validation" / "h200").glob("*/profile"))
+    table = heat_table.fitted_table(folders)
+    medians = table.loc["median", list(OF_OTHER_CARDS)]
+    assert medians.to_dict() == pytest.approx(OF_OTHER_CARDS, abs=1.1e-3)
+    told = table.drop(index="median").count()
+    assert told["decodes"] == told["overlap"] == 4
+    assert told["idle"] == len(folders) == 9
+
+
+def test_steps_of_every_strategy_are_seen_by_their_clock() -> None:
+    rows = clock_table.rows_by_clock(ROOT / "validation" / "h200" / "41d2336d" / "profile")
+    long = rows[(rows["op"] == "sustained") & rows["decodes"].isin(["16x12288", "48x16384"])]
+    assert len(long) == 4 * len(SUSTAINED_ENDS)
+    assert long["by clock"].abs().median() < 0.012
 
 
 def test_whole_steps_take_what_their_parts_do_at_the_clock_that_they_ran_at() -> None:

@@ -15,7 +15,7 @@ from podsim.validation import Comparison, compare, read_recording
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "validation" / "tp4"
 PAGE = (ROOT / "docs" / "tensor-parallel.md").read_text(encoding="utf-8")
-MOST = {"ttft": 0.10, "tbt": 0.10, "tpot": 0.06, "e2e_latency": 0.06}
+MOST = {"ttft": 0.08, "tbt": 0.10, "tpot": 0.06, "e2e_latency": 0.06}
 """What no percentile's error may reach; today the worst of each is 0.092, 0.099, 0.056, 0.056."""
 
 

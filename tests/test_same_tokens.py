@@ -215,6 +215,17 @@ def test_the_simulated_difference_is_within_two_points(served_on_the_h200):
     assert rows["tokens differing"].sum() == 0
 
 
+def test_a_later_engine_gives_equal_tokens_and_the_differences_that_the_page_says(same_tokens):
+    kinds = same_tokens.read_kept(KINDS, KEPT.with_name(f"{KEPT.name}-later"), None)
+    by_part = same_tokens.parts(kinds)
+    rows = same_tokens.table(kinds, by_part)
+    assert rows["tokens differing"].tolist() == [0, 0]
+    assert rows["throughput measured %"].tolist() == pytest.approx([3.64, 2.41], abs=0.01)
+    assert rows["simulated %"].tolist() == pytest.approx([4.4, 3.2], abs=0.05)
+    host = by_part.xs("measured", level=1)["host_ms"]
+    assert sorted(host) == pytest.approx([0.323, 0.411, 0.529], abs=1e-3)
+
+
 def test_the_page_says_what_a_page_group_took(same_tokens, served_on_the_h200):
     printed, _ = served_on_the_h200
     said = (
