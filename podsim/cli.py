@@ -24,6 +24,7 @@ from podsim.command_options import (
     OutOption,
     TraceArgument,
     given_options,
+    naming_the_line,
     with_options,
 )
 from podsim.config import Deployment, Workload
@@ -152,8 +153,9 @@ def simulate_command(
     if stream and (error_bars or trace_events or parquet or aiperf or save_detailed):
         raise InputError("--stream keeps nothing to make other files or error bars from")
     given = given_options(trace, config_file, options)
-    workload = config.options_from(Workload, given)
-    deployment = config.options_from(Deployment, given)
+    with naming_the_line(config_file, given):
+        workload = config.options_from(Workload, given)
+        deployment = config.options_from(Deployment, given)
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)
     with ExitStack() as stack:
         folder = stack.enter_context(report.result_folder(out)) if out else None
@@ -190,8 +192,9 @@ def compare_command(
     Example: podsim compare azure-conv-like --attention serial,pod --token-budget 512,1024
     """
     given = given_options(trace, config_file, options)
-    workload = config.options_from(Workload, given)
-    variants = variants_of(given)
+    with naming_the_line(config_file, given):
+        workload = config.options_from(Workload, given)
+        variants = variants_of(given)
     if len(variants) == 1:
         raise InputError("nothing to compare: give an option a comma list: --attention serial,pod")
     outputs = _outputs(out, trace_events, parquet, aiperf, save_detailed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ from typer.core import TyperCommand
 
 from podsim import config
 from podsim.config import Deployment, Workload
+from podsim.errors import InputError
 
 TraceArgument = Annotated[
     str | None,
@@ -101,3 +104,21 @@ def given_options(
     """The options of the file, overridden by those of the command line."""
     from_file = config.read_toml(config_file) if config_file else {}
     return from_file | {k: v for k, v in {"trace": trace, **options}.items() if v is not None}
+
+
+@contextmanager
+def naming_the_line(config_file: Path | None, given: Mapping[str, object]) -> Iterator[None]:
+    """An error about an option that the file sets, and the command line not, says in which line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{_place(config_file, given, str(error))}{error}") from None
+
+
+def _place(config_file: Path | None, given: Mapping[str, object], complaint: str) -> str:
+    if config_file is None:
+        return ""
+    for name, value in config.read_toml(config_file).items():
+        if given.get(name) == value and re.search(rf"\b{name}\b", complaint):
+            return f"{config.place_of(config_file, name)}: "
+    return ""

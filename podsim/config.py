@@ -358,8 +358,15 @@ def read_toml(path: Path) -> dict[str, object]:
             try:
                 converted(name, one, kinds[name])
             except InputError as error:
-                raise InputError(f"{path}: {error}") from None
+                raise InputError(f"{place_of(path, name)}: {error}") from None
     return values
+
+
+def place_of(path: Path, name: str) -> str:
+    """File and line in which an option is set."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    names = [line.partition("=")[0].strip() for line in lines]
+    return f"{path}:{names.index(name) + 1}" if name in names else str(path)
 
 
 def load_toml(path: Path) -> dict[str, object]:

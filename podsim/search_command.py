@@ -37,6 +37,7 @@ from podsim.command_options import (
     OutOption,
     TraceArgument,
     given_options,
+    naming_the_line,
     with_options,
 )
 from podsim.config import Deployment, Workload
@@ -92,8 +93,9 @@ def capacity_command(
         given.setdefault("arrivals", "poisson")
     if "rate_scale" not in given:
         given.setdefault("qps", 1.0)  # only where the search starts, and it sets that itself
-    workload = config.options_from(Workload, given)
-    variants = variants_of(given)
+    with naming_the_line(config_file, given):
+        workload = config.options_from(Workload, given)
+        variants = variants_of(given)
     slos = [parse_slo(text) for text in slo or ()]
     trials: dict[str, Any] = {
         "slos": slos,

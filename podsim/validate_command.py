@@ -22,6 +22,7 @@ from podsim.command_options import (
     OutOption,
     TraceArgument,
     given_options,
+    naming_the_line,
     with_options,
 )
 from podsim.config import Deployment, Workload
@@ -76,8 +77,11 @@ def validate_command(
     if recording is not None:
         recorded = read_recording(recording)
     else:
+        with naming_the_line(config_file, given):
+            workload = config.options_from(Workload, given)
+            deployment = config.options_from(Deployment, given)
         with _folder(out) as folder:
-            recorded = _record(given)
+            recorded = _record(given, workload, deployment)
             if folder is not None:  # whatever becomes of the comparison
                 recorded.save(folder)
     with _folder(out) as folder:
@@ -123,9 +127,7 @@ def description(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _record(given: dict[str, object]) -> Recorded:
-    workload = config.options_from(Workload, given)
-    deployment = config.options_from(Deployment, given)
+def _record(given: dict[str, object], workload: Workload, deployment: Deployment) -> Recorded:
     for name in given:
         if name.startswith("host_overhead") or name == "graph_padding":
             raise InputError(f"{name} is the engine's own here: it is measured")

@@ -298,7 +298,23 @@ def test_an_unknown_toml_key_is_named(trace: Path, tmp_path: Path) -> None:
     assert complaint == f"{config}: unknown key 'token_bugdet'; did you mean 'token_budget'?"
     config.write_text('token_budget = "many"\n')
     complaint = refusal("simulate", trace, "--config", config)
-    assert complaint == f"{config}: token_budget is 'many', expected a whole number"
+    assert complaint == f"{config}:1: token_budget is 'many', expected a whole number"
+
+
+def test_a_value_of_a_file_that_is_out_of_range_is_named_with_its_line(
+    trace: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('# served so\nattention = "pod"\ntoken_budget = -5\nqps = 3\n')
+    wrong = "token_budget is -5, expected at least 1"
+    assert refusal("simulate", trace, "--config", config) == f"{config}:3: {wrong}"
+    assert refusal("compare", trace, "--config", config) == f"{config}:3: {wrong}"
+    assert refusal("validate", trace, "--config", config) == f"{config}:3: {wrong}"
+    wrong = "token_budget is -7, expected at least 1"  # which the file does not say
+    assert refusal("simulate", trace, "--config", config, "--token-budget", "-7") == wrong
+    config.write_text("max_num_seqs = 600\n")
+    complaint = refusal("simulate", trace, "--config", config, "--token-budget", 512)
+    assert complaint.startswith(f"{config}:1: token_budget is 512, expected at least max_num_seqs")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(trace: Path) -> None:
