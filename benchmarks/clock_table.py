@@ -4,7 +4,8 @@
     python benchmarks/clock_table.py validation/h200/2b883af9/summary-serial-1024-0.95
 
 Of a profile: its steps with prefill under serial, timed alone or, one after another from rest, in
-windows of seconds. Of recordings whose engine noted the clock of every step: all steps, by kind.
+windows of seconds (long contexts under POD too). Of recordings whose engine noted the clock of
+every step: all steps, by kind.
 
 Their parts were timed at another clock. `by clock` is what the parts take at the clock of the step,
 over what was measured, minus 1: matrix products and attention follow the clock as the passes of the
@@ -81,7 +82,7 @@ def _errors(parts: dict[str, Parts], rows: pd.DataFrame) -> Iterator[dict[str, o
             "op": row.op,
             "prefills": row.prefills,
             "decodes": row.decodes,
-            "split or window": row.split if row.op == "step" else row.strategy,
+            "split, window": row.split if row.op == "step" else f"{row.split}, {row.strategy}",
             "tokens": shape.num_tokens,
             "MHz of parts": round(mine.clock(shape.num_tokens)),
             "MHz": round(row.sm_clock_mhz),

@@ -118,7 +118,6 @@ def naming_the_line(config_file: Path | None, given: Mapping[str, object]) -> It
 def _place(config_file: Path | None, given: Mapping[str, object], complaint: str) -> str:
     if config_file is None:
         return ""
-    for name, value in config.read_toml(config_file).items():
-        if given.get(name) == value and re.search(rf"\b{name}\b", complaint):
-            return f"{config.place_of(config_file, name)}: "
-    return ""
+    set_there = [k for k, value in config.read_toml(config_file).items() if given.get(k) == value]
+    found = re.search(rf"\b({'|'.join(set_there)})\b", complaint) if set_there else None
+    return f"{config.place_of(config_file, found[0])}: " if found else ""

@@ -62,7 +62,7 @@ class Shares(NamedTuple):
 
     @property
     def idle(self) -> float:
-        """For how long none of the first three runs."""
+        """What the first three would leave of the time if nothing ran at once."""
         return max(0.0, 1.0 - self.products - self.attention - self.decodes)
 
 

@@ -82,7 +82,7 @@ class SustainedRun:
     is_watched: bool = False
     """Whether its number of tokens gets a fall of its own: its steps are of prefill alone."""
     split: str = ""
-    """Of a duty, such as "1 in 4": one step in so many has prefill."""
+    """Of a duty, such as "1 in 4": one step in so many has prefill. Else how it is timed."""
     between: float = 0.0
     """Seconds of steps of decodes alone after them,"""
     in_a_row: int = 1

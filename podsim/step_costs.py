@@ -105,7 +105,8 @@ def _warmth(
     """Of each step: time of its matrix products over their measured time (latency.Heat).
 
     The log has neither the heats nor what drove them, but both follow from the times of the steps,
-    nearly: all attention of a step with prefill is taken for that of full SMs.
+    nearly: all attention of a step with prefill is taken for prefill's on full SMs, so what decodes
+    and overlap draw is not told apart.
     """
     found = np.ones(len(steps))
     warming = model.warming

@@ -315,6 +315,8 @@ def test_a_value_of_a_file_that_is_out_of_range_is_named_with_its_line(
     config.write_text("max_num_seqs = 600\n")
     complaint = refusal("simulate", trace, "--config", config, "--token-budget", 512)
     assert complaint.startswith(f"{config}:1: token_budget is 512, expected at least max_num_seqs")
+    config.write_text("max_num_seqs = 600\ntoken_budget = 512\n")
+    assert refusal("simulate", trace, "--config", config).startswith(f"{config}:2: token_budget")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(trace: Path) -> None:
