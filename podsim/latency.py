@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -543,6 +544,7 @@ def _common_hull(hull: Hull, collectives: StepCollectives | None) -> Hull:
     )
 
 
+@lru_cache(maxsize=8)
 def _clock_falls(profile: Profile, graph_padding: bool) -> tuple[list[float], list[float]]:
     """For every number of tokens that was measured, and how far each lies beyond those near it; 0
     in a profile without clocks.
@@ -553,8 +555,8 @@ def _clock_falls(profile: Profile, graph_padding: bool) -> tuple[list[float], li
     num_tokens = _token_counts(int(measured[-1]), graph_padding)
     beyond = beyond_neighbours(np.array(measured), np.array(falls))
     tables = ({"num_tokens": measured, "seconds": values} for values in (falls, beyond))
-    found, beside = (op_seconds(table, num_tokens).tolist() for table in tables)
-    return found, beside
+    of_all, beyond_of_all = (op_seconds(table, num_tokens).tolist() for table in tables)
+    return of_all, beyond_of_all
 
 
 def sensitivity_of(profile: Profile, name: str) -> Sensitivity:

@@ -65,8 +65,8 @@ def op_seconds(table: OpTable, num_tokens: ArrayLike) -> Floats:
     return found
 
 
-NEIGHBOURHOOD = 0.25
-"""Numbers of tokens are near each other that differ by so much at most."""
+NEAR = 0.25
+"""Numbers of tokens are near another that differ from it by at most such a share."""
 
 
 def beyond_neighbours(num_tokens: NDArray[np.int64], values: Floats) -> Floats:
@@ -74,7 +74,7 @@ def beyond_neighbours(num_tokens: NDArray[np.int64], values: Floats) -> Floats:
     aligned = num_tokens % ALIGNED == 0
     found = np.zeros(len(values))
     for i, n in enumerate(num_tokens):
-        near = (np.abs(num_tokens / n - 1.0) <= NEIGHBOURHOOD) & (aligned == aligned[i])
+        near = (np.abs(num_tokens / n - 1.0) <= NEAR) & (aligned == aligned[i])
         found[i] = values[i] - np.median(values[near])
     return found
 

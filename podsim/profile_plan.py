@@ -108,10 +108,8 @@ class Job:
 
     @property
     def attention(self) -> str:
-        """The strategy of whole steps: of those one after another the split tells it, or it is
-        serial.
-        """
-        return self.strategy or (self.split if self.split in STRATEGIES else "serial")
+        """The strategy of steps one after another: the split tells it, or it is serial."""
+        return self.split if self.split in STRATEGIES else "serial"
 
     @property
     def keys(self) -> tuple[Key, ...]:
