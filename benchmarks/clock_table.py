@@ -1,6 +1,6 @@
 """Whole steps by the clock that they ran at, beside what is predicted; no GPU.
 
-    python benchmarks/clock_table.py validation/h200/d0bdb33a/profile
+    python benchmarks/clock_table.py validation/h200/e9214e9e/profile
     python benchmarks/clock_table.py validation/h200/2b883af9/summary-serial-1024-0.95
 
 Of a profile: its steps with prefill under serial, timed alone or, one after another from rest, in

@@ -149,7 +149,10 @@ class AttentionModel:
             side = self._prefill_side(tiles, 0)
             prefill = side.seconds + load * side.loaded_seconds
         drawing = side.busy * prefill
-        return AttentionTime(seconds, drawing, decode, max(0.0, drawing + decode - seconds))
+        saved = max(0.0, drawing + decode - seconds)
+        if name == "pod":
+            return AttentionTime(seconds, drawing, decode, balanced=saved)
+        return AttentionTime(seconds, drawing, decode, beside=saved)
 
     def sides(self, strategy: str, shape: BatchShape) -> Sides:
         """Of a mixed batch."""

@@ -58,7 +58,9 @@ class Shares(NamedTuple):
     decodes: float
     """Of decode attention."""
     overlapped: float = 0.0
-    """Of what runs beside other work: by so much a step is shorter."""
+    """Of what runs beside other work: by so much a step is shorter,"""
+    balanced: float = 0.0
+    """and by so much in POD's tiles for batches that are not decode-heavy."""
 
     @property
     def idle(self) -> float:
@@ -80,7 +82,9 @@ class Warming:
     decodes: float = 0.0
     """and under nothing but decode attention, if there is prefill in the step."""
     overlap: float = 0.0
-    """What work adds that runs beside other work: the card draws for both at once."""
+    """What work adds that runs beside other work: the card draws for both at once;"""
+    balanced_overlap: float = 0.0
+    """another kernel's tiles, those of POD for batches that are not decode-heavy, draw less."""
     idle: float = 0.0
     """What the rest of a step's time takes back: the card draws less than its limit meanwhile."""
     seconds: float = 0.05
@@ -120,11 +124,12 @@ class Warming:
         """Of a step with prefill of so many tokens, whose layers alone are timed at a fall so far
         beyond that of numbers near it: their matrix kernels draw as much more.
         """
-        products, attention, decodes, overlapped = shares
+        products, attention, decodes, overlapped, balanced = shares
         fall = self.products_at.get(num_tokens, self.products + beyond)
         working = fall * products + self.attention * attention + self.decodes * decodes
+        beside = self.overlap * overlapped + self.balanced_overlap * balanced
         return Drive(
-            working + self.overlap * overlapped - self.idle * shares.idle,
+            working + beside - self.idle * shares.idle,
             self.least + self.at_once * min(products, 1.0),
         )
 
@@ -145,9 +150,11 @@ class Warming:
 
     def fall_in(self, drive: Drive, heats: Heats, seconds: float) -> float:
         """Mean over a step with prefill of so many seconds that begins at these heats."""
-        fall = _mean(drive.fall, heats.fall, seconds, self.seconds)
-        limited = _mean(self.limited(fall), heats.limited, seconds, SECOND)
-        return max(self._fall(fall, _for_long(limited)), drive.at_once)
+        limited = self.limited(_mean(drive.fall, heats.fall, seconds, self.seconds))
+        for_long = _for_long(_mean(limited, heats.limited, seconds, SECOND))
+        lower = self.lower * for_long * limited
+        least = drive.at_once - lower
+        return lower + _mean_above(least, drive.fall, heats.fall, seconds, self.seconds)
 
     def slower(self, fall: float, as_timed: float) -> float:
         """What goes with the clock takes so much longer, as a share of its time at the fall that it
@@ -209,6 +216,18 @@ def smooth(part: float) -> float:
 def _mean(drive: float, heat: float, seconds: float, tau: float) -> float:
     """Of a heat that nears a drive for so many seconds."""
     return drive + (heat - drive) * tau / seconds * (1.0 - math.exp(-seconds / tau))
+
+
+def _mean_above(least: float, drive: float, heat: float, seconds: float, tau: float) -> float:
+    """The same where a fall is never less than that, however far the heat is below it."""
+    end, above = _after(drive, heat, seconds, tau), seconds
+    if heat < least or end < least:
+        if heat <= least >= end:
+            return least
+        crossed = tau * math.log((heat - drive) / (least - drive))
+        above = seconds - crossed if heat < least else crossed
+        heat, end = max(heat, least), max(end, least)
+    return drive + (heat - end) * tau / seconds + (least - drive) * (1.0 - above / seconds)
 
 
 def _after(drive: float, heat: float, seconds: float, tau: float) -> float:

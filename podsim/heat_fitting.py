@@ -25,6 +25,7 @@ SEARCHED = {
     "attention": (0.0, 2.0, 0.5, 0.4),
     "decodes": (0.0, 1.0, 0.2, 0.1),
     "overlap": (0.0, 2.0, 0.4, 0.2),
+    "balanced_overlap": (0.0, 2.0, 0.3, 0.2),
     "idle": (0.0, 1.0, 0.1, 0.0),
     "seconds": (0.005, 0.3, 0.05, 0.03),
     "rest": (0.0, 0.3, 0.1, 0.05),
@@ -39,18 +40,18 @@ SEARCHED = {
 """Of a `Warming`: the least and the most that a number may be, and where the two searches begin, of
 which the better end counts."""
 OF_OTHER_CARDS = {
-    **{"attention": 0.268, "decodes": 0.191, "overlap": 0.498, "idle": 0.126, "rest": 0.094},
-    **{"least": 0.05, "at_once": 0.145, "follows": 0.884, "longer": 0.005, "seconds": 0.051},
-    **{"at_limit": 0.086, "lower": 0.043, "timed": 0.588},
+    **{"attention": 0.277, "decodes": 0.17, "overlap": 0.556, "balanced_overlap": 0.324},
+    **{"idle": 0.127, "rest": 0.082, "least": 0.052, "at_once": 0.141, "follows": 0.869},
+    **{"longer": 0.004, "seconds": 0.052, "at_limit": 0.096, "lower": 0.041, "timed": 0.478},
 }
 """Medians of nine H200s (`benchmarks/heat_table.py validation/h200/*/profile`), for profiles whose
 steps tell too little: all of them for those without steps of decodes between others (`--quick`); of
 those whose steps hardly overlap,"""
 LEAST_OVERLAP = 0.01
-WITHOUT_LONG = ("decodes", "overlap")
-"""which are medians of four, as short contexts hardly tell them; and, of those from before clocks
+WITHOUT_LONG = ("decodes", "overlap", "balanced_overlap")
+"""which are medians of six, as short contexts hardly tell them; and, of those from before clocks
 were read,"""
-WITHOUT_CLOCKS = ("decodes", "overlap", "idle", "at_once", "follows", "longer", "timed")
+WITHOUT_CLOCKS = (*WITHOUT_LONG, "idle", "at_once", "follows", "longer", "timed")
 """which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
 

@@ -204,7 +204,9 @@ class Parts(NamedTuple):
     reading: float
     """and decodes beside prefill would take alone,"""
     beside: float
-    """of which so much is saved by running both at once."""
+    """of which so much is saved by running both at once,"""
+    balanced: float
+    """or so much by POD's tiles for batches that are not decode-heavy."""
 
     @property
     def shares(self) -> Shares:
@@ -217,6 +219,7 @@ class Parts(NamedTuple):
             self.drawing / seconds,
             self.reading / seconds,
             self.beside / seconds,
+            self.balanced / seconds,
         )
 
 
@@ -359,7 +362,7 @@ class ProfiledLatency:
         """What a step's kernels take as each is timed alone, and the gaps between them."""
         prefills, num_prefill_tokens, num_decodes, _, _, num_sampled = shape
         num_tokens = num_prefill_tokens + num_decodes
-        attention, drawing, reading, beside = self.attention_time(shape)
+        attention, drawing, reading, beside, balanced = self.attention_time(shape)
         layers, once, collectives = self._beside_attention(
             num_tokens, num_sampled, num_decodes + len(prefills)
         )
@@ -379,6 +382,7 @@ class ProfiledLatency:
             drawing=drawing,
             reading=reading,
             beside=beside,
+            balanced=balanced,
         )
 
     def attention_time(self, shape: BatchShape) -> AttentionTime:

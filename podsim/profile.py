@@ -24,8 +24,8 @@ from podsim.model import Model
 from podsim.scaling import Scaling
 from podsim.sensitivity import Sensitivity
 
-SCHEMA_VERSION = 6
-OLDER = (2, 3, 4, 5)
+SCHEMA_VERSION = 7
+OLDER = (2, 3, 4, 5, 6)
 """Whose rows can be fitted again."""
 PROFILE_FILE = "profile.json"
 MEASUREMENTS_FILE = "measurements.csv"

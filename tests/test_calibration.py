@@ -514,18 +514,21 @@ def test_what_draws_power_is_told_of_attention_under_every_strategy() -> None:
         assert 0.9 * alone.seconds < alone.drawing <= alone.seconds  # its tiles fill the SMs
         assert alone.reading == 0.0
         decodes = time(BatchShape.of([], [4096] * 64))
-        assert decodes[1:] == (0.0, 0.0, 0.0)
+        assert decodes[1:] == (0.0, 0.0, 0.0, 0.0)
         both = time(mixed)
         assert both.reading == decodes.seconds
         if name == "unified":  # its decodes are tiles too
-            assert both.beside == 0.0
+            assert both[3:] == (0.0, 0.0)
             assert 0.6 * both.seconds < both.drawing < both.seconds
             continue
         saved = both.drawing + both.reading - both.seconds
-        assert both.beside == max(0.0, saved)
+        assert both[3:] == (max(0.0, saved), 0.0)  # 64 decodes make POD's tiles decode-heavy
         assert (saved > 0.1 * both.seconds) == (name != "serial")
         # The same work in less time draws more.
         assert both.drawing == pytest.approx(alone.drawing, rel=0.1)
+    balanced = time(BatchShape.of([(512, 4096)], [4096] * 8))
+    saved = balanced.drawing + balanced.reading - balanced.seconds
+    assert balanced[3:] == (0.0, saved)
     few = BatchShape.of([(16, 4096)])  # 4 tiles of queries for each of 8 heads, 132 SMs
     assert time(few).drawing < 0.3 * time(few).seconds
 
@@ -632,13 +635,13 @@ def test_a_duty_of_which_rows_were_refused_is_left_out(lost: str, tmp_path: Path
     assert found["rest"] == pytest.approx(PROFILE.sustained["rest"], rel=0.2)
 
 
-@pytest.mark.parametrize("schema", [2, 3, 4, 5])
+@pytest.mark.parametrize("schema", [2, 3, 4, 5, 6])
 def test_a_profile_of_a_schema_before_is_fitted_again(schema: int, tmp_path: Path) -> None:
     copy_of("llama-3-8b", tmp_path)
     content = json.loads((tmp_path / "profile.json").read_text())
     old = {**content, "schema": schema, "sustained": {"slow_share": 0.1, "slow_seconds": 0.6}}
     (tmp_path / "profile.json").write_text(json.dumps(old))
-    with pytest.raises(InputError, match=rf"schema {schema}, this podsim reads 6; fit .* --refit`"):
+    with pytest.raises(InputError, match=rf"schema {schema}, this podsim reads 7; fit .* --refit`"):
         read_profile(tmp_path, str(tmp_path))
     assert calibration.refit(tmp_path).to_json() == PROFILE.to_json()
     assert read_profile(tmp_path, str(tmp_path)).provenance == PROFILE.provenance

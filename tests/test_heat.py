@@ -35,6 +35,7 @@ WARMING = Warming(
     attention=0.45,
     decodes=0.2,
     overlap=0.3,
+    balanced_overlap=0.2,
     idle=0.1,
     seconds=0.06,
     rest=0.12,
@@ -61,6 +62,8 @@ def test_what_a_step_drives_is_the_mean_over_what_it_does() -> None:
     assert WARMING.drive(512, shares, beyond=0.03) == WARMING.drive(512, shares)  # was watched
     beside = shares._replace(overlapped=0.05)
     assert WARMING.drive(512, beside).fall == pytest.approx(0.6 * 0.5 + others + 0.05 * 0.3)
+    balanced = shares._replace(balanced=0.05)
+    assert WARMING.drive(512, balanced).fall == pytest.approx(0.6 * 0.5 + others + 0.05 * 0.2)
 
 
 def test_what_lies_beyond_its_neighbours_is_seen_among_those_of_the_same_kernels() -> None:
@@ -79,6 +82,29 @@ def test_a_part_of_the_fall_is_there_at_once() -> None:
     assert falls[3] == pytest.approx(0.3, abs=1e-3)
     assert WARMING.fall_as_timed(Drive(fall=0.1, at_once=0.2)) == 0.2
     assert WARMING.fall(Heats(0.1)) == 0.1  # decodes alone do not have it
+
+
+@pytest.mark.parametrize(
+    ("drive", "heats"),
+    [
+        (Drive(0.4, 0.2), Heats(0.12)),  # rises past it within the step
+        (Drive(0.1, 0.2), Heats(0.4)),  # comes down to it
+        (Drive(0.4, 0.2), Heats(0.12, 0.9)),  # and with the second fall
+        (Drive(0.19, 0.2), Heats(0.12)),  # never past it
+        (Drive(0.4, 0.2), Heats(0.3)),  # always
+        (Drive(0.2, 0.2), Heats(0.2)),
+    ],
+)
+def test_in_a_long_step_a_fall_leaves_the_part_that_is_there_at_once(
+    drive: Drive, heats: Heats
+) -> None:
+    moments = (np.arange(100_000) + 0.5) * 1e-6  # of 0.1 s
+    fall = drive.fall + (heats.fall - drive.fall) * np.exp(-moments / 0.06)
+    limited = smooth((float(np.mean(fall)) - 0.12) / 0.06)
+    for_long = float(np.mean(limited + (heats.limited - limited) * np.exp(-moments)))
+    fall += 0.04 * limited * smooth((for_long - 0.45) / 0.1)
+    expected = float(np.mean(np.maximum(fall, drive.at_once)))
+    assert WARMING.fall_in(drive, heats, 0.1) == pytest.approx(expected, rel=1e-6)
 
 
 def test_steps_follow_the_clock_less_than_their_parts() -> None:
@@ -133,11 +159,11 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
 
     def at(fall: float, limited: float) -> float:
         moments = np.linspace(0, in_all, 1001)
-        fall = float(np.mean(drive + (fall - drive) * np.exp(-moments / 0.06)))
-        on = smooth((fall - 0.12) / 0.06)
+        falls = drive + (fall - drive) * np.exp(-moments / 0.06)
+        on = smooth((float(np.mean(falls)) - 0.12) / 0.06)
         limited = float(np.mean(on + (limited - on) * np.exp(-moments)))
-        fall += 0.04 * on * smooth((limited - 0.45) / 0.1)
-        slower = 0.004 + 0.9 * (math.exp(max(fall, at_once) - row) - 1)
+        falls += 0.04 * on * smooth((limited - 0.45) / 0.1)
+        slower = 0.004 + 0.9 * (math.exp(float(np.mean(np.maximum(falls, at_once))) - row) - 1)
         return in_all + (parts.clocked_attention + parts.clocked_layers) * slower
 
     heat, time, heats = Heat(latency), 0.0, WARMING.at_rest
@@ -236,6 +262,7 @@ def timed_step(warming: Warming, num_tokens: int, shares: Shares) -> TimedStep:
 PREFILL, LONG = Shares(0.9, 0.05, 0.0), Shares(0.6, 0.35, 0.0)
 MIXED, SMALL = Shares(0.6, 0.1, 0.2), Shares(0.3, 0.05, 0.1)
 BEHIND, BESIDE = Shares(0.4, 0.15, 0.43), Shares(0.45, 0.17, 0.48, 0.12)
+BALANCED = Shares(0.58, 0.3, 0.18, 0.0, 0.08)
 
 
 def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
@@ -244,11 +271,11 @@ def test_what_drives_the_clock_is_found_from_steps_that_were_watched() -> None:
         made_up(WARMING, 1024, LONG, 1, 0),
         made_up(WARMING, 600, SMALL, 1, 0),
         *(made_up(WARMING, 600, MIXED, 1, rest) for rest in (0, 1, 3, 7)),
-        *(made_up(WARMING, 1024, shares, 1, 0) for shares in (BEHIND, BESIDE)),
+        *(made_up(WARMING, 1024, shares, 1, 0) for shares in (BEHIND, BESIDE, BALANCED)),
     ]
     found = fit_heating(runs, [timed_step(WARMING, 700, s) for s in (PREFILL, LONG, MIXED, SMALL)])
     assert found.products_at == {512: pytest.approx(0.5, rel=0.15)}
-    for name in ("products", "attention", "decodes", "overlap", "rest"):
+    for name in ("products", "attention", "decodes", "overlap", "balanced_overlap", "rest"):
         assert getattr(found, name) == pytest.approx(getattr(WARMING, name), rel=0.15), name
     for run in runs:
         assert predicted(run, found) == pytest.approx(run.seconds, rel=0.015)
