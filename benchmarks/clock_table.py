@@ -2,6 +2,7 @@
 
     python benchmarks/clock_table.py validation/h200/e9214e9e/profile
     python benchmarks/clock_table.py validation/h200/2b883af9/summary-serial-1024-0.95
+    python benchmarks/clock_table.py --sizes validation/h200/4ac2db1d/chat-*
 
 Of a profile: its steps with prefill under serial, timed alone or, one after another from rest, in
 windows of seconds (long contexts under POD too). Of recordings whose engine noted the clock of
@@ -13,6 +14,10 @@ profile over one point do (`clock_sensitivity`), in steps with prefill by `follo
 `longer` by a share, and nothing else does. Profiles read the clocks of
 windows, and engines note those of steps, since 2026-11-22. Of a recording, `predicted` is what the
 simulator says, which predicts the clock too. Errors are means, `scatter` standard deviations.
+
+With `--sizes` the steps with prefill of all recordings together, by the size of their graph. `per
+1 %` is how much `by clock` falls with the logarithm of the clock: above 0, and where the clock is
+lower, steps are longer by less than their matrix products and attention are taken to be.
 """
 
 from __future__ import annotations
@@ -28,12 +33,16 @@ from accuracy_table import errors_on_gpu
 
 from podsim.batch import BatchShape
 from podsim.calibration import model_of, read_measurements
+from podsim.graph_sizes import graph_size
 from podsim.held_out import shapes_of
 from podsim.latency import ProfiledLatency
 from podsim.metrics import STEP_KINDS, step_kinds
 from podsim.model import model_named
 from podsim.profile import PROFILE_FILE, Profile, find_profile, read_profile
 from podsim.validation import CLOCK_COLUMN, read_recording
+
+FEWEST_STEPS = 20
+"""Of a size, to say how they follow the clock."""
 
 
 class Parts:
@@ -91,8 +100,8 @@ def _errors(parts: dict[str, Parts], rows: pd.DataFrame) -> Iterator[dict[str, o
         }
 
 
-def steps_by_clock(folder: Path) -> pd.DataFrame:
-    """Of a recording's kinds of steps: clocks and errors on the GPU alone."""
+def recorded_steps(folder: Path) -> pd.DataFrame:
+    """Of each step of a recording: kind, size of its graph, clock, errors on the GPU alone."""
     recorded = read_recording(folder)
     if CLOCK_COLUMN not in recorded.steps:
         raise SystemExit(f"{folder}: its engine did not note the clock of its steps")
@@ -103,36 +112,59 @@ def steps_by_clock(folder: Path) -> pd.DataFrame:
     seconds = np.array(
         [parts.seconds(*step)[1] for step in zip(recorded.shapes, clocks.tolist(), strict=True)]
     )
-    by_clock = seconds / recorded.steps["gpu_seconds"].to_numpy() - 1.0
-    predicted, kinds = errors_on_gpu(recorded), step_kinds(recorded.steps)
+    return pd.DataFrame(
+        {
+            "run": recorded.name,
+            "kind": np.array(STEP_KINDS)[step_kinds(recorded.steps)],
+            "size": [graph_size(shape.num_tokens) for shape in recorded.shapes],
+            "MHz": clocks,
+            "predicted": errors_on_gpu(recorded),
+            "by clock": seconds / recorded.steps["gpu_seconds"].to_numpy() - 1.0,
+        }
+    )
+
+
+def steps_by_clock(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of each run's kinds of steps: clocks and errors."""
+    return pd.DataFrame(
+        {"run": run, "kind": kind, **_means(some)}
+        for (run, kind), some in steps.groupby(["run", "kind"], sort=False)
+    )
+
+
+def sizes_by_clock(steps: pd.DataFrame) -> pd.DataFrame:
+    """The same of steps with prefill, by size; those of which there are enough."""
     rows = []
-    for index, kind in enumerate(STEP_KINDS):
-        mine = kinds == index
-        if mine.any():
-            rows.append(
-                {
-                    "run": recorded.name,
-                    "kind": kind,
-                    "steps": int(mine.sum()),
-                    "MHz": round(float(clocks[mine].mean())),
-                    "predicted": predicted[mine].mean(),
-                    "scatter": predicted[mine].std(),
-                    "by clock": by_clock[mine].mean(),
-                    "its scatter": by_clock[mine].std(),
-                }
-            )
+    for size, some in steps[steps["kind"] != "decode"].groupby("size"):
+        if len(some) >= FEWEST_STEPS:
+            slope = float(np.polyfit(np.log(some["MHz"]), some["by clock"], 1)[0])
+            rows.append({"size": size, **_means(some), "per 1 %": -0.01 * slope})
     return pd.DataFrame(rows)
+
+
+def _means(steps: pd.DataFrame) -> dict[str, float]:
+    return {
+        "steps": len(steps),
+        "MHz": round(float(steps["MHz"].mean())),
+        "predicted": steps["predicted"].mean(),
+        "scatter": steps["predicted"].std(ddof=0),
+        "by clock": steps["by clock"].mean(),
+        "its scatter": steps["by clock"].std(ddof=0),
+    }
 
 
 def show(rows: pd.DataFrame) -> None:
     errors = rows.select_dtypes("float").columns
-    print(rows.to_string(index=False, formatters=dict.fromkeys(errors, "{:+.1%}".format)))
+    formats = dict.fromkeys(errors, "{:+.1%}".format) | {"per 1 %": "{:+.2%}".format}
+    print(rows.to_string(index=False, formatters=formats))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="a profile, or recordings")
-    folders = parser.parse_args().folders
+    parser.add_argument("--sizes", action="store_true", help="recordings by size of the graph")
+    arguments = parser.parse_args()
+    folders = arguments.folders
     profiles = [folder for folder in folders if (folder / PROFILE_FILE).exists()]
     for folder in profiles:
         found = rows_by_clock(folder)
@@ -143,7 +175,8 @@ def main() -> None:
             print(f"{op}, {len(some)} rows: median error of the {'; '.join(sizes)}")
     recordings = [folder for folder in folders if folder not in profiles]
     if recordings:
-        show(pd.concat([steps_by_clock(folder) for folder in recordings]))
+        steps = pd.concat([recorded_steps(folder) for folder in recordings])
+        show(sizes_by_clock(steps) if arguments.sizes else steps_by_clock(steps))
 
 
 if __name__ == "__main__":

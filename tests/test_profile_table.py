@@ -7,6 +7,7 @@ from pathlib import Path
 import clock_table
 import heat_table
 import profile_table
+import pandas as pd
 import pytest
 from profile_table import missed
 
@@ -75,6 +76,19 @@ def test_steps_of_every_strategy_are_seen_by_their_clock() -> None:
     long = rows[(rows["op"] == "sustained") & rows["decodes"].isin(["16x12288", "48x16384"])]
     assert len(long) == 4 * len(SUSTAINED_ENDS)
     assert long["by clock"].abs().median() < 0.012
+
+
+def test_steps_of_some_sizes_follow_the_clock_less_than_those_near_them() -> None:
+    folder = ROOT / "validation" / "h200" / "4ac2db1d"
+    runs = ("chat-serial-512-0.30", "chat-serial-512-0.70")
+    steps = pd.concat([clock_table.recorded_steps(folder / run) for run in runs])
+    kinds = clock_table.steps_by_clock(steps)
+    assert kinds["steps"].sum() == len(steps)
+    assert set(kinds["run"]) == set(runs)
+    sizes = clock_table.sizes_by_clock(steps).set_index("size")
+    assert (sizes["steps"] >= clock_table.FEWEST_STEPS).all()
+    assert sizes.loc[512, "steps"] == ((steps["size"] == 512) & (steps["kind"] != "decode")).sum()
+    assert sizes.loc[384, "per 1 %"] > 0.001 > 0.0 > sizes.loc[512, "per 1 %"]
 
 
 def test_whole_steps_take_what_their_parts_do_at_the_clock_that_they_ran_at() -> None:
