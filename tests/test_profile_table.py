@@ -6,8 +6,8 @@ from pathlib import Path
 
 import clock_table
 import heat_table
-import profile_table
 import pandas as pd
+import profile_table
 import pytest
 from profile_table import missed
 
