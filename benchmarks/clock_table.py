@@ -16,8 +16,8 @@ windows, and engines note those of steps, since 2026-11-22. Of a recording, `pre
 simulator says, which predicts the clock too. Errors are means, `scatter` standard deviations.
 
 With `--sizes` the steps with prefill of all recordings together, by the size of their graph. `per
-1 %` is how much `by clock` falls with the logarithm of the clock: above 0, and where the clock is
-lower, steps are longer by less than their matrix products and attention are taken to be.
+1 %` is how much `by clock` rises with a clock that is 1 % lower. Where it is above 0, a lower clock
+makes steps longer by less than their matrix products and attention are taken to be.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def show(rows: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="a profile, or recordings")
-    parser.add_argument("--sizes", action="store_true", help="recordings by size of the graph")
+    parser.add_argument("--sizes", action="store_true", help="of recordings: by size of the graph")
     arguments = parser.parse_args()
     folders = arguments.folders
     profiles = [folder for folder in folders if (folder / PROFILE_FILE).exists()]

@@ -150,7 +150,7 @@ class AttentionModel:
             prefill = side.seconds + load * side.loaded_seconds
         drawing = side.busy * prefill
         saved = max(0.0, drawing + decode - seconds)
-        if name == "pod":
+        if name == "pod":  # and not DECODE_HEAVY
             return AttentionTime(seconds, drawing, decode, balanced=saved)
         return AttentionTime(seconds, drawing, decode, beside=saved)
 

@@ -58,9 +58,9 @@ class Shares(NamedTuple):
     decodes: float
     """Of decode attention."""
     overlapped: float = 0.0
-    """Of what runs beside other work: by so much a step is shorter,"""
+    """Of what runs beside other work: by so much a step is shorter;"""
     balanced: float = 0.0
-    """and by so much in POD's tiles for batches that are not decode-heavy."""
+    """in its place, in POD's tiles for batches that are not decode-heavy."""
 
     @property
     def idle(self) -> float:
@@ -219,7 +219,7 @@ def _mean(drive: float, heat: float, seconds: float, tau: float) -> float:
 
 
 def _mean_above(least: float, drive: float, heat: float, seconds: float, tau: float) -> float:
-    """The same where a fall is never less than that, however far the heat is below it."""
+    """The same of the greater of the heat and `least` in each moment."""
     end, above = _after(drive, heat, seconds, tau), seconds
     if heat < least or end < least:
         if heat <= least >= end:

@@ -48,9 +48,10 @@ OF_OTHER_CARDS = {
 steps tell too little: all of them for those without steps of decodes between others (`--quick`); of
 those whose steps hardly overlap,"""
 LEAST_OVERLAP = 0.01
-WITHOUT_LONG = ("decodes", "overlap", "balanced_overlap")
-"""which are medians of six, as short contexts hardly tell them; and, of those from before clocks
-were read,"""
+BESIDE = {"overlap": "overlapped", "balanced_overlap": "balanced"}
+WITHOUT_LONG = (*BESIDE, "decodes")
+"""which are medians of six, as short contexts hardly tell them (each overlap is told by its own
+share, decodes by either); and, of those from before clocks were read,"""
 WITHOUT_CLOCKS = (*WITHOUT_LONG, "idle", "at_once", "follows", "longer", "timed")
 """which times alone hardly tell, as decodes and rests are short in the steps that are watched."""
 
@@ -176,11 +177,11 @@ def _windows_of_inexact(runs: Sequence[SustainedRun]) -> list[slice]:
 def _known(runs: Sequence[SustainedRun], steps: Sequence[TimedStep]) -> dict[str, float]:
     if not any(run.between for run in runs):
         return OF_OTHER_CARDS
-    untold: tuple[str, ...] = ()
-    if not steps or not any(run.falls for run in runs):
-        untold = WITHOUT_CLOCKS
-    elif not any(run.shares.overlapped > LEAST_OVERLAP for run in runs):
-        untold = WITHOUT_LONG
+    untold: Sequence[str] = WITHOUT_CLOCKS
+    if steps and any(run.falls for run in runs):
+        most = {share: max(getattr(run.shares, share) for run in runs) for share in BESIDE.values()}
+        untold = [name for name, share in BESIDE.items() if most[share] <= LEAST_OVERLAP]
+        untold += ["decodes"] if len(untold) == len(BESIDE) else []
     return {name: OF_OTHER_CARDS[name] for name in untold}
 
 

@@ -204,9 +204,9 @@ class Parts(NamedTuple):
     reading: float
     """and decodes beside prefill would take alone,"""
     beside: float
-    """of which so much is saved by running both at once,"""
+    """of which so much is saved by running both at once;"""
     balanced: float
-    """or so much by POD's tiles for batches that are not decode-heavy."""
+    """in its place, by POD's tiles for batches that are not decode-heavy."""
 
     @property
     def shares(self) -> Shares:

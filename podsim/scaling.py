@@ -103,9 +103,9 @@ class AttentionTime(NamedTuple):
     reading: float = 0.0
     """Seconds that decodes beside prefill would take alone: the memory draws power too."""
     beside: float = 0.0
-    """Seconds by which kernels of both sides are shorter for running at once,"""
+    """Seconds by which kernels of both sides are shorter for running at once;"""
     balanced: float = 0.0
-    """and POD's is with its tiles for batches that are not decode-heavy."""
+    """in its place, those of POD's tiles for batches that are not decode-heavy."""
 
 
 class Attention(Protocol):

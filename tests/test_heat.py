@@ -310,6 +310,20 @@ def test_short_contexts_do_not_tell_what_decodes_drive() -> None:
     assert found.idle != OF_OTHER_CARDS["idle"]
 
 
+@pytest.mark.parametrize(
+    ("shares", "untold"), [(BESIDE, "balanced_overlap"), (BALANCED, "overlap")]
+)
+def test_each_overlap_is_told_by_its_own_tiles(shares: Shares, untold: str) -> None:
+    """As of a model without grouped heads, whose batches are never decode-heavy."""
+    runs = [
+        *(made_up(WARMING, 1024, each, 1, 0) for each in (LONG, BEHIND, shares)),
+        *(made_up(WARMING, 600, MIXED, 1, rest) for rest in (0, 3)),
+    ]
+    found = fit_heating(runs, [timed_step(WARMING, 700, LONG)])
+    taken = [name for name in WITHOUT_LONG if getattr(found, name) == OF_OTHER_CARDS[name]]
+    assert taken == [untold]
+
+
 def test_few_steps_tell_what_products_drive_alone() -> None:
     true = replace(WARMING, **OF_OTHER_CARDS)
     found = fit_heating([made_up(true, 600, PREFILL, 1, 0), made_up(true, 1024, MIXED, 1, 0)])

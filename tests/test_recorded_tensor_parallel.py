@@ -87,3 +87,9 @@ def test_the_page_shows_the_logits_of_several_gpus() -> None:
         errors = f"{row.error_median:.3f} | {row.error_worst:.3f}"
         same = f"{row.same_tokens} of {row.tokens}"
         assert f"| {row.gpus} | {errors} | {same} | {row.gpu_ms_of_a_step:.2f} |" in PAGE
+    later = pd.read_csv(ROOT / "benchmarks/tensor_parallel/h200-later.csv")
+    one, two = later["gpu_ms_of_a_step"]
+    assert f"({one:.2f} and {two:.2f} ms;" in PAGE
+    assert later["same_tokens"].tolist() == rows["same_tokens"].tolist()[:2]
+    errors = ["error_median", "error_worst"]
+    assert later[errors].round(3).equals(rows[errors][:2].round(3))
