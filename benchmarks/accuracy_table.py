@@ -39,9 +39,10 @@ from numpy.typing import NDArray
 from record_runs import capacity
 
 from podsim.graph_sizes import graph_size
-from podsim.latency import Heat, ProfiledLatency
+from podsim.latency import ProfiledLatency
 from podsim.metrics import STEP_KINDS, step_kinds
 from podsim.model import model_named
+from podsim.replica_heat import Heat
 from podsim.simulation import latency_model_for
 from podsim.validation import ENGINE_FILE, Comparison, Recorded, compare, read_recording
 

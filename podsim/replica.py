@@ -16,7 +16,8 @@ from podsim.batch import Batch, BatchShape
 from podsim.clock import At
 from podsim.event_log import EventLog, TokenGaps
 from podsim.kv_cache import PagedKVCache
-from podsim.latency import Heat, LatencyModel
+from podsim.latency import LatencyModel
+from podsim.replica_heat import Heat
 from podsim.request import Request
 from podsim.scheduler import Completed, Scheduler
 from podsim.step_memory import StepMemory

@@ -102,7 +102,7 @@ def _warmth(
     products: Floats,
     attention: Floats,
 ) -> Floats:
-    """Of each step: time of its matrix products over their measured time (latency.Heat).
+    """Of each step: time of its matrix products over their measured time (`replica_heat.Heat`).
 
     The log has neither the heats nor what drove them, but both follow from the times of the steps,
     nearly: all attention of a step with prefill is taken for prefill's on full SMs, so what decodes

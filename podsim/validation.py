@@ -29,10 +29,11 @@ from podsim.errors import InputError
 from podsim.event_log import REQUEST_COLUMNS, STEP_COLUMNS
 from podsim.gpu_sampler import Sample
 from podsim.hardware import gpu_named
-from podsim.latency import Heat, LatencyModel
+from podsim.latency import LatencyModel
 from podsim.model import model_named
 from podsim.points import AttentionPoint
 from podsim.profile import PROFILE_FILE, read_profile
+from podsim.replica_heat import Heat
 from podsim.simulation import Result, simulate, simulate_with_error_bars
 from podsim.workload import Trace
 

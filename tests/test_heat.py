@@ -21,10 +21,11 @@ from podsim.heat_fitting import (
     fit_heating,
     predicted,
 )
-from podsim.latency import ConstantLatency, Heat, ProfiledLatency
+from podsim.latency import ConstantLatency, ProfiledLatency
 from podsim.model import model_named
 from podsim.op_tables import beyond_neighbours
 from podsim.profile import find_profile
+from podsim.replica_heat import Heat
 
 LLAMA = model_named("llama-3-8b")
 PROFILE = find_profile("h200", LLAMA)
@@ -195,6 +196,22 @@ def test_the_clock_falls_in_a_row_of_steps_and_rises_in_a_rest() -> None:
     assert rested.fall == pytest.approx(0.12 + (heats.fall - 0.12) / math.e)
     assert heat.step_time(prompt, time + 0.06) == pytest.approx(at(*rested), rel=1e-4)
     assert heat.step_time(prompt, time + 100.0) == pytest.approx(at(0.12, 0.0), rel=1e-4)
+
+
+def test_steps_that_were_shorter_than_predicted_had_no_rest_between() -> None:
+    """Recorded ones, of a faster card: the heats do not run away."""
+    latency = ProfiledLatency(PROFILE, LLAMA, "serial")
+    latency.warming = WARMING
+    prompt, decode = BatchShape.of([(512, 512)]), BatchShape.of([], [100] * 8)
+    heats = [Heat(latency) for _ in range(2)]
+    at_once, in_a_row, time = [], [], 0.0
+    for step in range(300):
+        at_once.append(heats[0].step_time(prompt, 1e-4 * step))
+        in_a_row.append(heats[1].step_time(prompt, time))
+        time += in_a_row[-1]
+    assert at_once == in_a_row
+    early, after = heats[0].step_time(decode, 0.03), heats[1].step_time(decode, time)
+    assert early == after > latency.step_time(decode)
 
 
 def test_a_profile_whose_steps_were_not_watched_knows_nothing_of_the_clock() -> None:

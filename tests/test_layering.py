@@ -43,7 +43,17 @@ LAYERS = [
     {"prefix_cache", "swap_space", "kv_cache", "block_tables", "decode_group", "waiting"},
     {"scheduler", "step_inputs"},
     {"vattention", "step_memory", "swap_time", "mapping_time", "offload_time", "memory_system"},
-    {"clock", "event_log", "replica", "router", "cluster", "metrics", "simulation", "engine"},
+    {
+        "clock",
+        "event_log",
+        "replica_heat",
+        "replica",
+        "router",
+        "cluster",
+        "metrics",
+        "simulation",
+        "engine",
+    },
     {"latency_provider"},
     {
         "variants",

@@ -19,9 +19,9 @@ from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine
 from podsim.hardware import gpu_named
 from podsim.kv_cache import num_blocks_for
-from podsim.latency import Heat
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
+from podsim.replica_heat import Heat
 from podsim.scheduler import SCHEDULERS
 from podsim.simulation import latency_model_for, requests_of
 

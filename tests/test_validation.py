@@ -19,9 +19,10 @@ from podsim.config import Deployment
 from podsim.decode_group import ListedDecodes
 from podsim.engine import Engine, Recording
 from podsim.errors import InputError
-from podsim.latency import Heat, LatencyModel
+from podsim.latency import LatencyModel
 from podsim.memory_system import kv_cache_for
 from podsim.model import model_named
+from podsim.replica_heat import Heat
 from podsim.scheduler import SCHEDULERS
 from podsim.simulation import latency_model_for, requests_of
 from podsim.validation import (
