@@ -33,6 +33,7 @@ from accuracy_table import errors_on_gpu
 
 from podsim.batch import BatchShape
 from podsim.calibration import model_of, read_measurements
+from podsim.errors import InputError
 from podsim.graph_sizes import graph_size
 from podsim.held_out import shapes_of
 from podsim.latency import ProfiledLatency
@@ -104,7 +105,7 @@ def recorded_steps(folder: Path) -> pd.DataFrame:
     """Of each step of a recording: kind, size of its graph, clock, errors on the GPU alone."""
     recorded = read_recording(folder)
     if CLOCK_COLUMN not in recorded.steps:
-        raise SystemExit(f"{folder}: its engine did not note the clock of its steps")
+        raise InputError(f"{folder}: its engine did not note the clock of its steps")
     served, clocks = recorded.deployment, recorded.steps[CLOCK_COLUMN].to_numpy()
     beside = None if served.profile is None else Path(served.profile)
     profile = find_profile(served.gpu, model_named(served.model), beside)
@@ -139,6 +140,8 @@ def sizes_by_clock(steps: pd.DataFrame) -> pd.DataFrame:
         if len(some) >= FEWEST_STEPS:
             slope = float(np.polyfit(np.log(some["MHz"]), some["by clock"], 1)[0])
             rows.append({"size": size, **_means(some), "per 1 %": -0.01 * slope})
+    if not rows:
+        raise InputError(f"no size of graph has {FEWEST_STEPS} steps with prefill")
     return pd.DataFrame(rows)
 
 
@@ -164,8 +167,16 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="a profile, or recordings")
     parser.add_argument("--sizes", action="store_true", help="of recordings: by size of the graph")
     arguments = parser.parse_args()
-    folders = arguments.folders
+    try:
+        show_all(arguments.folders, arguments.sizes)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+
+
+def show_all(folders: list[Path], by_size: bool) -> None:
     profiles = [folder for folder in folders if (folder / PROFILE_FILE).exists()]
+    if by_size and profiles:
+        raise InputError(f"{profiles[0]}: --sizes is of recordings, and this is a profile")
     for folder in profiles:
         found = rows_by_clock(folder)
         show(found)
@@ -176,7 +187,7 @@ def main() -> None:
     recordings = [folder for folder in folders if folder not in profiles]
     if recordings:
         steps = pd.concat([recorded_steps(folder) for folder in recordings])
-        show(sizes_by_clock(steps) if arguments.sizes else steps_by_clock(steps))
+        show(sizes_by_clock(steps) if by_size else steps_by_clock(steps))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import profile_table
 import pytest
 from profile_table import missed
 
+from podsim.errors import InputError
 from podsim.heat_fitting import OF_OTHER_CARDS
 from podsim.model import model_named
 from podsim.profile import find_profile
@@ -89,6 +90,16 @@ def test_steps_of_some_sizes_follow_the_clock_less_than_those_near_them() -> Non
     assert (sizes["steps"] >= clock_table.FEWEST_STEPS).all()
     assert sizes.loc[512, "steps"] == ((steps["size"] == 512) & (steps["kind"] != "decode")).sum()
     assert sizes.loc[384, "per 1 %"] > 0.001 > 0.0 > sizes.loc[512, "per 1 %"]
+    with pytest.raises(InputError, match="no size of graph has 20 steps"):
+        clock_table.sizes_by_clock(steps[:9])
+
+
+def test_what_is_no_recording_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing.engine\.json: No such file"):
+        clock_table.show_all([tmp_path / "nothing"], by_size=True)
+    profile = ROOT / "validation" / "h200" / "4ac2db1d" / "profile"
+    with pytest.raises(InputError, match="profile: --sizes is of recordings"):
+        clock_table.show_all([profile], by_size=True)
 
 
 def test_whole_steps_take_what_their_parts_do_at_the_clock_that_they_ran_at() -> None:
